@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/simd.h"
+
+// Attention of many queries to the keys of one kv_head without its matrix: the log of each query's
+// softmax denominator, and the attention each key receives in sum.
+namespace ems::cpu {
+
+// Queries are handled in chunks whose logits stay in the first-level cache.
+constexpr int64_t kChunkRows = 32;
+
+// Up to kMaxTiles tiles of consecutive keys, transposed.
+class KeyTiles {
+ public:
+  // Packing a tile costs as much as multiplying it with a few rows; several tiles per pass over the
+  // queries spread the cost of converting those.
+  static constexpr int64_t kMaxTiles = 4;
+  static constexpr int64_t kMaxKeys = kMaxTiles * kTileKeys;
+
+  explicit KeyTiles(int64_t head_size)
+      : head_size_(head_size),
+        rows_(kTileKeys * head_size),
+        tiles_(kMaxKeys * head_size),
+        logits_(kChunkRows * kTileKeys),
+        visible_(kChunkRows) {}
+
+  // Loads keys first..first+count-1; load(key, out) writes one as floats. Keys that fill up the last
+  // tile are zero.
+  template <typename F>
+  void pack(int64_t first, int64_t count, const F& load) {
+    first_ = first;
+    count_ = count;
+    for (int64_t start = 0; start < count; start += kTileKeys) {
+      const int64_t end = std::min(start + kTileKeys, count);
+      for (int64_t key = start; key < end; ++key) {
+        load(first + key, rows_.data() + (key - start) * head_size_);
+      }
+      std::fill(rows_.begin() + (end - start) * head_size_, rows_.end(), 0.0f);
+      simd().transpose(rows_.data(), head_size_, tiles_.data() + start * head_size_);
+    }
+  }
+
+  int64_t first() const { return first_; }
+  int64_t count() const { return count_; }
+
+  // Products of up to kChunkRows rows with the keys of the tile that starts at key `start` (a
+  // multiple of kTileKeys, counted from first()); [num_rows][kTileKeys].
+  float* multiply(int64_t start, const float* rows, int64_t num_rows) {
+    simd().multiply(rows, num_rows, head_size_, tiles_.data() + start * head_size_,
+                    logits_.data());
+    return logits_.data();
+  }
+
+  // Takes these keys into the softmax of the rows. Row i sees keys 0..visible[i]-1.
+  void update_softmax(const float* rows, const int64_t* visible, int64_t num_rows,
+                      SoftmaxState* states) {
+    for_tiles(rows, visible, num_rows, [&](int64_t, int64_t row, int64_t count, float* logits) {
+      simd().update_softmax(logits, visible_.data(), count, states + row);
+    });
+  }
+
+  // mass[j] += attention that the rows pay to key first() + j; mass has kMaxKeys elements.
+  void add_mass(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
+                float* mass) {
+    for_tiles(rows, visible, num_rows, [&](int64_t start, int64_t row, int64_t count, float* logits) {
+      simd().add_mass(logits, visible_.data(), lse + row, count, mass + start);
+    });
+  }
+
+ private:
+  template <typename F>
+  void for_tiles(const float* rows, const int64_t* visible, int64_t num_rows, const F& f) {
+    for (int64_t row = 0; row < num_rows; row += kChunkRows) {
+      const int64_t num_chunk = std::min(kChunkRows, num_rows - row);
+      for (int64_t start = 0; start < count_; start += kTileKeys) {
+        int64_t most = 0;
+        for (int64_t i = 0; i < num_chunk; ++i) {
+          visible_[i] = std::min(visible[row + i], first_ + count_) - (first_ + start);
+          most = std::max(most, visible_[i]);
+        }
+        if (most == 0) break;
+        f(start, row, num_chunk, multiply(start, rows + row * head_size_, num_chunk));
+      }
+    }
+  }
+
+  int64_t head_size_;
+  int64_t first_ = 0;
+  int64_t count_ = 0;
+  std::vector<float> rows_;
+  std::vector<float> tiles_;
+  std::vector<float> logits_;
+  std::vector<int64_t> visible_;
+};
+
+}  // namespace ems::cpu

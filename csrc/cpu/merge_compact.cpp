@@ -1,0 +1,167 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// One item per layer, row and kv_head. The classes are built in a buffer and written when all of
+// them are done, since a target slot may hold an entry that another class still needs.
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpu/parallel.h"
+#include "cpu/selection_checks.h"
+#include "cpu/simd.h"
+#include "dispatch.h"
+#include "launchers.h"
+
+namespace ems::cpu {
+namespace {
+
+void check_indices(const MergeCompactParams& p) {
+  const IndexChecks checks("merge_compact");
+  const int64_t block_size = p.key_cache.block_size;
+  const int64_t capacity = p.block_table.num_columns * block_size;
+  const bool has_scores = p.paged_scores.data != nullptr;
+  const int64_t num_blocks = has_scores
+                                 ? std::min(p.key_cache.num_blocks, p.paged_scores.num_blocks)
+                                 : p.key_cache.num_blocks;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    check_selection("merge_compact", p, row, std::min(capacity, p.weights.length));
+    const int64_t num_targets = (p.budgets[row] + block_size - 1) / block_size;
+    const int64_t first = p.target_columns[row];
+    checks.in_range("target_columns", row, first, 0, p.block_table.num_columns - num_targets);
+    checks.blocks("block_table", p.block_table, row, first, first + num_targets, num_blocks);
+  }
+}
+
+// The entries of one class, their weights, and the sums that make up its merged key and value.
+template <typename T>
+class ClassMerger {
+ public:
+  ClassMerger(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t head)
+      : p_(p),
+        layer_(layer),
+        row_(row),
+        head_(head),
+        weights_(p.weights.at(layer, row, head)),
+        vector_(p.head_size),
+        direction_(p.head_size),
+        value_(p.head_size) {}
+
+  const T* key(int64_t entry) const {
+    return p_.key_cache.entry<const T>(p_.block_table, row_, layer_, head_, entry);
+  }
+  const T* value(int64_t entry) const {
+    return p_.value_cache.entry<const T>(p_.block_table, row_, layer_, head_, entry);
+  }
+
+  void merge(int64_t centre, const std::vector<int32_t>& members, T* out_key, T* out_value) {
+    std::fill(direction_.begin(), direction_.end(), 0.0f);
+    std::fill(value_.begin(), value_.end(), 0.0f);
+    total_weight_ = 0;
+    const float centre_norm = add(centre);
+    for (const int32_t member : members) add(member);
+
+    const int64_t size = p_.head_size;
+    const float norm = std::sqrt(simd().dot(direction_.data(), direction_.data(), size));
+    if (total_weight_ <= 0 || norm == 0 || centre_norm == 0) {
+      std::memcpy(out_key, key(centre), size * sizeof(T));
+      std::memcpy(out_value, value(centre), size * sizeof(T));
+      return;
+    }
+    for (int64_t d = 0; d < size; ++d) {
+      from_float(direction_[d] * (centre_norm / norm), out_key + d);
+      from_float(value_[d] / total_weight_, out_value + d);
+    }
+  }
+
+ private:
+  // Returns the norm of the entry's key.
+  float add(int64_t entry) {
+    const int64_t size = p_.head_size;
+    const float weight = weights_[entry];
+    convert(key(entry), size, 1.0f, vector_.data());
+    const float norm = std::sqrt(simd().dot(vector_.data(), vector_.data(), size));
+    if (norm > 0) {
+      for (int64_t d = 0; d < size; ++d) direction_[d] += weight / norm * vector_[d];
+    }
+    convert(value(entry), size, 1.0f, vector_.data());
+    for (int64_t d = 0; d < size; ++d) value_[d] += weight * vector_[d];
+    total_weight_ += weight;
+    return norm;
+  }
+
+  const MergeCompactParams& p_;
+  int64_t layer_;
+  int64_t row_;
+  int64_t head_;
+  const float* weights_;
+  float total_weight_ = 0;
+  std::vector<float> vector_;
+  std::vector<float> direction_;
+  std::vector<float> value_;
+};
+
+template <typename T>
+void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t head) {
+  const int64_t budget = p.budgets[row];
+  const int64_t size = p.head_size;
+  const int32_t* kept = p.kept_idx.at(layer, row, head);
+  const int32_t* merged = p.merge_idx.at(layer, row, head);
+  const int32_t* classes = p.class_idx.at(layer, row, head);
+  const bool has_scores = p.paged_scores.data != nullptr;
+  const float* carry = has_scores ? p.carry.at(layer, row, head) : nullptr;
+
+  std::vector<std::vector<int32_t>> members(budget);
+  for (int64_t i = 0; i < p.merge_idx.length; ++i) {
+    if (merged[i] >= 0 && 0 <= classes[i] && classes[i] < budget) {
+      members[classes[i]].push_back(merged[i]);
+    }
+  }
+
+  std::vector<T> keys(budget * size), values(budget * size);
+  std::vector<float> scores(has_scores ? budget : 0);
+  ClassMerger<T> merger(p, layer, row, head);
+  for (int64_t rank = 0; rank < budget; ++rank) {
+    T* key = keys.data() + rank * size;
+    T* value = values.data() + rank * size;
+    if (members[rank].empty()) {
+      std::memcpy(key, merger.key(kept[rank]), size * sizeof(T));
+      std::memcpy(value, merger.value(kept[rank]), size * sizeof(T));
+    } else {
+      merger.merge(kept[rank], members[rank], key, value);
+    }
+    if (has_scores) {
+      scores[rank] = carry[kept[rank]];
+      for (const int32_t member : members[rank]) scores[rank] += carry[member];
+    }
+  }
+
+  const int64_t block_size = p.key_cache.block_size;
+  const int64_t first = p.target_columns[row] * block_size;
+  for (int64_t rank = 0; rank < budget; ++rank) {
+    const int64_t target = first + rank;
+    std::memcpy(p.key_cache.entry<T>(p.block_table, row, layer, head, target),
+                keys.data() + rank * size, size * sizeof(T));
+    std::memcpy(p.value_cache.entry<T>(p.block_table, row, layer, head, target),
+                values.data() + rank * size, size * sizeof(T));
+    if (has_scores) {
+      *p.paged_scores.entry<float>(p.block_table, row, layer, head, target) = scores[rank];
+    }
+  }
+}
+
+}  // namespace
+
+void merge_compact(const MergeCompactParams& p) {
+  check_indices(p);
+  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
+      const int64_t in_layer = item % heads_per_layer;
+      compact_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,
+                                      in_layer % p.num_kv_heads);
+    });
+  });
+}
+
+}  // namespace ems::cpu

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Two passes over the products of queries and keys, neither of which stores them: the first finds
+// each query's softmax denominator (skipped when lse is given), the second sums the columns. In the
+// second an item owns its keys, so no two threads add to the same score.
+
+#include <limits>
+#include <vector>
+
+#include "cpu/attention_mass.h"
+#include "cpu/index_checks.h"
+#include "cpu/parallel.h"
+#include "dispatch.h"
+#include "launchers.h"
+
+namespace ems::cpu {
+namespace {
+
+// Query vectors per item of the first pass, which packs every key it sees: enough to make up for it.
+constexpr int64_t kRowsPerItem = 256;
+
+struct Item {
+  int64_t row;
+  int64_t head;
+  int64_t first;  // first query of the first pass, first key of the second
+};
+
+void check_indices(const ScoreQueriesParams& p) {
+  const IndexChecks checks("score_queries");
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
+    const int64_t max_scores = p.score_table.num_columns * p.scores.block_size;
+    checks.in_range("seq_lens", row, p.seq_lens[row], 0, std::min(max_keys, max_scores));
+    checks.in_range("query_lens", row, p.query_lens[row], 0, p.seq_lens[row]);
+    checks.in_range("query_starts", row, p.query_starts[row], 0,
+                    p.query_lens[row] == 0 ? std::numeric_limits<int32_t>::max()
+                                           : p.num_tokens - p.query_lens[row]);
+    checks.entries("block_table", p.block_table, row, p.seq_lens[row], p.key_cache);
+    checks.entries("score_table", p.score_table, row, p.seq_lens[row], p.scores);
+  }
+}
+
+// The queries of one row and kv_head, as floats: query i of the group's g-th head is row
+// i * group + g.
+template <typename T>
+class QueryRows {
+ public:
+  QueryRows(const ScoreQueriesParams& p, int64_t row, int64_t head)
+      : p_(p),
+        head_(head),
+        group_(p.num_heads / p.num_kv_heads),
+        start_(p.query_starts[row]),
+        first_position_(p.seq_lens[row] - p.query_lens[row]) {}
+
+  // Loads queries first..first+count-1, multiplied by the scale.
+  void load(int64_t first, int64_t count) {
+    num_rows_ = count * group_;
+    rows_.resize(num_rows_ * p_.head_size);
+    visible_.resize(num_rows_);
+    lse_.resize(num_rows_);
+    for (int64_t i = 0; i < num_rows_; ++i) {
+      const int64_t query = first + i / group_;
+      const T* vector = p_.query.at<const T>(start_ + query, query_head(i));
+      convert(vector, p_.head_size, p_.scale, rows_.data() + i * p_.head_size);
+      visible_[i] = first_position_ + query + 1;
+    }
+  }
+
+  void load_lse(int64_t first, const float* lse) {
+    for (int64_t i = 0; i < num_rows_; ++i) lse_[i] = lse[lse_index(first, i)];
+  }
+
+  void store_lse(int64_t first, float* lse) const {
+    for (int64_t i = 0; i < num_rows_; ++i) lse[lse_index(first, i)] = lse_[i];
+  }
+
+  const float* rows() const { return rows_.data(); }
+  const int64_t* visible() const { return visible_.data(); }
+  float* lse() { return lse_.data(); }
+  int64_t num_rows() const { return num_rows_; }
+
+ private:
+  int64_t query_head(int64_t i) const { return head_ * group_ + i % group_; }
+  int64_t lse_index(int64_t first, int64_t i) const {
+    return (start_ + first + i / group_) * p_.num_heads + query_head(i);
+  }
+
+  const ScoreQueriesParams& p_;
+  int64_t head_;
+  int64_t group_;
+  int64_t start_;
+  int64_t first_position_;
+  int64_t num_rows_ = 0;
+  std::vector<float> rows_;
+  std::vector<int64_t> visible_;
+  std::vector<float> lse_;
+};
+
+template <typename T>
+void pack_keys(const ScoreQueriesParams& p, const Item& item, int64_t first, int64_t count,
+               KeyTiles* keys) {
+  keys->pack(first, count, [&](int64_t key, float* out) {
+    const T* vector = p.key_cache.entry<const T>(p.block_table, item.row, 0, item.head, key);
+    convert(vector, p.head_size, 1.0f, out);
+  });
+}
+
+template <typename T>
+void compute_lse(const ScoreQueriesParams& p, float* lse) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t queries_per_item = std::max<int64_t>(kRowsPerItem / group, 1);
+  std::vector<Item> items;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      for (int64_t first = 0; first < p.query_lens[row]; first += queries_per_item) {
+        items.push_back({row, head, first});
+      }
+    }
+  }
+  parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const Item& item = items[i];
+    const int64_t count = std::min(queries_per_item, p.query_lens[item.row] - item.first);
+    QueryRows<T> queries(p, item.row, item.head);
+    queries.load(item.first, count);
+    std::vector<SoftmaxState> states(queries.num_rows());
+    simd().init_softmax(states.data(), queries.num_rows());
+    KeyTiles keys(p.head_size);
+    const int64_t num_keys = queries.visible()[queries.num_rows() - 1];
+    for (int64_t first = 0; first < num_keys; first += KeyTiles::kMaxKeys) {
+      pack_keys<T>(p, item, first, std::min(KeyTiles::kMaxKeys, num_keys - first), &keys);
+      keys.update_softmax(queries.rows(), queries.visible(), queries.num_rows(), states.data());
+    }
+    simd().finish_softmax(states.data(), queries.num_rows(), queries.lse());
+    queries.store_lse(item.first, lse);
+  });
+}
+
+template <typename T>
+void add_scores(const ScoreQueriesParams& p, const float* lse) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t queries_per_chunk = std::max<int64_t>(kChunkRows / group, 1);
+  std::vector<Item> items;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    for (int64_t head = 0; head < p.num_kv_heads; ++head) {
+      for (int64_t first = 0; first < p.seq_lens[row]; first += KeyTiles::kMaxKeys) {
+        items.push_back({row, head, first});
+      }
+    }
+  }
+  parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
+    const Item& item = items[i];
+    const int64_t num_queries = p.query_lens[item.row];
+    const int64_t seq_len = p.seq_lens[item.row];
+    const int64_t count = std::min(KeyTiles::kMaxKeys, seq_len - item.first);
+    std::vector<float> mass(KeyTiles::kMaxKeys, 0.0f);
+    // Queries before the first key see none of these keys.
+    const int64_t first_query = std::max<int64_t>(item.first - (seq_len - num_queries), 0);
+    if (first_query < num_queries) {
+      KeyTiles keys(p.head_size);
+      pack_keys<T>(p, item, item.first, count, &keys);
+      QueryRows<T> queries(p, item.row, item.head);
+      for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
+        queries.load(query, std::min(queries_per_chunk, num_queries - query));
+        queries.load_lse(query, lse);
+        keys.add_mass(queries.rows(), queries.visible(), queries.lse(), queries.num_rows(),
+                      mass.data());
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      const int64_t key = item.first + j;
+      const float mean = mass[j] / static_cast<float>(group);
+      float* score = p.scores.entry<float>(p.score_table, item.row, 0, item.head, key);
+      *score = key < p.accumulate_lens[item.row] ? *score + mean : mean;
+    }
+  });
+}
+
+}  // namespace
+
+void score_queries(const ScoreQueriesParams& p) {
+  check_indices(p);
+  dispatch_dtype(p.dtype, [&](auto element) {
+    using T = decltype(element);
+    if (p.lse != nullptr) {
+      add_scores<T>(p, p.lse);
+    } else {
+      std::vector<float> lse(p.num_tokens * p.num_heads);
+      compute_lse<T>(p, lse.data());
+      add_scores<T>(p, lse.data());
+    }
+  });
+}
+
+}  // namespace ems::cpu

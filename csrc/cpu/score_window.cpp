@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// One item per layer, row and kv_head: the few queries of the window against all live keys, twice
+// over the keys (softmax denominators, then column sums).
+
+#include <vector>
+
+#include "cpu/attention_mass.h"
+#include "cpu/index_checks.h"
+#include "cpu/parallel.h"
+#include "dispatch.h"
+#include "launchers.h"
+
+namespace ems::cpu {
+namespace {
+
+void check_indices(const ScoreWindowParams& p) {
+  const IndexChecks checks("score_window");
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
+    checks.in_range("ring_rows", row, p.ring_rows[row], 0, p.ring.num_ring_rows - 1);
+    checks.in_range("num_queries", row, p.num_queries[row], 0,
+                    std::min<int64_t>(p.ring.window, p.end_positions[row]));
+    checks.in_range("live_lens", row, p.live_lens[row], 0, max_keys);
+    checks.in_range("num_entries", row, p.num_entries[row], 0,
+                    std::min<int64_t>(p.live_lens[row], p.scores.length));
+    checks.entries("block_table", p.block_table, row, p.live_lens[row], p.key_cache);
+  }
+}
+
+template <typename T>
+void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t head) {
+  const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t num_entries = p.num_entries[row];
+  float* scores = p.scores.at(layer, row, head);
+  std::fill(scores, scores + p.scores.length, 0.0f);
+
+  const int64_t num_queries = std::min(p.num_queries[row], p.live_lens[row]);
+  const int64_t num_rows = num_queries * group;
+  if (num_rows == 0 || num_entries == 0) return;
+
+  std::vector<float> rows(num_rows * p.head_size);
+  std::vector<int64_t> visible(num_rows);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const int64_t age = i / group;
+    const int64_t place = (p.end_positions[row] - 1 - age) % p.ring.window;
+    const T* query = p.ring.at<const T>(layer, p.ring_rows[row], place, head * group + i % group);
+    convert(query, p.head_size, p.scale, rows.data() + i * p.head_size);
+    visible[i] = p.live_lens[row] - age;
+  }
+
+  KeyTiles keys(p.head_size);
+  const auto pack = [&](int64_t first, int64_t end) {
+    keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* out) {
+      const T* vector = p.key_cache.entry<const T>(p.block_table, row, layer, head, key);
+      convert(vector, p.head_size, 1.0f, out);
+    });
+  };
+
+  std::vector<SoftmaxState> states(num_rows);
+  simd().init_softmax(states.data(), num_rows);
+  for (int64_t first = 0; first < p.live_lens[row]; first += KeyTiles::kMaxKeys) {
+    pack(first, p.live_lens[row]);
+    keys.update_softmax(rows.data(), visible.data(), num_rows, states.data());
+  }
+  std::vector<float> lse(num_rows);
+  simd().finish_softmax(states.data(), num_rows, lse.data());
+
+  std::vector<float> mass(KeyTiles::kMaxKeys);
+  for (int64_t first = 0; first < num_entries; first += KeyTiles::kMaxKeys) {
+    pack(first, num_entries);
+    std::fill(mass.begin(), mass.end(), 0.0f);
+    keys.add_mass(rows.data(), visible.data(), lse.data(), num_rows, mass.data());
+    for (int64_t j = 0; j < keys.count(); ++j) {
+      scores[first + j] = mass[j] / static_cast<float>(group);
+    }
+  }
+}
+
+}  // namespace
+
+void score_window(const ScoreWindowParams& p) {
+  check_indices(p);
+  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
+  dispatch_dtype(p.dtype, [&](auto element) {
+    parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
+      const int64_t in_layer = item % heads_per_layer;
+      score_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,
+                                    in_layer % p.num_kv_heads);
+    });
+  });
+}
+
+}  // namespace ems::cpu

@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "cpu/simd.h"
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "build_config.h"
+
+namespace ems::cpu {
+
+namespace portable {
+extern const Simd kSimd;
+}
+#if EMS_X86_VARIANTS
+namespace avx2 {
+extern const Simd kSimd;
+}
+namespace avx512 {
+extern const Simd kSimd;
+}
+#endif
+
+namespace {
+
+bool is_wanted(const Simd& variant) {
+  const char* name = std::getenv("EMS_CPU_VARIANT");
+  return name == nullptr || name == std::string(variant.name);
+}
+
+const Simd& choose() {
+#if EMS_X86_VARIANTS
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("f16c");
+  if (has_avx512 && has_avx2 && is_wanted(avx512::kSimd)) return avx512::kSimd;
+  if (has_avx2 && is_wanted(avx2::kSimd)) return avx2::kSimd;
+#endif
+  if (is_wanted(portable::kSimd)) return portable::kSimd;
+  throw std::runtime_error(std::string("EMS_CPU_VARIANT=") + std::getenv("EMS_CPU_VARIANT") +
+                           " names no variant that this build has and this processor runs; "
+                           "unset it to use the best one");
+}
+
+}  // namespace
+
+const Simd& simd() {
+  static const Simd& chosen = choose();
+  return chosen;
+}
+
+}  // namespace ems::cpu

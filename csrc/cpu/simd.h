@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "ems/numeric.h"
+
+// The inner loops of the CPU kernels, compiled once per instruction set and chosen at run time.
+namespace ems::cpu {
+
+// Keys are multiplied in tiles of this many, stored transposed: [head_size][kTileKeys].
+constexpr int64_t kTileKeys = 64;
+
+// Softmax state per query: a maximum and a sum for each SIMD lane, so that no lane waits for another
+// before the end.
+constexpr int64_t kMaxLanes = 16;
+struct SoftmaxState {
+  float max[kMaxLanes];
+  float sum[kMaxLanes];
+};
+
+struct Simd {
+  const char* name;
+
+  // out[i] = factor * in[i].
+  void (*convert_float32)(const float* in, int64_t length, float factor, float* out);
+  void (*convert_bfloat16)(const BFloat16* in, int64_t length, float factor, float* out);
+  void (*convert_float16)(const Float16* in, int64_t length, float factor, float* out);
+
+  float (*dot)(const float* a, const float* b, int64_t length);
+
+  // Transposes keys [kTileKeys][head_size] to tile [head_size][kTileKeys].
+  void (*transpose)(const float* keys, int64_t head_size, float* tile);
+
+  // products[i][j] = rows[i] . key j, as [num_rows][kTileKeys]. The sum runs over the head size in
+  // order, wherever in the tile a key lies: equal keys give equal products.
+  void (*multiply)(const float* rows, int64_t num_rows, int64_t head_size, const float* tile,
+                   float* products);
+
+  // Take the first visible[i] logits of row i (all, or none, when it is beyond the tile) into the
+  // state of its softmax. Overwrites hidden logits.
+  void (*init_softmax)(SoftmaxState* states, int64_t num_rows);
+  void (*update_softmax)(float* logits, const int64_t* visible, int64_t num_rows,
+                         SoftmaxState* states);
+  // lse[i] = log of the sum of exponentials; -inf for a row that saw nothing.
+  void (*finish_softmax)(const SoftmaxState* states, int64_t num_rows, float* lse);
+
+  // mass[j] += sum over rows of exp(logit[i][j] - lse[i]), over the first visible[i] keys of row i.
+  // Overwrites hidden logits.
+  void (*add_mass)(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+                   float* mass);
+};
+
+// The best variant this processor runs, or the one named by EMS_CPU_VARIANT. Fixed at first use.
+const Simd& simd();
+
+inline void convert(const float* in, int64_t length, float factor, float* out) {
+  simd().convert_float32(in, length, factor, out);
+}
+inline void convert(const BFloat16* in, int64_t length, float factor, float* out) {
+  simd().convert_bfloat16(in, length, factor, out);
+}
+inline void convert(const Float16* in, int64_t length, float factor, float* out) {
+  simd().convert_float16(in, length, factor, out);
+}
+
+}  // namespace ems::cpu

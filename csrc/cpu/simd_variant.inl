@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// One variant of ems::cpu::Simd. The including file has set the target, included <cmath>,
+// <limits> and "cpu/simd.h" before that (so that nothing shared with other files is compiled for
+// it), and defined
+//   EMS_VARIANT  name of the variant's namespace
+//   EMS_LANES    floats per vector register, at most kMaxLanes
+//   EMS_ROWS     rows of a register tile; EMS_ROWS * 2 accumulators must fit the register file
+
+namespace ems::cpu {
+namespace EMS_VARIANT {
+namespace {
+
+constexpr int64_t kLanes = EMS_LANES;
+constexpr int64_t kVectors = kTileKeys / kLanes;
+static_assert(kLanes <= kMaxLanes && kVectors % 2 == 0);
+
+// The alignment and aliasing of a float, so that any float pointer may be read as a vector.
+typedef float Vec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
+
+constexpr float kHidden = -std::numeric_limits<float>::infinity();
+// Below every logit, yet finite: the difference of two maxima must not be inf - inf.
+constexpr float kNoMax = -1e30f;
+
+inline Vec splat(float value) { return Vec{} + value; }
+
+inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
+
+// exp with a relative error below 2 ulp; 0 below the range of normal floats, inf never.
+inline Vec exp(Vec x) {
+  const float low = -87.3f, high = 88.0f;
+  const IntVec underflow = x < low;
+  x = x < low ? splat(low) : x;
+  x = x > high ? splat(high) : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+  const float round = 12582912.0f;
+  const Vec shifted = x * 1.44269504f + round;
+  const Vec n = shifted - round;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  const IntVec power = ((IntVec)shifted << 23) + (127 << 23);
+  return (Vec)((IntVec)(p * (Vec)power) & ~underflow);
+}
+
+template <typename T>
+void convert(const T* in, int64_t length, float factor, float* out) {
+  for (int64_t i = 0; i < length; ++i) out[i] = factor * to_float(in[i]);
+}
+
+float dot(const float* a, const float* b, int64_t length) {
+  Vec sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) sums += *(const Vec*)(a + i) * *(const Vec*)(b + i);
+  float sum = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  for (; i < length; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void transpose(const float* keys, int64_t head_size, float* tile) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t d0 = 0; d0 < head_size; d0 += kBlock) {
+    const int64_t d1 = d0 + kBlock < head_size ? d0 + kBlock : head_size;
+    for (int64_t key = 0; key < kTileKeys; ++key) {
+      for (int64_t d = d0; d < d1; ++d) tile[d * kTileKeys + key] = keys[key * head_size + d];
+    }
+  }
+}
+
+// NUM_ROWS rows times two vectors of keys, held in registers.
+template <int NUM_ROWS>
+inline void multiply_tile(const float* rows, int64_t head_size, const float* tile,
+                          float* products) {
+  Vec left[NUM_ROWS] = {}, right[NUM_ROWS] = {};
+  for (int64_t d = 0; d < head_size; ++d) {
+    const Vec key_left = *(const Vec*)(tile + d * kTileKeys);
+    const Vec key_right = *(const Vec*)(tile + d * kTileKeys + kLanes);
+    for (int i = 0; i < NUM_ROWS; ++i) {
+      left[i] += rows[i * head_size + d] * key_left;
+      right[i] += rows[i * head_size + d] * key_right;
+    }
+  }
+  for (int i = 0; i < NUM_ROWS; ++i) {
+    *(Vec*)(products + i * kTileKeys) = left[i];
+    *(Vec*)(products + i * kTileKeys + kLanes) = right[i];
+  }
+}
+
+template <int NUM_ROWS>
+inline void multiply_rows(const float* rows, int64_t head_size, const float* tile,
+                          float* products) {
+  for (int64_t key = 0; key < kTileKeys; key += 2 * kLanes) {
+    multiply_tile<NUM_ROWS>(rows, head_size, tile + key, products + key);
+  }
+}
+
+void multiply(const float* rows, int64_t num_rows, int64_t head_size, const float* tile,
+              float* products) {
+  int64_t i = 0;
+  for (; i + EMS_ROWS <= num_rows; i += EMS_ROWS) {
+    multiply_rows<EMS_ROWS>(rows + i * head_size, head_size, tile, products + i * kTileKeys);
+  }
+  for (; i + 2 <= num_rows; i += 2) {
+    multiply_rows<2>(rows + i * head_size, head_size, tile, products + i * kTileKeys);
+  }
+  if (i < num_rows) {
+    multiply_rows<1>(rows + i * head_size, head_size, tile, products + i * kTileKeys);
+  }
+}
+
+void hide(float* logits, int64_t visible) {
+  for (int64_t key = visible; key < kTileKeys; ++key) logits[key] = kHidden;
+}
+
+void init_softmax(SoftmaxState* states, int64_t num_rows) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      states[i].max[lane] = kNoMax;
+      states[i].sum[lane] = 0;
+    }
+  }
+}
+
+void update_softmax(float* logits, const int64_t* visible, int64_t num_rows,
+                    SoftmaxState* states) {
+  for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
+    if (visible[i] <= 0) continue;
+    hide(logits, visible[i]);
+    const Vec* row = (const Vec*)logits;
+    const Vec old_max = *(const Vec*)states[i].max;
+    Vec max = old_max;
+    for (int64_t v = 0; v < kVectors; ++v) max = maximum(max, row[v]);
+    Vec sum = *(const Vec*)states[i].sum * exp(old_max - max);
+    for (int64_t v = 0; v < kVectors; ++v) sum += exp(row[v] - max);
+    *(Vec*)states[i].max = max;
+    *(Vec*)states[i].sum = sum;
+  }
+}
+
+void finish_softmax(const SoftmaxState* states, int64_t num_rows, float* lse) {
+  for (int64_t i = 0; i < num_rows; ++i) {
+    float max = kNoMax;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (states[i].max[lane] > max) max = states[i].max[lane];
+    }
+    const Vec sums = *(const Vec*)states[i].sum * exp(*(const Vec*)states[i].max - max);
+    float sum = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+    lse[i] = max + std::log(sum);
+  }
+}
+
+void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+              float* mass) {
+  Vec sums[kVectors] = {};
+  for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
+    if (visible[i] <= 0) continue;
+    hide(logits, visible[i]);
+    for (int64_t v = 0; v < kVectors; ++v) sums[v] += exp(((const Vec*)logits)[v] - lse[i]);
+  }
+  for (int64_t v = 0; v < kVectors; ++v) ((Vec*)mass)[v] += sums[v];
+}
+
+}  // namespace
+
+extern const Simd kSimd;
+const Simd kSimd = {
+    EMS_VARIANT_NAME, convert<float>, convert<BFloat16>, convert<Float16>, dot,
+    transpose,        multiply,       init_softmax,      update_softmax,   finish_softmax,
+    add_mass};
+
+}  // namespace EMS_VARIANT
+}  // namespace ems::cpu

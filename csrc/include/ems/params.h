@@ -1,0 +1,124 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "ems/paged_kv.h"
+
+// Arguments of every operator, checked and without torch types. What they mean is documented at the
+// public function of the same name in ems_vllm/ops/__init__.py.
+namespace ems {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct ScoreQueriesParams {
+  DType dtype;  // of query and key_cache
+  int64_t num_rows;
+  int64_t num_tokens;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  float scale;
+  TokenHeads query;                // [num_tokens, num_heads, head_size] dtype
+  PagedTensor key_cache;           // [num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;          // [num_rows, num_columns] int32
+  const int32_t* query_starts;     // [num_rows] int32
+  const int32_t* query_lens;       // [num_rows] int32
+  const int32_t* seq_lens;         // [num_rows] int32
+  const int32_t* accumulate_lens;  // [num_rows] int32
+  BlockTable score_table;          // [num_rows, num_score_columns] int32
+  const float* lse;                // [num_tokens, num_heads] float32, contiguous, may be nullptr
+  PagedTensor scores;              // [num_pages, num_kv_heads, block_size] float32
+};
+
+struct ScoreWindowParams {
+  DType dtype;  // of ring and key_cache
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_heads;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  float scale;
+  QueryRing ring;                // [num_layers, num_ring_rows, window, num_heads, head_size] dtype
+  const int32_t* ring_rows;      // [num_rows] int32
+  const int32_t* num_queries;    // [num_rows] int32
+  const int32_t* end_positions;  // [num_rows] int32
+  PagedTensor key_cache;         // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;        // [num_rows, num_columns] int32
+  const int32_t* live_lens;      // [num_rows] int32
+  const int32_t* num_entries;    // [num_rows] int32
+  HeadRows<float> scores;        // [num_layers, num_rows, num_kv_heads, max_entries] float32
+};
+
+struct RecordQueriesParams {
+  DType dtype;  // of query and ring
+  int64_t num_tokens;
+  int64_t num_heads;
+  int64_t head_size;
+  TokenHeads query;           // [num_tokens, num_heads, head_size] dtype
+  const int64_t* ring_slots;  // [num_tokens] int64
+  QueryRing ring;             // [1, num_ring_rows, window, num_heads, head_size] dtype
+};
+
+struct SelectEntriesParams {
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  double mass_limit;
+  HeadRows<const float> scores;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  const int32_t* num_entries;    // [num_rows] int32
+  const int32_t* budgets;        // [num_rows] int32
+  const int32_t* num_protected;  // [num_rows] int32
+  const int32_t* merge_limits;   // [num_rows] int32
+  HeadRows<int32_t> kept_idx;    // [num_layers, num_rows, num_kv_heads, max_budget] int32
+  HeadRows<int32_t> merge_idx;   // [num_layers, num_rows, num_kv_heads, max_merges] int32
+};
+
+struct AssignClassesParams {
+  DType dtype;  // of both caches
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  float similarity_threshold;
+  PagedTensor key_cache;    // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor value_cache;  // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;   // [num_rows, num_columns] int32
+  HeadRows<const int32_t> kept_idx;   // [num_layers, num_rows, num_kv_heads, max_budget] int32
+  HeadRows<const int32_t> merge_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32
+  const int32_t* budgets;             // [num_rows] int32
+  const int32_t* num_protected;       // [num_rows] int32
+  HeadRows<int32_t> class_idx;        // [num_layers, num_rows, num_kv_heads, max_merges] int32
+};
+
+struct MergeCompactParams {
+  DType dtype;  // of both caches
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  PagedTensor key_cache;     // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor value_cache;   // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor paged_scores;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
+  HeadRows<const float> weights;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  HeadRows<const float> carry;  // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
+  BlockTable block_table;       // [num_rows, num_columns] int32
+  HeadRows<const int32_t> kept_idx;   // [num_layers, num_rows, num_kv_heads, max_budget] int32
+  HeadRows<const int32_t> merge_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32
+  HeadRows<const int32_t> class_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32
+  const int32_t* budgets;             // [num_rows] int32
+  const int32_t* target_columns;      // [num_rows] int32
+};
+
+struct PlanMetadataParams {
+  int64_t num_rows;
+  int64_t block_size;
+  BlockTable block_table;        // [num_rows, num_columns] int32
+  const int32_t* seq_lens;       // [num_rows] int32
+  const int32_t* first_columns;  // [num_rows] int32
+  int32_t* out_block_table;      // [num_rows, num_columns] int32
+  int64_t out_row_stride;
+  int32_t* out_seq_lens;  // [num_rows] int32
+};
+
+}  // namespace ems

@@ -1,0 +1,116 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+
+#include "ems/macros.h"
+
+// When a request is compacted, and into which block-table columns.
+//
+// The plan is a pure function of the prompt length, the number of processed tokens and the
+// configuration. The scheduler and every worker evaluate it on their own and agree, so nothing about
+// compression has to be sent between them.
+//
+// Columns of a request with n processed tokens (one column per block_size positions):
+//
+//     0 ......... first-1 | first ........ tail-1 | tail ......... n / block_size
+//     freed               | budget_blocks columns | the newest tokens, as they were computed
+//
+// tail moves in steps of recompress_interval from a start that depends on the prompt alone, so both
+// columns never go back.
+namespace ems {
+
+constexpr int64_t kNoLimit = -1;
+
+struct PlanParams {
+  int64_t prompt_len;
+  int64_t block_size;           // >= 1
+  int64_t budget_blocks;        // 0: the request is never compressed
+  int64_t recent_window;        // newest tokens that are never compressed
+  int64_t recompress_interval;  // tokens, a multiple of block_size; 0: not while decoding
+  int64_t min_blocks_saved;     // >= 1; a first compaction that frees less is not worth its loss
+};
+
+struct Columns {
+  int64_t first;  // 0: nothing has been compressed
+  int64_t tail;
+};
+
+EMS_HOST_DEVICE constexpr bool operator==(const Columns& a, const Columns& b) {
+  return a.first == b.first && a.tail == b.tail;
+}
+
+EMS_HOST_DEVICE constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
+  return (numerator + denominator - 1) / denominator;
+}
+
+// The tail column at the end of the prompt: whole blocks that lie before the recent window.
+EMS_HOST_DEVICE constexpr int64_t prompt_tail(const PlanParams& p) {
+  return p.prompt_len > p.recent_window ? (p.prompt_len - p.recent_window) / p.block_size : 0;
+}
+
+EMS_HOST_DEVICE constexpr bool compresses_prompt(const PlanParams& p) {
+  return p.budget_blocks > 0 && prompt_tail(p) - p.budget_blocks >= p.min_blocks_saved;
+}
+
+EMS_HOST_DEVICE constexpr bool may_compress(const PlanParams& p) {
+  return compresses_prompt(p) || (p.budget_blocks > 0 && p.recompress_interval > 0);
+}
+
+// The smallest first column that a compaction of a prompt too short to compress may have. Blocks of
+// such a prompt are shared through the prefix cache, so its targets must lie beyond the prompt.
+EMS_HOST_DEVICE constexpr int64_t min_late_first(const PlanParams& p) {
+  const int64_t prompt_columns = ceil_div(p.prompt_len, p.block_size);
+  return prompt_columns > p.min_blocks_saved ? prompt_columns : p.min_blocks_saved;
+}
+
+// Completed recompression intervals since the end of the prompt.
+EMS_HOST_DEVICE constexpr int64_t num_recompressions(const PlanParams& p, int64_t num_processed) {
+  if (p.recompress_interval == 0) return 0;
+  const int64_t beyond = num_processed - p.recent_window - prompt_tail(p) * p.block_size;
+  return beyond > 0 ? beyond / p.recompress_interval : 0;
+}
+
+// Columns that hold before a step that starts with num_processed tokens runs its forward pass.
+EMS_HOST_DEVICE constexpr Columns columns_at(const PlanParams& p, int64_t num_processed) {
+  if (p.budget_blocks == 0 || num_processed < p.prompt_len) return {0, 0};
+  const int64_t steps = num_recompressions(p, num_processed);
+  const int64_t tail = prompt_tail(p) + steps * (p.recompress_interval / p.block_size);
+  const int64_t first = tail - p.budget_blocks;
+  if (compresses_prompt(p)) return {first, tail};
+  if (steps >= 1 && first >= min_late_first(p)) return {first, tail};
+  return {0, 0};
+}
+
+// Leading tokens that may be shared with other requests: the longest prefix-cache hit that may be
+// taken, and the columns that may be hashed while the request runs. kNoLimit when it is never
+// compressed.
+EMS_HOST_DEVICE constexpr int64_t max_shared_tokens(const PlanParams& p) {
+  if (compresses_prompt(p)) return (prompt_tail(p) - p.budget_blocks) * p.block_size;
+  if (may_compress(p)) return p.prompt_len / p.block_size * p.block_size;
+  return kNoLimit;
+}
+
+// Upper bound of the columns a decoding request holds: those of num_processed tokens and the next
+// one, less what the step before gave back. The step that compacts may still be running, so the
+// columns it gives back still count.
+EMS_HOST_DEVICE constexpr int64_t max_live_columns(const PlanParams& p, int64_t num_processed) {
+  const int64_t held = num_processed / p.block_size + 1;
+  return num_processed == 0 ? held : held - columns_at(p, num_processed - 1).first;
+}
+
+// The smallest number of processed tokens above num_processed at which columns_at changes, or
+// kNoLimit when it never does.
+EMS_HOST_DEVICE constexpr int64_t next_compaction(const PlanParams& p, int64_t num_processed) {
+  if (compresses_prompt(p) && num_processed < p.prompt_len) return p.prompt_len;
+  if (!may_compress(p) || p.recompress_interval == 0) return kNoLimit;
+  int64_t steps = num_recompressions(p, num_processed) + 1;
+  if (!compresses_prompt(p)) {
+    const int64_t missing = min_late_first(p) + p.budget_blocks - prompt_tail(p);
+    const int64_t first_steps = ceil_div(missing, p.recompress_interval / p.block_size);
+    steps = steps > first_steps ? steps : first_steps;
+  }
+  return p.recent_window + prompt_tail(p) * p.block_size + steps * p.recompress_interval;
+}
+
+}  // namespace ems

@@ -1,0 +1,51 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "checks.h"
+#include "launchers.h"
+#include "ops.h"
+
+namespace ems {
+
+void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
+                   const std::optional<Tensor>& paged_scores, const Tensor& weights,
+                   const std::optional<Tensor>& carry, const Tensor& block_table,
+                   const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
+                   const Tensor& budgets, const Tensor& target_columns) {
+  const ArgumentChecks checks("merge_compact", key_cache);
+  MergeCompactParams p{};
+  p.dtype = checks.float_dtype("key_cache", key_cache);
+  const ScalarType dtype = key_cache.scalar_type();
+  p.key_cache = checks.cache("key_cache", key_cache, dtype, {kAny, kAny, kAny, kAny, kAny});
+  p.num_layers = key_cache.size(0);
+  p.num_kv_heads = key_cache.size(2);
+  p.head_size = key_cache.size(4);
+  p.value_cache = checks.cache("value_cache", value_cache, dtype,
+                               {p.num_layers, p.key_cache.num_blocks, p.num_kv_heads,
+                                p.key_cache.block_size, p.head_size});
+
+  p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
+  p.block_table = checks.block_table("block_table", block_table, p.num_rows);
+  p.weights = checks.head_rows<const float>("weights", weights, ScalarType::Float, p.num_layers,
+                                            p.num_rows, p.num_kv_heads);
+  checks.require(paged_scores.has_value() == carry.has_value(),
+                 "paged_scores and carry must be given together or not at all");
+  if (paged_scores.has_value()) {
+    p.paged_scores = checks.scores("paged_scores", *paged_scores,
+                                   {p.num_layers, kAny, p.num_kv_heads, p.key_cache.block_size});
+    p.carry = checks.head_rows<const float>("carry", *carry, ScalarType::Float, p.num_layers,
+                                            p.num_rows, p.num_kv_heads);
+    checks.same_length("carry", *carry, "weights", weights);
+  }
+  p.kept_idx = checks.head_rows<const int32_t>("kept_idx", kept_idx, ScalarType::Int, p.num_layers,
+                                               p.num_rows, p.num_kv_heads);
+  p.merge_idx = checks.head_rows<const int32_t>("merge_idx", merge_idx, ScalarType::Int,
+                                                p.num_layers, p.num_rows, p.num_kv_heads);
+  p.class_idx = checks.head_rows<const int32_t>("class_idx", class_idx, ScalarType::Int,
+                                                p.num_layers, p.num_rows, p.num_kv_heads);
+  checks.same_length("class_idx", class_idx, "merge_idx", merge_idx);
+  p.budgets = checks.row_values("budgets", budgets, p.num_rows);
+  p.target_columns = checks.row_values("target_columns", target_columns, p.num_rows);
+  cpu::merge_compact(p);
+}
+
+}  // namespace ems

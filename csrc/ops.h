@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+
+// The operators as torch calls them: each checks its tensors, fills the params struct and launches
+// the kernel of the device. Shapes are in ems/params.h.
+namespace ems {
+
+using torch::stable::Tensor;
+
+void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& block_table,
+                   const Tensor& query_starts, const Tensor& query_lens, const Tensor& seq_lens,
+                   const Tensor& accumulate_lens, const Tensor& score_table,
+                   const std::optional<Tensor>& lse, double scale, const Tensor& scores);
+
+void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
+                  const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,
+                  const Tensor& live_lens, const Tensor& num_entries, double scale,
+                  const Tensor& scores);
+
+void record_queries(const Tensor& query, const Tensor& ring_slots, const Tensor& ring);
+
+void select_entries(const Tensor& scores, const Tensor& num_entries, const Tensor& budgets,
+                    const Tensor& num_protected, const Tensor& merge_limits, double mass_limit,
+                    const Tensor& kept_idx, const Tensor& merge_idx);
+
+void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Tensor& block_table,
+                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& budgets,
+                    const Tensor& num_protected, double similarity_threshold,
+                    const Tensor& class_idx);
+
+void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
+                   const std::optional<Tensor>& paged_scores, const Tensor& weights,
+                   const std::optional<Tensor>& carry, const Tensor& block_table,
+                   const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
+                   const Tensor& budgets, const Tensor& target_columns);
+
+void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tensor& first_columns,
+                   int64_t block_size, const Tensor& out_block_table, const Tensor& out_seq_lens);
+
+}  // namespace ems

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "checks.h"
+#include "launchers.h"
+#include "ops.h"
+
+namespace ems {
+
+void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& block_table,
+                   const Tensor& query_starts, const Tensor& query_lens, const Tensor& seq_lens,
+                   const Tensor& accumulate_lens, const Tensor& score_table,
+                   const std::optional<Tensor>& lse, double scale, const Tensor& scores) {
+  const ArgumentChecks checks("score_queries", query);
+  ScoreQueriesParams p{};
+  p.dtype = checks.float_dtype("query", query);
+  const ScalarType dtype = query.scalar_type();
+  checks.tensor("query", query, dtype, {kAny, kAny, kAny});
+  p.num_tokens = query.size(0);
+  p.num_heads = query.size(1);
+  p.head_size = query.size(2);
+  p.query = {query.mutable_data_ptr(), query.stride(0), query.stride(1)};
+
+  p.key_cache = checks.cache("key_cache", key_cache, dtype, {kAny, kAny, kAny, p.head_size});
+  p.num_kv_heads = key_cache.size(1);
+  checks.head_groups(p.num_heads, p.num_kv_heads);
+
+  p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
+  p.block_table = checks.block_table("block_table", block_table, p.num_rows);
+  p.query_starts = checks.row_values("query_starts", query_starts, p.num_rows);
+  p.query_lens = checks.row_values("query_lens", query_lens, p.num_rows);
+  p.seq_lens = checks.row_values("seq_lens", seq_lens, p.num_rows);
+  p.accumulate_lens = checks.row_values("accumulate_lens", accumulate_lens, p.num_rows);
+  p.score_table = checks.block_table("score_table", score_table, p.num_rows);
+  if (lse.has_value()) {
+    checks.tensor("lse", *lse, ScalarType::Float, {p.num_tokens, p.num_heads});
+    checks.require(lse->is_contiguous(), "lse must be contiguous");
+    p.lse = static_cast<const float*>(lse->const_data_ptr());
+  }
+  p.scale = static_cast<float>(scale);
+  p.scores = checks.scores("scores", scores, {kAny, p.num_kv_heads, p.key_cache.block_size});
+  cpu::score_queries(p);
+}
+
+}  // namespace ems

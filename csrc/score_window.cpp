@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "checks.h"
+#include "launchers.h"
+#include "ops.h"
+
+namespace ems {
+
+void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
+                  const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,
+                  const Tensor& live_lens, const Tensor& num_entries, double scale,
+                  const Tensor& scores) {
+  const ArgumentChecks checks("score_window", ring);
+  ScoreWindowParams p{};
+  p.dtype = checks.float_dtype("ring", ring);
+  const ScalarType dtype = ring.scalar_type();
+  checks.tensor("ring", ring, dtype, {kAny, kAny, kAny, kAny, kAny});
+  p.num_layers = ring.size(0);
+  p.num_heads = ring.size(3);
+  p.head_size = ring.size(4);
+  p.ring = {ring.mutable_data_ptr(), ring.size(1),   ring.size(2),  ring.stride(0),
+            ring.stride(1),          ring.stride(2), ring.stride(3)};
+
+  p.key_cache =
+      checks.cache("key_cache", key_cache, dtype, {p.num_layers, kAny, kAny, kAny, p.head_size});
+  p.num_kv_heads = key_cache.size(2);
+  checks.head_groups(p.num_heads, p.num_kv_heads);
+
+  p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
+  p.block_table = checks.block_table("block_table", block_table, p.num_rows);
+  p.ring_rows = checks.row_values("ring_rows", ring_rows, p.num_rows);
+  p.num_queries = checks.row_values("num_queries", num_queries, p.num_rows);
+  p.end_positions = checks.row_values("end_positions", end_positions, p.num_rows);
+  p.live_lens = checks.row_values("live_lens", live_lens, p.num_rows);
+  p.num_entries = checks.row_values("num_entries", num_entries, p.num_rows);
+  p.scale = static_cast<float>(scale);
+  p.scores = checks.head_rows<float>("scores", scores, ScalarType::Float, p.num_layers, p.num_rows,
+                                     p.num_kv_heads);
+  cpu::score_window(p);
+}
+
+}  // namespace ems

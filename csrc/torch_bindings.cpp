@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+
+// Schemas of torch.ops.ems_vllm and their implementations. The shapes are in ems/params.h.
+
+#include <torch/csrc/stable/library.h>
+
+#include "ops.h"
+
+STABLE_TORCH_LIBRARY(ems_vllm, m) {
+  // Adds the attention a batch of queries pays to every key to paged scores.
+  m.def(
+      "score_queries(Tensor query, Tensor key_cache, Tensor block_table, Tensor query_starts, "
+      "Tensor query_lens, Tensor seq_lens, Tensor accumulate_lens, Tensor score_table, "
+      "Tensor? lse, float scale, Tensor(a!) scores) -> ()");
+
+  // Scores entries by the attention of the last queries.
+  m.def(
+      "score_window(Tensor ring, Tensor ring_rows, Tensor num_queries, Tensor end_positions, "
+      "Tensor key_cache, Tensor block_table, Tensor live_lens, Tensor num_entries, float scale, "
+      "Tensor(a!) scores) -> ()");
+
+  // Copies queries into the ring of the last queries.
+  m.def("record_queries(Tensor query, Tensor ring_slots, Tensor(a!) ring) -> ()");
+
+  // Splits the entries of every kv_head into kept, to be merged, and dropped.
+  m.def(
+      "select_entries(Tensor scores, Tensor num_entries, Tensor budgets, Tensor num_protected, "
+      "Tensor merge_limits, float mass_limit, Tensor(a!) kept_idx, Tensor(b!) merge_idx) -> ()");
+
+  // Finds the kept entry that an entry to be merged is most redundant with.
+  m.def(
+      "assign_classes(Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor kept_idx, "
+      "Tensor merge_idx, Tensor budgets, Tensor num_protected, float similarity_threshold, "
+      "Tensor(a!) class_idx) -> ()");
+
+  // Merges every class and writes it to the target columns.
+  m.def(
+      "merge_compact(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? paged_scores, "
+      "Tensor weights, Tensor? carry, Tensor block_table, Tensor kept_idx, Tensor merge_idx, "
+      "Tensor class_idx, Tensor budgets, Tensor target_columns) -> ()");
+
+  // Shifts block tables and sequence lengths past the columns that were given back.
+  m.def(
+      "plan_metadata(Tensor block_table, Tensor seq_lens, Tensor first_columns, int block_size, "
+      "Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ems_vllm, CPU, m) {
+  m.impl("score_queries", TORCH_BOX(&ems::score_queries));
+  m.impl("score_window", TORCH_BOX(&ems::score_window));
+  m.impl("record_queries", TORCH_BOX(&ems::record_queries));
+  m.impl("select_entries", TORCH_BOX(&ems::select_entries));
+  m.impl("assign_classes", TORCH_BOX(&ems::assign_classes));
+  m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));
+  m.impl("plan_metadata", TORCH_BOX(&ems::plan_metadata));
+}

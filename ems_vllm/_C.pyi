@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the compiled module; csrc/python_bindings.cpp and csrc/include/ems/plan.h define it."""
+
+from typing import final
+
+def build_info() -> dict[str, object]: ...
+@final
+class CompressionPlan:
+    """When a request is compacted, and into which block-table columns.
+
+    Immutable, hashable and picklable. A pure function of its arguments: the scheduler and every
+    worker evaluate it on their own and agree.
+
+    Args:
+        prompt_len: tokens of the prompt, also after a preemption.
+        block_size: tokens per block, >= 1.
+        budget_blocks: blocks that the compressed part occupies; 0 for a request that is never
+            compressed.
+        recent_window: newest tokens that are never compressed.
+        recompress_interval: tokens between two compactions while decoding, a multiple of
+            block_size; 0 compresses the prompt only.
+        min_blocks_saved: a first compaction that frees fewer blocks is skipped, >= 1.
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+
+    def __init__(
+        self,
+        *,
+        prompt_len: int,
+        block_size: int,
+        budget_blocks: int,
+        recent_window: int,
+        recompress_interval: int,
+        min_blocks_saved: int,
+    ) -> None: ...
+    @property
+    def prompt_len(self) -> int: ...
+    @property
+    def block_size(self) -> int: ...
+    @property
+    def budget_blocks(self) -> int: ...
+    @property
+    def recent_window(self) -> int: ...
+    @property
+    def recompress_interval(self) -> int: ...
+    @property
+    def min_blocks_saved(self) -> int: ...
+    @property
+    def compresses_prompt(self) -> bool:
+        """Whether the first compaction comes at the end of the prompt."""
+
+    @property
+    def may_compress(self) -> bool:
+        """Whether the request is compacted, now or if it grows long enough."""
+
+    @property
+    def max_shared_tokens(self) -> int | None:
+        """Leading tokens that may be shared with other requests; None for no limit.
+
+        The longest prefix-cache hit that may be taken, and the columns that may be hashed while
+        the request runs.
+        """
+
+    def columns(self, num_processed: int) -> tuple[int, int]:
+        """(first, tail) before the forward pass of a step that starts with num_processed tokens.
+
+        Compressed entries are in columns first..tail-1, columns before first are free. (0, 0):
+        nothing has been compressed.
+        """
+
+    def max_live_columns(self, num_processed: int) -> int:
+        """Upper bound of the columns a request that decodes token by token holds.
+
+        Counts the slot of the next token, and the columns that the compaction of a step still
+        running is about to give back.
+        """
+
+    def next_compaction(self, num_processed: int) -> int | None:
+        """The smallest count above num_processed at which columns() changes; None for never."""
+
+    def __eq__(self, other: object) -> bool: ...
+    def __hash__(self) -> int: ...

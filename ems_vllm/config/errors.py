@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a validation failure into one sentence that names the key, the value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class ConfigError(ValueError):
+    """A setting of this package is wrong; the message is meant for the operator as it stands."""
+
+
+def unknown_key(prefix: str, key: str, value: Any, allowed: Iterable[str]) -> ConfigError:
+    """The error for a key that does not exist."""
+    allowed = sorted(allowed)
+    near = difflib.get_close_matches(key, allowed, n=1)
+    remedy = f"use {near[0]!r}" if near else f"use one of {', '.join(allowed)}"
+    return ConfigError(f"{prefix}{key}={value!r} is not a setting: {remedy}.")
+
+
+def from_pydantic(error: ValidationError, prefix: str, allowed: Iterable[str]) -> ConfigError:
+    """The first failure of a pydantic validation as a ConfigError."""
+    first = error.errors(include_url=False)[0]
+    path = [str(part) for part in first["loc"]]
+    if first["type"] == "extra_forbidden":
+        at = ".".join(path[:-1])
+        inner = f"{prefix}{at}." if at else prefix
+        return unknown_key(inner, path[-1], first["input"], allowed if not at else ())
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, ConfigError):
+        return cause
+    message = first["msg"].removeprefix("Value error, ")
+    if not path:
+        return ConfigError(f"{prefix.rstrip('.')}: {message}.")
+    value = first["input"]
+    return ConfigError(f"{prefix}{'.'.join(path)}={value!r} is not allowed: {_lower(message)}.")
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds recipes: the YAML files of `configs/policies/`, or a file of the operator's own."""
+
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ems_vllm.config.errors import ConfigError
+
+OFF = "off"
+
+
+def _folder() -> Any:
+    return resources.files("ems_vllm.configs") / "policies"
+
+
+def names() -> list[str]:
+    """Names of the recipes that ship with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in _folder().iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load(recipe: str) -> dict[str, Any]:
+    """The settings of a recipe.
+
+    Args:
+        recipe: A shipped name, or the path of a YAML file.
+
+    Raises:
+        ConfigError: there is no such recipe, or the file does not hold a mapping.
+    """
+    if recipe in names():
+        text = (_folder() / f"{recipe}.yaml").read_text(encoding="utf-8")
+        return {"recipe": recipe, **_mapping(text, recipe)}
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml"):
+        return {"recipe": path.stem, **read_file(path, "kv_compression")}
+    raise ConfigError(
+        f"kv_compression={recipe!r} is not a recipe: use {OFF}, {', '.join(names())}, "
+        "or the path of a .yaml file."
+    )
+
+
+def read_file(path: Path, key: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `key` names the setting that pointed to it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"{key}={str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file."
+        ) from None
+    return _mapping(text, str(path))
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" (line {where.line + 1})" if where else ""
+        raise ConfigError(f"{source} is not valid YAML{line}: correct the file.") from None
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} holds a {type(data).__name__}: write a mapping of settings.")
+    return data

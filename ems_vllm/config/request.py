@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What one request may ask for through `vllm_xargs`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ems_vllm.config.errors import ConfigError
+from ems_vllm.plan import PlanSettings
+
+KEYS = ("kv_compression", "kv_budget", "kv_ratio")
+# Arguments that start like ours but are not ours are typing errors, not somebody else's.
+_OURS = "kv_"
+
+
+@dataclass(frozen=True)
+class RequestOptions:
+    """Compression settings of one request.
+
+    Attributes:
+        enabled: False keeps the request's whole cache.
+        budget: Entries kept per kv_head, at most the server's; None: the server's.
+        ratio: Fraction of the prompt kept, at most the server's; None: the server's.
+    """
+
+    enabled: bool = True
+    budget: int | None = None
+    ratio: float | None = None
+
+    @classmethod
+    def parse(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
+        """Read `SamplingParams.extra_args`; keys of other extensions are left alone.
+
+        Raises:
+            ConfigError: with the key, the value and what is allowed.
+        """
+        if not extra_args:
+            return cls()
+        for key, value in extra_args.items():
+            if isinstance(key, str) and key.startswith(_OURS) and key not in KEYS:
+                if key == "kv_transfer_params":
+                    continue
+                raise ConfigError(
+                    f"vllm_xargs.{key}={value!r} is not a setting: use one of {', '.join(KEYS)}."
+                )
+        mode = extra_args.get("kv_compression", "on")
+        if mode not in ("on", "off"):
+            raise ConfigError(
+                f"vllm_xargs.kv_compression={mode!r} is not allowed: use 'on' or 'off'; the "
+                "method is the server's."
+            )
+        budget = extra_args.get("kv_budget")
+        if budget is not None and (
+            isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
+        ):
+            raise ConfigError(
+                f"vllm_xargs.kv_budget={budget!r} is not allowed: give a whole number of entries, "
+                "at least 1."
+            )
+        ratio = extra_args.get("kv_ratio")
+        if ratio is not None:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+                raise ConfigError(
+                    f"vllm_xargs.kv_ratio={ratio!r} is not allowed: give a fraction of the prompt "
+                    "between 0 and 1."
+                )
+            ratio = float(ratio)
+        if budget is not None and ratio is not None:
+            raise ConfigError(
+                f"vllm_xargs.kv_budget={budget} and vllm_xargs.kv_ratio={ratio} do not fit "
+                "together: send one of them."
+            )
+        if mode == "off" and (budget is not None or ratio is not None):
+            key, value = ("kv_budget", budget) if budget is not None else ("kv_ratio", ratio)
+            raise ConfigError(
+                f"vllm_xargs.{key}={value} has no effect with vllm_xargs.kv_compression='off': "
+                "send one of them."
+            )
+        return cls(enabled=mode == "on", budget=budget, ratio=ratio)
+
+    def check_ceiling(self, settings: PlanSettings) -> None:
+        """Refuse a request for more than the server keeps.
+
+        Raises:
+            ConfigError: `kv_budget` or `kv_ratio` is above the server's.
+        """
+        if self.budget is not None and settings.budget is not None:
+            if self.budget > settings.budget:
+                raise ConfigError(
+                    f"vllm_xargs.kv_budget={self.budget} is not allowed: this server keeps at most "
+                    f"{settings.budget} entries; send at most that or kv_compression='off'."
+                )
+        if self.ratio is not None and settings.ratio is not None and self.ratio > settings.ratio:
+            raise ConfigError(
+                f"vllm_xargs.kv_ratio={self.ratio} is not allowed: this server keeps at most "
+                f"{settings.ratio} of a prompt; send at most that or kv_compression='off'."
+            )

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command-line flags of `vllm serve` and where their values go."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ems_vllm.config import ConfigError, load_config, parse_overrides, recipes
+from ems_vllm.keys import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm.engine.arg_utils import EngineArgs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the flags of this package to vLLM's parser."""
+    group = parser.add_argument_group(
+        title="KVCompression", description="KV-cache compression (ems-vllm)."
+    )
+    group.add_argument(
+        "--kv-compression",
+        type=_argument(_recipe),
+        default=recipes.OFF,
+        metavar=f"{{{recipes.OFF},{','.join(recipes.names())},FILE.yaml}}",
+        help="Recipe that compresses the KV cache of long requests, or a YAML file with one.",
+    )
+    group.add_argument(
+        "--kv-compression-config",
+        type=_argument(parse_overrides),
+        default=None,
+        metavar="JSON|FILE.yaml",
+        help="Settings that override the recipe's, for example '{\"budget\": 1024}'.",
+    )
+    return parser
+
+
+def store_arguments(engine_args: EngineArgs, args: argparse.Namespace) -> EngineArgs:
+    """Carry the flags in `additional_config`, so that they reach every process and the hash."""
+    recipe = getattr(args, "kv_compression", recipes.OFF)
+    overrides = getattr(args, "kv_compression_config", None)
+    if recipe == recipes.OFF and overrides is None:
+        return engine_args
+    value = {"recipe": recipe, **(overrides or {})}
+    try:
+        config = load_config(value)
+    except ConfigError as error:
+        # A mistake on the command line is answered with a sentence, not with a traceback.
+        raise SystemExit(f"vllm: error: {error}") from None
+    if config is not None:
+        engine_args.additional_config = {
+            **(engine_args.additional_config or {}),
+            CONFIG_KEY: config.to_dict(),
+        }
+    return engine_args
+
+
+def _recipe(value: str) -> str:
+    if value != recipes.OFF:
+        recipes.load(value)
+    return value
+
+
+def _argument(parse: Any) -> Any:
+    """`parse` as an argparse type whose errors are shown as they are."""
+
+    def convert(value: str) -> Any:
+        try:
+            return parse(value)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    convert.__name__ = parse.__name__
+    return convert

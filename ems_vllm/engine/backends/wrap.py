@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wraps an attention backend: live columns go in, queries are observed on the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+
+    from ems_vllm.engine.runtime import GroupBinding, LayerBinding
+
+
+def wrap_backend(base: type[AttentionBackend], module: str) -> type[AttentionBackend]:
+    """A subclass of `base` that keeps its name and kernels.
+
+    Until a binding is set (profiling before the cache exists, layers that are not compressed) the
+    wrapped classes do exactly what their bases do.
+
+    Args:
+        base: Backend of vLLM or of this package's CPU platform.
+        module: Name of the module in which the result is defined.
+    """
+    name = f"Compressed{base.__name__}"
+    impl = _wrap_impl(base.get_impl_cls(), module)
+    builder = _wrap_builder(base.get_builder_cls(), module)
+    return type(
+        name,
+        (base,),
+        {
+            "__module__": module,
+            "__doc__": f"{base.__name__} over compressed KV caches.",
+            "get_impl_cls": staticmethod(lambda: impl),
+            "get_builder_cls": staticmethod(lambda: builder),
+        },
+    )
+
+
+def _wrap_builder(base: type[Any], module: str) -> type[Any]:
+    class CompressedBuilder(base):
+        # A table swapped into finished metadata would bypass the rewrite.
+        supports_update_block_table: ClassVar[bool] = False
+        compression: GroupBinding | None = None
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            if self.compression is not None:
+                common_attn_metadata = self.compression.rewrite(common_attn_metadata)
+            return super().build(common_prefix_len, common_attn_metadata, *args, **kwargs)
+
+    return _named(CompressedBuilder, base, module)
+
+
+def _wrap_impl(base: type[Any], module: str) -> type[Any]:
+    class CompressedImpl(base):
+        compression: LayerBinding | None = None
+
+        def forward(
+            self,
+            layer: Any,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            *args: Any,
+            **kwargs: Any,
+        ) -> Any:
+            result = super().forward(
+                layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+            )
+            # No metadata: a profiling run, whose cache holds nothing.
+            if self.compression is not None and attn_metadata is not None:
+                self.compression.observe(query, kv_cache)
+            return result
+
+    return _named(CompressedImpl, base, module)
+
+
+def _named(cls: type[Any], base: type[Any], module: str) -> type[Any]:
+    cls.__name__ = cls.__qualname__ = f"Compressed{base.__name__}"
+    cls.__module__ = module
+    cls.__doc__ = base.__doc__
+    return cls

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests fit, dense and compressed, and the start-up log that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from logging import Logger
+from typing import TYPE_CHECKING
+
+from ems_vllm.config.request import RequestOptions
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.layer_choice import choose_layers
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.plan import PlanSettings
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Block-table columns that one request holds in a compressed group.
+
+    Attributes:
+        dense: Without compression.
+        compressed: At most, once the prompt has been compressed.
+    """
+
+    dense: int
+    compressed: int
+
+
+def request_columns(settings: PlanSettings, block_size: int, num_tokens: int) -> Columns:
+    """Columns of a request whose prompt is all but one of `num_tokens`.
+
+    Args:
+        settings: Of the server.
+        block_size: Tokens per block.
+        num_tokens: Length of the request, for example max_model_len.
+    """
+    plan = settings.plan(num_tokens - 1, block_size, RequestOptions())
+    dense = -(-num_tokens // block_size)
+    if not plan.compresses_prompt:
+        return Columns(dense, dense)
+    # The state between two compactions repeats, so the first interval has the greatest one.
+    end = num_tokens + max(settings.recompress_interval, block_size)
+    steady = range(num_tokens + 1, end + 1)
+    return Columns(dense, min(dense, max(plan.max_live_columns(n) for n in steady)))
+
+
+def log_start(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    max_model_len: int,
+) -> None:
+    """Say which recipe runs, what it leaves alone, and how many requests fit."""
+    parts = " x ".join(
+        f"{key}={getattr(config, key).name()}"
+        for key in ("scorer", "allocator", "selector", "merger")
+    )
+    size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
+    logger.info(
+        "KV-cache compression: recipe %s (%s), %s entries per kv_head, recent window %d, "
+        "recompression every %d generated tokens.",
+        config.recipe,
+        parts,
+        size,
+        config.recent_window,
+        config.recompress_interval,
+    )
+    specs = {
+        name: group.kv_cache_spec
+        for group in kv_cache_config.kv_cache_groups
+        for name in group.layer_names
+    }
+    compressed = {
+        name: spec for name, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)
+    }
+    others = {name: spec for name, spec in specs.items() if name not in compressed}
+    logger.info(
+        "KV-cache compression: %d of %d layers compressed; left alone: %s.",
+        len(compressed),
+        len(specs),
+        choose_layers(others).describe_kept(),
+    )
+    if len(kv_cache_config.kv_cache_groups) > 1 or not compressed:
+        return
+    spec = next(iter(compressed.values()))
+    columns = request_columns(spec.settings, spec.block_size, max_model_len)
+    # Block 0 is vLLM's null block.
+    num_blocks = kv_cache_config.num_blocks - 1
+    logger.info(
+        "KV-cache compression: requests of %d tokens that fit: %.1f dense (%d blocks each), "
+        "%.1f compressed (%d blocks each once the prompt is compressed).",
+        max_model_len,
+        num_blocks / columns.dense,
+        columns.dense,
+        num_blocks / columns.compressed,
+        columns.compressed,
+    )

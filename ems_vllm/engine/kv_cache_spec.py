@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The KV-cache spec of a compressed layer; importing it registers spec and manager with vLLM.
+
+Workers build the spec and the engine core unpickles it, so the registration happens in exactly
+the processes that need it, and only when compression is on.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.plan import PlanSettings
+
+_OWN_FIELDS = ("settings", "num_prefix_score_pages")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressedAttentionSpec(FullAttentionSpec):
+    """Full attention whose old columns are compressed and given back.
+
+    Attributes:
+        settings: From which scheduler and worker compute each request's plan.
+        num_prefix_score_pages: Pages of private scores that workers hold for prefixes that came
+            from the prefix cache; None when the policy accumulates no scores.
+    """
+
+    settings: PlanSettings
+    num_prefix_score_pages: int | None = None
+
+    @classmethod
+    def compress(
+        cls, spec: FullAttentionSpec, settings: PlanSettings, num_prefix_score_pages: int | None
+    ) -> Self:
+        """`spec` with compression; layout and page size are unchanged."""
+        return replace_as(
+            spec, cls, settings=settings, num_prefix_score_pages=num_prefix_score_pages
+        )
+
+    @classmethod
+    def merge(cls, specs: Sequence[Self]) -> Self:
+        own = {name: {getattr(spec, name) for spec in specs} for name in _OWN_FIELDS}
+        assert all(len(values) == 1 for values in own.values()), (
+            "Layers of one KV-cache group must be compressed alike."
+        )
+        plain = [replace_as(spec, FullAttentionSpec, drop=_OWN_FIELDS) for spec in specs]
+        merged = FullAttentionSpec.merge(plain)
+        return replace_as(merged, cls, **{name: values.pop() for name, values in own.items()})
+
+
+# Without this, a first registration of ours would keep vLLM from registering its own specs.
+KVCacheSpecRegistry._ensure_registered()
+KVCacheSpecRegistry.register(
+    CompressedAttentionSpec, CompressedAttentionManager, uniform_type_base_spec=FullAttentionSpec
+)

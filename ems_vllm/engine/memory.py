@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that compression holds beside the KV cache, counted before the cache is sized."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheSpec
+
+    from ems_vllm.config import KVCompressionConfig
+
+_FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What scores, query rings and the workspace take on one rank.
+
+    Attributes:
+        config: Settings of the server.
+        max_num_seqs: Rows of the query ring.
+        query_itemsize: Bytes of one element of a query.
+        num_heads: Query heads on this rank, by layer.
+    """
+
+    config: KVCompressionConfig
+    max_num_seqs: int
+    query_itemsize: int
+    num_heads: Mapping[str, int]
+
+    def fixed_bytes(self, specs: Mapping[str, KVCacheSpec]) -> int:
+        """Bytes that do not depend on the number of blocks."""
+        total = self.config.workspace_mib << 20
+        for name, spec in _compressed(specs).items():
+            if self.config.scorer.uses_window:
+                row = self.config.obs_window * self.num_heads[name] * spec.head_size
+                total += self.max_num_seqs * row * self.query_itemsize
+            total += (spec.num_prefix_score_pages or 0) * _score_page_bytes(spec)
+        return total
+
+    def reduce(self, available: int, specs: Mapping[str, KVCacheSpec]) -> int:
+        """Bytes left for the KV cache of `available`, so that everything together fits.
+
+        Every block of a layer that accumulates scores brings a page of scores, so the variable
+        part is a fixed share of the cache.
+        """
+        pages = sum(spec.page_size_bytes for spec in specs.values())
+        scores = sum(_score_page_bytes(spec) for spec in _compressed(specs).values())
+        left = max(0, available - self.fixed_bytes(specs))
+        return left * pages // (pages + scores)
+
+
+def _compressed(specs: Mapping[str, KVCacheSpec]) -> dict[str, CompressedAttentionSpec]:
+    return {name: spec for name, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)}
+
+
+def _score_page_bytes(spec: CompressedAttentionSpec) -> int:
+    """Bytes of the scores of one block; 0 when the policy accumulates none."""
+    if spec.num_prefix_score_pages is None:
+        return 0
+    return _FLOAT32 * spec.num_kv_heads * spec.block_size

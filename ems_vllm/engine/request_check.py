@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks the compression settings of a request in the frontend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ems_vllm.config import ConfigError, RequestOptions, load_config
+from ems_vllm.keys import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+
+def check_request(vllm_config: VllmConfig, params: Any) -> None:
+    """Refuse a request whose `vllm_xargs` ask for what this server cannot do.
+
+    Args:
+        vllm_config: Of the engine that will run the request.
+        params: Its SamplingParams (or PoolingParams, which carry no such settings).
+
+    Raises:
+        VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    extra_args = getattr(params, "extra_args", None)
+    value = (vllm_config.additional_config or {}).get(CONFIG_KEY)
+    if not extra_args or value is None:
+        return
+    try:
+        config = load_config(value)
+        options = RequestOptions.parse(extra_args)
+        options.check_ceiling(config.plan_settings)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

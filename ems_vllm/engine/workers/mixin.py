@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker does more when compression is on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import Attention
+
+from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
+from ems_vllm.engine import capacity
+from ems_vllm.engine.backends import override_backends, restore_backends
+from ems_vllm.engine.compressed_group import CompressedGroup
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.layer_choice import choose_layers
+from ems_vllm.engine.memory import Footprint
+from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
+from ems_vllm.engine.score_pages import num_prefix_score_pages
+from ems_vllm.keys import CONFIG_KEY
+from ems_vllm.policies.policy import Policy
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+logger = init_logger("vllm.ems")
+
+
+class CompressionWorkerMixin:
+    """Mixed into a worker class of vLLM, before it in the order of resolution.
+
+    The worker is where everything of the data path meets: it declares the layers' KV-cache specs,
+    reports the memory, binds the cache, and sees every scheduler output before the model runs.
+    """
+
+    compression: CompressionRuntime | None = None
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        config = load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
+        assert config is not None, "a compressing worker was chosen without settings"
+        self._compression_config: KVCompressionConfig = config
+        self._policy = Policy.from_config(config)
+        override_backends()
+        super().__init__(vllm_config, *args, **kwargs)
+
+    # -- start-up ------------------------------------------------------------------------------
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Specs in which the layers that will be compressed say so."""
+        specs = super().get_kv_cache_spec()
+        choice = choose_layers(specs)
+        if not choice.compressed and not self.parallel_config.pipeline_parallel_size > 1:
+            raise ConfigError(
+                f"kv_compression={self._compression_config.recipe!r} has nothing to do: the model "
+                f"has no full-attention layer ({choice.describe_kept()}); switch compression off."
+            )
+        settings = self._policy.allocator.settings(self._compression_config.plan_settings)
+        return {
+            name: self._compressed_spec(spec, settings) if name in choice.compressed else spec
+            for name, spec in specs.items()
+        }
+
+    def _compressed_spec(self, spec: Any, settings: Any) -> CompressedAttentionSpec:
+        pages = None
+        if self._policy.scorer.uses_global:
+            pages = num_prefix_score_pages(
+                self._compression_config.prefix_score_tokens,
+                self.model_config.max_model_len,
+                self.scheduler_config.max_num_batched_tokens,
+                spec.block_size,
+            )
+        return CompressedAttentionSpec.compress(spec, settings, pages)
+
+    def determine_available_memory(self) -> int:
+        """vLLM's figure, less what compression will hold beside the cache."""
+        available = super().determine_available_memory()
+        return self._footprint().reduce(available, self.get_kv_cache_spec())
+
+    def _footprint(self) -> Footprint:
+        return Footprint(
+            config=self._compression_config,
+            max_num_seqs=self.scheduler_config.max_num_seqs,
+            query_itemsize=self.model_config.dtype.itemsize,
+            num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},
+        )
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        """Allocate the cache, then bind scores, rings and metadata builders to it."""
+        super().initialize_from_config(kv_cache_config)
+        runner = self.model_runner
+        layers = self._attention_layers()
+        groups = [
+            self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
+            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+        ]
+        self.compression = CompressionRuntime(
+            groups, self.scheduler_config.max_num_seqs, batch_order(runner)
+        )
+        for group in groups:
+            binding = GroupBinding(self.compression, group)
+            for attn_group in runner.attn_groups[group.group_id]:
+                for builder in attn_group.metadata_builders:
+                    builder.compression = binding
+            for name in group.layer_names:
+                layers[name].impl.compression = binding.layer(name)
+        if self.rank == 0:
+            capacity.log_start(
+                logger, self._compression_config, kv_cache_config, self.model_config.max_model_len
+            )
+
+    def _build_group(
+        self,
+        group_id: int,
+        spec: CompressedAttentionSpec,
+        layer_names: list[str],
+        layers: dict[str, Attention],
+    ) -> CompressedGroup:
+        # Layers that share another layer's cache are listed too; they own none.
+        owners = [name for name in layer_names if not layers[name].kv_sharing_target_layer_name]
+        caches = [layers[name].kv_cache for name in owners]
+        if caches[0].shape[2] != spec.block_size:
+            raise ConfigError(
+                f"block_size={spec.block_size} is not supported with KV-cache compression: the "
+                f"attention backend splits it into blocks of {caches[0].shape[2]}; start with "
+                f"--block-size {caches[0].shape[2]}."
+            )
+        for name in layer_names:
+            if not hasattr(layers[name].impl, "compression"):
+                raise ConfigError(
+                    f"attention_backend={layers[name].attn_backend.get_name()!r} is not supported "
+                    "with KV-cache compression: choose another --attention-backend."
+                )
+        scales = {float(layers[name].impl.scale) for name in owners}
+        if len(scales) > 1:
+            raise ConfigError(
+                f"layers with different softmax scales ({sorted(scales)}) in one KV-cache group "
+                "are not supported with KV-cache compression: switch compression off."
+            )
+        scheduler = self.scheduler_config
+        capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
+        return CompressedGroup(
+            group_id=group_id,
+            spec=spec,
+            layer_names=owners,
+            caches=caches,
+            num_heads=layers[owners[0]].num_heads,
+            scale=scales.pop(),
+            policy=self._policy,
+            obs_window=self._compression_config.obs_window,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_num_reqs=max(scheduler.max_num_seqs, *capture_sizes),
+            max_num_tokens=max(scheduler.max_num_batched_tokens, *capture_sizes),
+            max_num_columns=_aligned_columns(columns, spec.block_size),
+            workspace_bytes=self._compression_config.workspace_mib << 20,
+            query_dtype=self.model_config.dtype,
+        )
+
+    def _attention_layers(self) -> dict[str, Attention]:
+        context = self.vllm_config.compilation_config.static_forward_context
+        return {name: layer for name, layer in context.items() if isinstance(layer, Attention)}
+
+    # -- steps ---------------------------------------------------------------------------------
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        """Compact the requests that are due, then run the step."""
+        assert self.compression is not None
+        self.compression.begin_step(scheduler_output)
+        try:
+            return super().execute_model(scheduler_output)
+        finally:
+            self.compression.end_step()
+
+    def kv_compression_stats(self) -> list[dict[str, int]]:
+        """Counters of every compressed group since the start (for collective_rpc)."""
+        assert self.compression is not None
+        return [
+            {
+                "group_id": group.group_id,
+                "num_layers": len(group.layer_names),
+                "num_running": self.compression.num_running,
+                "num_compactions": group.num_compactions,
+                "num_entries_in": group.num_entries_in,
+                "num_entries_kept": group.num_entries_kept,
+            }
+            for group in self.compression.groups
+        ]
+
+    def shutdown(self) -> None:
+        restore_backends()
+        super().shutdown()
+
+
+def _aligned_columns(columns: int, block_size: int) -> int:
+    """Width of vLLM's block tables, which it rounds up for some kernels."""
+    from vllm.v1.worker.block_table import get_block_table_width
+
+    return get_block_table_width(columns, block_size)

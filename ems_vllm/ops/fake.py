@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fake implementations: every operator mutates its outputs in place and returns nothing."""
+
+import torch
+
+OPERATORS = (
+    "score_queries",
+    "score_window",
+    "record_queries",
+    "select_entries",
+    "assign_classes",
+    "merge_compact",
+    "plan_metadata",
+)
+
+
+def _mutates_only(*args: object) -> None:
+    """Nothing to infer: no operator returns a tensor."""
+
+
+for _name in OPERATORS:
+    torch.library.register_fake(f"ems_vllm::{_name}", _mutates_only)

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference of merge_compact."""
+
+import torch
+
+from ems_vllm.ops.reference.paging import gather_entries
+
+
+def merge_compact(
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    paged_scores: torch.Tensor | None,
+    weights: torch.Tensor,
+    carry: torch.Tensor | None,
+    block_table: torch.Tensor,
+    kept_idx: torch.Tensor,
+    merge_idx: torch.Tensor,
+    class_idx: torch.Tensor,
+    budgets: torch.Tensor,
+    target_columns: torch.Tensor,
+) -> None:
+    """See ems_vllm.ops.merge_compact. Runs in float64."""
+    block_size = key_cache.shape[3]
+    num_layers, num_rows, num_kv_heads, _ = kept_idx.shape
+    for layer in range(num_layers):
+        for row in range(num_rows):
+            budget, table_row = int(budgets[row]), block_table[row].tolist()
+            for head in range(num_kv_heads):
+                at = (layer, row, head)
+                centres = kept_idx[at][:budget].tolist()
+                classes = _members_of_class(merge_idx[at].tolist(), class_idx[at].tolist(), budget)
+                num_read = max([-1, *centres, *sum(classes, [])]) + 1
+                # Copies, so that a destination may also be a source.
+                keys = gather_entries(key_cache[layer], block_table[row], num_read)[head].clone()
+                values = gather_entries(value_cache[layer], block_table[row], num_read)[head].clone()
+                for rank, (centre, members) in enumerate(zip(centres, classes, strict=True)):
+                    block = table_row[int(target_columns[row]) + rank // block_size]
+                    slot = (layer, block, head, rank % block_size)
+                    merged = _merge(keys, values, weights[at], centre, members)
+                    key_cache[slot], value_cache[slot] = merged
+                    if paged_scores is not None:
+                        paged_scores[slot] = carry[at][[centre, *members]].double().sum().float()
+
+
+def _members_of_class(merge_idx: list[int], class_idx: list[int], budget: int) -> list[list[int]]:
+    classes: list[list[int]] = [[] for _ in range(budget)]
+    for entry, cls in zip(merge_idx, class_idx, strict=True):
+        if entry >= 0 and cls < budget:
+            classes[cls].append(entry)
+    return classes
+
+
+def _merge(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    weights: torch.Tensor,
+    centre: int,
+    members: list[int],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Key and value of one class, in the dtype of the cache; the centre's own if it stands alone."""
+    unchanged = keys[centre], values[centre]
+    if not members:
+        return unchanged
+    entries = [centre, *members]
+    weight = weights[entries].double()
+    key, value = keys[entries].double(), values[entries].double()
+    norms = key.norm(dim=-1)
+    units = torch.where(norms[:, None] > 0, key / norms[:, None], 0.0)
+    direction = weight @ units
+    if weight.sum() <= 0 or direction.norm() == 0 or norms[0] == 0:
+        return unchanged
+    merged_key = norms[0] * direction / direction.norm()
+    merged_value = weight @ value / weight.sum()
+    return merged_key.to(keys.dtype), merged_value.to(values.dtype)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reference of score_window."""
+
+import torch
+
+from ems_vllm.ops.reference.paging import gather_entries
+
+
+def score_window(
+    ring: torch.Tensor,
+    ring_rows: torch.Tensor,
+    num_queries: torch.Tensor,
+    end_positions: torch.Tensor,
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    live_lens: torch.Tensor,
+    num_entries: torch.Tensor,
+    scale: float,
+    scores: torch.Tensor,
+) -> None:
+    """See ems_vllm.ops.score_window. Runs in float64."""
+    num_layers, _, window = ring.shape[:3]
+    num_kv_heads = key_cache.shape[2]
+    scores.zero_()
+    for layer in range(num_layers):
+        for row in range(block_table.shape[0]):
+            live_len, entries = int(live_lens[row]), int(num_entries[row])
+            keys = gather_entries(key_cache[layer], block_table[row], live_len).double()
+            for age in range(int(num_queries[row])):
+                num_visible = live_len - age
+                if num_visible <= 0:
+                    continue
+                position = int(end_positions[row]) - 1 - age
+                query = ring[layer, int(ring_rows[row]), position % window].double()
+                query = query.unflatten(0, (num_kv_heads, -1))
+                logits = scale * torch.einsum("hgd,hjd->hgj", query, keys[:, :num_visible])
+                attention = logits.softmax(dim=-1).mean(dim=1)
+                covered = min(entries, num_visible)
+                scores[layer, row, :, :covered] += attention[:, :covered].float()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EngineArgs: the command-line flags, and the moment when a configuration is complete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ems_vllm.keys import CONFIG_KEY
+from ems_vllm.patches.record import Patch
+
+if TYPE_CHECKING:
+    import argparse
+
+    from vllm.config import VllmConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+_VLLM = ">=0.32.0,<0.33"
+
+
+def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        from ems_vllm.engine.arguments import add_arguments
+
+        return add_arguments(original(parser))
+
+    return add_cli_args
+
+
+def _wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
+    def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
+        from ems_vllm.engine.arguments import store_arguments
+
+        return store_arguments(original(cls, args), args)
+
+    return from_cli_args
+
+
+def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., Any]:
+    def create_engine_config(self: EngineArgs, *args: Any, **kwargs: Any) -> VllmConfig:
+        additional = self.additional_config
+        if not isinstance(additional, dict) or CONFIG_KEY not in additional:
+            return original(self, *args, **kwargs)
+        from ems_vllm.engine.activation import activate, normalize
+
+        config = normalize(self)
+        vllm_config = original(self, *args, **kwargs)
+        if config is not None:
+            activate(vllm_config, config)
+        return vllm_config
+
+    return create_engine_config
+
+
+PATCHES = (
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
+        wrap=_wrap_add_cli_args,
+        vllm=_VLLM,
+        source_sha256={
+            "0.32.0": "0b7444570415c68c90cbf8636cc15988c3bab33438acd65dbc75c26c125e5cba"
+        },
+        reason="A general plugin cannot add arguments to the parser of `vllm serve`.",
+        remove_when="vLLM lets general plugins extend the argument parser",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
+        wrap=_wrap_from_cli_args,
+        vllm=_VLLM,
+        source_sha256={
+            "0.32.0": "51a013f61829ac5c0f4f2259d8dba5803bcd0b66b4bcad8071b2733c09be6a43"
+        },
+        reason="Arguments that are not fields of EngineArgs are dropped; ours go to additional_config.",
+        remove_when="vLLM lets general plugins extend the argument parser",
+    ),
+    Patch(
+        target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
+        wrap=_wrap_create_engine_config,
+        vllm=_VLLM,
+        source_sha256={
+            "0.32.0": "b9b94288f46d2f679c3f30825ddd2eb3b1f6a9958115c80505c4c948b972150f"
+        },
+        reason=(
+            "Only a platform may check and update a complete VllmConfig; on CUDA that is vLLM's "
+            "own. Here the settings are validated and the compressing worker class is chosen."
+        ),
+        remove_when="general plugins get a check_and_update_config hook",
+    ),
+)

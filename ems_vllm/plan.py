@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From settings and a prompt length to the CompressionPlan that scheduler and worker share."""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from ems_vllm._C import CompressionPlan
+
+
+class SizeRequest(Protocol):
+    """What a request asked for; see config.request.RequestOptions."""
+
+    enabled: bool
+    budget: int | None
+    ratio: float | None
+
+
+@dataclass(frozen=True)
+class PlanSettings:
+    """The part of the settings that decides which columns are compressed when.
+
+    Attributes: see KVCompressionConfig. Exactly one of `budget` and `ratio` is set.
+    """
+
+    budget: int | None
+    ratio: float | None
+    recent_window: int
+    recompress_interval: int
+    min_blocks_saved: int
+
+    def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
+        """The plan of one request.
+
+        Args:
+            prompt_len: The request's num_prompt_tokens, also after preemption.
+            block_size: Tokens per block of the KV-cache group.
+            request: What the request asked for; the server's size is the ceiling.
+        """
+        # Imported here: reading settings must not need the compiled extension.
+        from ems_vllm._C import CompressionPlan
+
+        return CompressionPlan(
+            prompt_len=prompt_len,
+            block_size=block_size,
+            budget_blocks=self._budget_blocks(prompt_len, block_size, request),
+            recent_window=self.recent_window,
+            recompress_interval=_round_up(self.recompress_interval, block_size),
+            min_blocks_saved=self.min_blocks_saved,
+        )
+
+    def _budget_blocks(self, prompt_len: int, block_size: int, request: SizeRequest) -> int:
+        """Budget in whole blocks; 0 keeps everything."""
+        if not request.enabled:
+            return 0
+        entries = _entries(self.budget, self.ratio, prompt_len)
+        if request.budget is not None or request.ratio is not None:
+            entries = min(entries, _entries(request.budget, request.ratio, prompt_len))
+        return max(1, -(-entries // block_size))
+
+
+def _entries(budget: int | None, ratio: float | None, prompt_len: int) -> int:
+    if budget is not None:
+        return budget
+    assert ratio is not None
+    return math.ceil(ratio * prompt_len)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -1,0 +1,240 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention over vLLM's paged KV cache in plain PyTorch."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionImpl,
+    AttentionLayer,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    AttentionType,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from ems_vllm.platform.attention_plan import AttentionCall, BatchShape, plan_attention
+
+
+class ReferenceAttentionBackend(AttentionBackend):
+    """Decoder self-attention (MHA, GQA, MQA), any block size, any KV-cache layout."""
+
+    forward_includes_kv_cache_update = False
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+
+    @staticmethod
+    def get_name() -> str:
+        return "CPU_REFERENCE"
+
+    @staticmethod
+    def get_impl_cls() -> type["ReferenceAttentionImpl"]:
+        return ReferenceAttentionImpl
+
+    @staticmethod
+    def get_builder_cls() -> type["ReferenceAttentionBuilder"]:
+        return ReferenceAttentionBuilder
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
+
+
+@dataclass
+class ReferenceAttentionMetadata(AttentionMetadata):
+    """One batch, and how it is cut into calls for each sliding window its layers use.
+
+    Attributes:
+        query_start_loc: [num_reqs + 1], int32.
+        seq_lens: [num_reqs], int32.
+        block_table: [num_reqs, max_num_blocks_per_req], int32.
+        slot_mapping: [num_actual_tokens], int64.
+    """
+
+    num_actual_tokens: int
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    batch: BatchShape
+    dtype: torch.dtype
+    _calls: dict[int | None, list[AttentionCall]] = field(default_factory=dict, repr=False)
+
+    def calls(self, sliding_window: int | None) -> list[AttentionCall]:
+        """The batch's calls; planned by the first layer that asks, shared by the others."""
+        if sliding_window not in self._calls:
+            self._calls[sliding_window] = plan_attention(self.batch, sliding_window, self.dtype)
+        return self._calls[sliding_window]
+
+
+class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetadata]):
+    """Copies what the attention needs out of the batch's common metadata."""
+
+    def __init__(
+        self,
+        kv_cache_spec: AttentionSpec,
+        layer_names: list[str],
+        vllm_config: VllmConfig,
+        device: torch.device,
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self.block_size = kv_cache_spec.block_size
+        self.dtype = vllm_config.model_config.dtype
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+    ) -> ReferenceAttentionMetadata:
+        m = common_attn_metadata
+        if m.causal is not True:
+            raise NotImplementedError("CPU_REFERENCE attention is causal only")
+        batch = BatchShape(
+            query_start_loc=m.query_start_loc_cpu.tolist(),
+            seq_lens=m.seq_lens.tolist(),
+            block_table=m.block_table_tensor,
+            block_size=self.block_size,
+        )
+        return ReferenceAttentionMetadata(
+            num_actual_tokens=m.num_actual_tokens,
+            query_start_loc=m.query_start_loc_cpu,
+            seq_lens=m.seq_lens,
+            block_table=m.block_table_tensor,
+            slot_mapping=m.slot_mapping,
+            batch=batch,
+            dtype=self.dtype,
+        )
+
+
+class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
+    """scaled_dot_product_attention over K/V gathered from the paged cache."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        _refuse("logits soft cap", logits_soft_cap)
+        _refuse("ALiBi", alibi_slopes)
+        _refuse("attention type", attn_type if attn_type != AttentionType.DECODER else None)
+        supported = ReferenceAttentionBackend.supports_kv_cache_dtype(kv_cache_dtype)
+        _refuse("KV-cache dtype", None if supported else kv_cache_dtype)
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.num_queries_per_kv = num_heads // self.num_kv_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.sinks = sinks
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Write K/V of new tokens into their slots.
+
+        Args:
+            key: [num_tokens, num_kv_heads, head_size]; value likewise. Rows beyond the slot
+                mapping are padding, as are tokens whose slot is -1.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]; written.
+            slot_mapping: [num_slots], int64.
+        """
+        num_slots = slot_mapping.shape[0]
+        key, value = key[:num_slots], value[:num_slots]
+        written = slot_mapping >= 0
+        if not written.all():
+            key, value, slot_mapping = key[written], value[written], slot_mapping[written]
+        block_size = kv_cache.shape[2]
+        block_ids, block_offsets = slot_mapping // block_size, slot_mapping % block_size
+        k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
+        k_cache[block_ids, :, block_offsets] = key.to(kv_cache.dtype)
+        v_cache[block_ids, :, block_offsets] = value.to(kv_cache.dtype)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: ReferenceAttentionMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend to the cache, which already holds this step's K/V.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size], any strides.
+            attn_metadata: None in a profiling run.
+            output: [num_tokens, num_heads, head_size] or the last two flattened; written.
+        """
+        if attn_metadata is None:
+            return output.fill_(0)
+        grouped = (-1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
+        query, out = query.view(grouped), output.view(grouped)
+        for call in attn_metadata.calls(self.sliding_window):
+            out[call.tokens] = self._attend(query[call.tokens], kv_cache, call)
+        return output
+
+    def _attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, call: AttentionCall
+    ) -> torch.Tensor:
+        """One call; query and result: [tokens, num_kv_heads, num_queries_per_kv, head_size]."""
+        kv = kv_cache[call.block_ids, :, call.block_offsets].to(query.dtype)
+        k, v = kv.transpose(1, 2).split(self.head_size, dim=-1)
+        if call.query_len == 1:
+            # The queries of a group are the rows of one small attention: K/V is read once.
+            return self._sdpa(query, k, v, call, self.sinks)
+        # One request: kv heads are the batch, and strides of 0 repeat K/V for the group.
+        group = (-1, self.num_queries_per_kv, -1, -1)
+        q, k, v = query.permute(1, 2, 0, 3), k[0, :, None].expand(group), v[0, :, None].expand(group)
+        return self._sdpa(q, k, v, call, self.sinks).permute(2, 0, 1, 3)
+
+    def _sdpa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: AttentionCall,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        options = {"attn_mask": call.mask, "is_causal": call.is_causal, "scale": self.scale}
+        if sinks is None:
+            return F.scaled_dot_product_attention(q, k, v, **options)
+        # A sink adds exp(sink) to the softmax's denominator, exp(lse).
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
+        sinks = sinks.view(self.num_kv_heads, self.num_queries_per_kv)
+        if call.query_len > 1:
+            sinks = sinks[..., None]
+        return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+
+
+def _refuse(what: str, value: Any) -> None:
+    if value:
+        raise NotImplementedError(f"CPU_REFERENCE attention does not support {what} {value}")

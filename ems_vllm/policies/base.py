@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The four choices that make a policy, as narrow interfaces.
+
+    Scorer            how important every entry of every kv_head is
+    BudgetAllocator   how many entries are kept where
+    Selector          which entries stay, and which may still be merged
+    Merger            what happens to the ones that do not stay
+
+One method of the literature is one small class in one file; recipes in `configs/policies/`
+compose them. Components are frozen pydantic models, so that their options are validated with the
+rest of the settings. They see plain tensors only and run on any device, without vLLM.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from ems_vllm.plan import PlanSettings
+from ems_vllm.registry import Registry
+
+if TYPE_CHECKING:
+    import torch
+
+    from ems_vllm.policies.context import CompactionContext
+
+
+class Component(BaseModel):
+    """A part of a policy; its fields are its options."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    registry: ClassVar[Registry]
+
+    @classmethod
+    def name(cls) -> str:
+        """The name under which recipes know this class."""
+        return next(name for name in cls.registry if cls.registry.get(name) is cls)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Importance of the live entries of the requests that are compressed in this step.
+
+    Attributes:
+        weights: [num_layers, num_rows, num_kv_heads, max_entries], float32, >= 0 - higher is kept;
+            also the weight of an entry in a merge. Entries beyond a row's length are 0.
+        carry: same shape, or None - the accumulated score to store with the kept entries, so that
+            the next compression of the request can go on from it.
+    """
+
+    weights: torch.Tensor
+    carry: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which entries stay.
+
+    Attributes:
+        kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32, ascending, -1 = padding.
+        merge_idx: [num_layers, num_rows, num_kv_heads, max_candidates], int32, best first, -1 = none.
+    """
+
+    kept_idx: torch.Tensor
+    merge_idx: torch.Tensor
+
+
+class Scorer(Component):
+    """Scores entries; every score is >= 0 and higher means keep."""
+
+    registry: ClassVar[Registry] = Registry("scorer")
+
+    @property
+    def uses_global(self) -> bool:
+        """Whether attention of all prompt queries is accumulated during prefill."""
+        return False
+
+    @property
+    def uses_window(self) -> bool:
+        """Whether the queries of the last `obs_window` tokens are recorded."""
+        return False
+
+    @abstractmethod
+    def score(self, context: CompactionContext) -> Scores:
+        """Score the live entries of every row of `context`."""
+
+
+class BudgetAllocator(Component):
+    """Turns the server's budget into the budget of a group of layers."""
+
+    registry: ClassVar[Registry] = Registry("allocator")
+
+    @abstractmethod
+    def settings(self, settings: PlanSettings) -> PlanSettings:
+        """The plan settings of a KV-cache group, from those of the server.
+
+        Layers that get different settings end up in different KV-cache groups, each with its own
+        block table, because the settings are part of the layer's KV-cache spec.
+        """
+
+
+class Selector(Component):
+    """Chooses the entries that stay, and the candidates for merging."""
+
+    registry: ClassVar[Registry] = Registry("selector")
+
+    num_sink_tokens: Annotated[int, Field(ge=0)] = 4
+    """First tokens of the prompt that are never dropped and never merged into."""
+
+    @abstractmethod
+    def select(self, context: CompactionContext, scores: Scores, merger: Merger) -> Selection:
+        """Select `context.budgets` entries per row and kv_head."""
+
+
+class Merger(Component):
+    """Folds entries that do not stay into entries that do."""
+
+    registry: ClassVar[Registry] = Registry("merger")
+
+    @property
+    def candidates_per_center(self) -> int:
+        """Bound of the merge candidates, as a multiple of the budget; 0 merges nothing."""
+        return 0
+
+    @property
+    def mass_limit(self) -> float:
+        """Candidates lie within this fraction of a head's cumulative score."""
+        return 1.0
+
+    @abstractmethod
+    def assign(self, context: CompactionContext, selection: Selection) -> torch.Tensor:
+        """Assign every candidate to a class.
+
+        Returns:
+            class_idx: shape of `selection.merge_idx`, int32 - rank of the kept entry that takes
+            the candidate, or the row's budget: the zero class, which is dropped.
+        """
+
+
+SCORERS: Registry[Scorer] = Scorer.registry
+ALLOCATORS: Registry[BudgetAllocator] = BudgetAllocator.registry
+SELECTORS: Registry[Selector] = Selector.registry
+MERGERS: Registry[Merger] = Merger.registry

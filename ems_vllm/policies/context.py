@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a policy sees of the requests that are compressed in one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+
+from ems_vllm import ops
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompactionContext:
+    """Live cache of the rows that are compressed now; a row is one request.
+
+    "Live" coordinates: entry e of a row lies in column e // block_size of its `block_table` row.
+    Column 0 is the first column that still holds the request's entries.
+
+    Attributes:
+        key_cache, value_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size],
+            strided views of the cache.
+        block_table: [num_rows, max_columns], int32 - live columns, padded with 0.
+        num_entries: [num_rows], int32 - entries to choose from (the tail is not among them).
+        num_live: [num_rows], int32 - entries and tail tokens.
+        num_scored: [num_rows], int32 - leading entries that have an accumulated score.
+        budgets: [num_rows], int32 - entries to keep, whole blocks.
+        num_protected: [num_rows], int32 - leading entries (sinks) that always stay as they are.
+        target_columns: [num_rows], int32 - live column where the kept entries go.
+        is_decode: [num_rows], bool - the recorded queries are not among the accumulated ones.
+        max_entries, max_budget: the largest `num_entries` and `budgets`, on the host.
+        scale: softmax scale of the model.
+        paged_scores: [num_layers, num_pages, num_kv_heads, block_size], float32, or None.
+        score_table: [num_rows, max_columns], int32, or None - page of each live column.
+        query_ring: [num_layers, num_ring_rows, obs_window, num_heads, head_size], or None.
+        ring_rows: [num_rows], int32 - the request's row of the ring.
+        num_queries: [num_rows], int32 - recorded queries, at most obs_window.
+        end_positions: [num_rows], int32 - position after the newest recorded query.
+    """
+
+    key_cache: Tensor
+    value_cache: Tensor
+    block_table: Tensor
+    num_entries: Tensor
+    num_live: Tensor
+    num_scored: Tensor
+    budgets: Tensor
+    num_protected: Tensor
+    target_columns: Tensor
+    is_decode: Tensor
+    max_entries: int
+    max_budget: int
+    scale: float
+    paged_scores: Tensor | None
+    score_table: Tensor | None
+    query_ring: Tensor | None
+    ring_rows: Tensor
+    num_queries: Tensor
+    end_positions: Tensor
+
+    @property
+    def num_layers(self) -> int:
+        return self.key_cache.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.block_table.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.key_cache.shape[2]
+
+    @property
+    def block_size(self) -> int:
+        return self.key_cache.shape[3]
+
+    @cached_property
+    def is_entry(self) -> Tensor:
+        """[1, num_rows, 1, max_entries], bool: the entry exists in this row."""
+        entries = torch.arange(self.max_entries, device=self.block_table.device)
+        return (entries < self.num_entries[:, None])[None, :, None, :]
+
+    def new_scores(self) -> Tensor:
+        """[num_layers, num_rows, num_kv_heads, max_entries], float32, uninitialised."""
+        return torch.empty(
+            (self.num_layers, self.num_rows, self.num_kv_heads, self.max_entries),
+            dtype=torch.float32,
+            device=self.key_cache.device,
+        )
+
+    def accumulated_scores(self) -> Tensor:
+        """Scores accumulated over the prompt's queries, gathered from their pages.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 where there is none.
+        """
+        assert self.paged_scores is not None and self.score_table is not None
+        columns = -(-self.max_entries // self.block_size)
+        pages = self.score_table[:, :columns].long()
+        gathered = self.paged_scores[:, pages].transpose(2, 3).flatten(3)[..., : self.max_entries]
+        entries = torch.arange(self.max_entries, device=gathered.device)
+        is_scored = (entries < self.num_scored[:, None])[None, :, None, :]
+        # where, not a product: an unscored slot may hold anything, NaN included.
+        return torch.where(is_scored, gathered, 0.0)
+
+    def window_scores(self) -> Tensor:
+        """Attention of the recorded queries, summed over them; shape as accumulated_scores."""
+        assert self.query_ring is not None
+        scores = self.new_scores()
+        ops.score_window(
+            self.query_ring,
+            self.ring_rows,
+            self.num_queries,
+            self.end_positions,
+            self.key_cache,
+            self.block_table,
+            self.num_live,
+            self.num_entries,
+            self.scale,
+            scores,
+        )
+        return scores
+
+    def gather_keys(self) -> Tensor:
+        """[num_layers, num_rows, num_kv_heads, max_entries, head_size]: keys of the entries."""
+        columns = -(-self.max_entries // self.block_size)
+        keys = self.key_cache[:, self.block_table[:, :columns].long()]
+        return keys.transpose(2, 3).flatten(3, 4)[..., : self.max_entries, :]

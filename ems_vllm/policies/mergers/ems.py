@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evict-then-merge with a zero class."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import torch
+from pydantic import Field
+
+from ems_vllm import ops
+from ems_vllm.policies.base import MERGERS, Merger, Selection
+
+if TYPE_CHECKING:
+    from ems_vllm.policies.context import CompactionContext
+
+
+@MERGERS.register("ems")
+class EMSMerger(Merger):
+    """Merges redundant candidates into the kept entry they resemble most.
+
+    Paper: Li et al. 2024, arXiv:2412.08521: kept entries are class centres, irrelevant entries are
+    evicted first, redundancy is cos(K) * cos(V), and what resembles no centre goes to a zero
+    class, so that one scatter serves all heads. Ours: the thresholds and bounds below; negative
+    cosines count as 0 (two opposites are not redundant); sinks are not merged into. The merge
+    itself (score-weighted values, score-weighted key directions with the centre's norm) is
+    `ops.merge_compact`; a centre without members stays bit-identical.
+    """
+
+    similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """Smallest cos(K) * cos(V) that is merged; below it a candidate is dropped."""
+
+    max_candidates_per_center: Annotated[int, Field(ge=1, le=16)] = 2
+    """Candidates considered, as a multiple of the budget; the rest is evicted as irrelevant."""
+
+    relevant_mass: Annotated[float, Field(gt=0, le=1)] = 0.99
+    """Candidates beyond this fraction of a head's cumulative score are irrelevant."""
+
+    @property
+    def candidates_per_center(self) -> int:
+        return self.max_candidates_per_center
+
+    @property
+    def mass_limit(self) -> float:
+        return self.relevant_mass
+
+    def assign(self, context: CompactionContext, selection: Selection) -> torch.Tensor:
+        class_idx = torch.empty_like(selection.merge_idx)
+        ops.assign_classes(
+            context.key_cache,
+            context.value_cache,
+            context.block_table,
+            selection.kept_idx,
+            selection.merge_idx,
+            context.budgets,
+            context.num_protected,
+            self.similarity_threshold,
+            class_idx,
+        )
+        return class_idx

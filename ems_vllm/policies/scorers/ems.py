@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Global-local score of EMS."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import maximum, where
+
+from ems_vllm.policies.base import SCORERS, Scorer, Scores
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ems_vllm.policies.context import CompactionContext
+
+
+@SCORERS.register("ems")
+class EMSScorer(Scorer):
+    """Mean-aligned maximum of the accumulated and the recent attention, per kv_head.
+
+    Paper: Li et al. 2024, arXiv:2412.08521. The structure (a global and a local accumulated
+    attention score, aligned by their means, combined by a maximum, for every head) is the paper's;
+    its exact form was not available to us, so this is our reading:
+
+        score = max(global * mean(local) / mean(global), local)
+
+    The maximum keeps what the whole prompt looked at as well as what the end of it looks at.
+    Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
+    global score of an entry grows by the attention of the recorded queries (ours).
+    """
+
+    @property
+    def uses_global(self) -> bool:
+        return True
+
+    @property
+    def uses_window(self) -> bool:
+        return True
+
+    def score(self, context: CompactionContext) -> Scores:
+        window = context.window_scores()
+        # Prompt queries were accumulated already; generated ones only ever show up in the window.
+        carry = context.accumulated_scores()
+        carry = where(context.is_decode[None, :, None, None], carry + window, carry)
+        weights = maximum(carry * _mean_ratio(window, carry), window)
+        return Scores(weights, carry)
+
+
+def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:
+    """mean(window) / mean(carry) over the entries of a head; 0 where nothing was accumulated."""
+    # Both are 0 beyond a row's entries, so the ratio of sums is the ratio of means.
+    total = carry.sum(-1, keepdim=True)
+    return where(total > 0, window.sum(-1, keepdim=True) / total, 0.0)

@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Accumulated attention score of H2O."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import where
+
+from ems_vllm.policies.base import SCORERS, Scorer, Scores
+
+if TYPE_CHECKING:
+    from ems_vllm.policies.context import CompactionContext
+
+
+@SCORERS.register("h2o")
+class H2OScorer(Scorer):
+    """Attention that an entry has received from all queries so far (heavy hitters).
+
+    Paper: Zhang et al. 2023, arXiv:2306.14048. Deviations: eviction runs at the prompt's end and
+    every `recompress_interval` generated tokens instead of at every token; generated tokens add
+    the attention of the last `obs_window` queries before a recompression, not of all of them; the
+    recent half of the paper's budget is `recent_window`, beside the budget.
+    """
+
+    @property
+    def uses_global(self) -> bool:
+        return True
+
+    @property
+    def uses_window(self) -> bool:
+        return True
+
+    def score(self, context: CompactionContext) -> Scores:
+        carry = context.accumulated_scores()
+        window = context.window_scores()
+        carry = where(context.is_decode[None, :, None, None], carry + window, carry)
+        return Scores(carry, carry)

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random score: the control that any method has to beat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ems_vllm.policies.base import SCORERS, Scorer, Scores
+
+if TYPE_CHECKING:
+    from ems_vllm.policies.context import CompactionContext
+
+
+@SCORERS.register("random")
+class RandomScorer(Scorer):
+    """Uniform scores that depend on the seed, the layer, the kv_head and the entry only.
+
+    Ours, as a control. A hash instead of a random generator, so that a request's result depends
+    neither on what else is in the batch nor on how often something was compressed before.
+    """
+
+    seed: int = 0
+
+    def score(self, context: CompactionContext) -> Scores:
+        shape = (context.num_layers, 1, context.num_kv_heads, context.max_entries)
+        device = context.key_cache.device
+        # Entries of one head differ by 1 at any max_entries, so a longer row elsewhere in the
+        # batch must not shift the numbers: combine the coordinates instead of flattening them.
+        layer = torch.arange(shape[0], device=device).view(-1, 1, 1, 1)
+        head = torch.arange(shape[2], device=device).view(1, 1, -1, 1)
+        entry = torch.arange(shape[3], device=device).view(1, 1, 1, -1)
+        index = ((layer * 1_000_003 + head) * 16_777_259 + entry) ^ (self.seed * 2_654_435_769)
+        weights = _uniform(index).expand(-1, context.num_rows, -1, -1)
+        return Scores(torch.where(context.is_entry, weights, 0.0))
+
+
+def _uniform(index: torch.Tensor) -> torch.Tensor:
+    """A multiply-xorshift hash of int64 numbers to float32 in (0, 1)."""
+    mask = 0xFFFFFFFF
+    value = index & mask
+    for _ in range(2):
+        value = (((value >> 16) ^ value) * 0x45D9F3B) & mask
+    value = (value >> 16) ^ value
+    return (value.double() + 0.5).div(2.0**32).float().clamp(min=1e-9)

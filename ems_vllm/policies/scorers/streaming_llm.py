@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recency score of StreamingLLM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from ems_vllm.policies.base import SCORERS, Scorer, Scores
+
+if TYPE_CHECKING:
+    from ems_vllm.policies.context import CompactionContext
+
+
+@SCORERS.register("streaming_llm")
+class StreamingLLMScorer(Scorer):
+    """The later an entry, the higher its score; sinks are protected by the selector.
+
+    Paper: Xiao et al. 2023, arXiv:2309.17453. Deviation: positions are not reassigned inside the
+    cache, because vLLM stores keys after RoPE and generation goes on at the true positions.
+    """
+
+    def score(self, context: CompactionContext) -> Scores:
+        rank = torch.arange(1, context.max_entries + 1, device=context.key_cache.device)
+        weights = context.new_scores().copy_(rank.float())
+        return Scores(torch.where(context.is_entry, weights, 0.0))

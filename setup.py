@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the two extension modules; everything else about the package is in pyproject.toml."""
+
+import sys
+import sysconfig
+from pathlib import Path
+
+import pybind11
+from setuptools import Extension, setup
+from torch.utils.cpp_extension import BuildExtension, include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parent
+
+# The oldest torch the operators load on. They use only torch's stable C ABI as of that release, so
+# one build serves every later one.
+TORCH_TARGET = (2, 10)
+TORCH_TARGET_HEX = "0x{:02x}{:02x}".format(*TORCH_TARGET) + 12 * "0"
+
+OPS_SOURCES = [
+    "csrc/assign_classes.cpp",
+    "csrc/merge_compact.cpp",
+    "csrc/plan_metadata.cpp",
+    "csrc/record_queries.cpp",
+    "csrc/score_queries.cpp",
+    "csrc/score_window.cpp",
+    "csrc/select_entries.cpp",
+    "csrc/torch_bindings.cpp",
+    "csrc/cpu/assign_classes.cpp",
+    "csrc/cpu/merge_compact.cpp",
+    "csrc/cpu/plan_metadata.cpp",
+    "csrc/cpu/record_queries.cpp",
+    "csrc/cpu/score_queries.cpp",
+    "csrc/cpu/score_window.cpp",
+    "csrc/cpu/select_entries.cpp",
+    "csrc/cpu/simd.cpp",
+    "csrc/cpu/simd_avx2.cpp",
+    "csrc/cpu/simd_avx512.cpp",
+    "csrc/cpu/simd_portable.cpp",
+]
+
+COMPILE_ARGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+LINK_ARGS = ["-Wl,--as-needed", "-s"] if sys.platform == "linux" else []
+# Absolute, because ninja compiles from within build/.
+INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
+HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))]
+
+
+def version() -> str:
+    namespace: dict[str, str] = {}
+    exec((ROOT / "ems_vllm" / "_version.py").read_text(), namespace)
+    return namespace["__version__"]
+
+
+class BuildInPlace(BuildExtension):
+    """Keeps object files in build/, also for `pip install -e .`, which would use a new temporary
+    directory every time and compile everything again."""
+
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        tag = f"{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        self.build_temp = str(ROOT / "build" / f"temp.{tag}")
+
+
+setup(
+    ext_modules=[
+        Extension(
+            "ems_vllm._C",
+            sources=["csrc/python_bindings.cpp"],
+            include_dirs=[*INCLUDE_DIRS, pybind11.get_include()],
+            define_macros=[
+                ("EMS_VERSION", f'"{version()}"'),
+                ("EMS_TORCH_TARGET", f'"{TORCH_TARGET[0]}.{TORCH_TARGET[1]}"'),
+            ],
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=LINK_ARGS,
+            depends=HEADERS,
+            language="c++",
+        ),
+        # Not a Python module: torch.ops.load_library() loads it.
+        Extension(
+            "ems_vllm._ops",
+            sources=OPS_SOURCES,
+            include_dirs=[*INCLUDE_DIRS, *include_paths()],
+            define_macros=[("TORCH_TARGET_VERSION", TORCH_TARGET_HEX)],
+            extra_compile_args=COMPILE_ARGS,
+            extra_link_args=LINK_ARGS,
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            depends=HEADERS,
+            language="c++",
+            py_limited_api=True,
+        ),
+    ],
+    cmdclass={"build_ext": BuildInPlace},
+)

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""I1: with a budget of at least the length, the output is token-identical to plain vLLM."""
+
+import pytest
+from engine.harness import BLOCK_SIZE, LLAMA, QWEN3, engine, tokens
+
+LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 1000, 4000)
+MAX_TOKENS = 20
+UNLIMITED = {"recipe": "ems", "budget": 8192}
+
+
+def prompts() -> list[list[int]]:
+    return [tokens(length, seed=length) for length in LENGTHS]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(LLAMA, 64), (LLAMA, 1024), (LLAMA, 8192), (QWEN3, 256)],
+    ids=["llama-chunk64", "llama-chunk1024", "llama-chunk8192", "qwen3-chunk256"],
+)
+def setup(request):
+    """Model and the largest prompt chunk."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def plain_answers(setup):
+    """Answers of plain vLLM, each prompt alone and all of them in one batch."""
+    model, chunk = setup
+    with engine(None, model, max_num_batched_tokens=chunk) as dense:
+        return [dense.generate([p], MAX_TOKENS)[0] for p in prompts()], dense.generate(
+            prompts(), MAX_TOKENS
+        )
+
+
+def test_unlimited_budget_is_identical_to_plain_vllm(setup, plain_answers):
+    model, chunk = setup
+    alone, batched = plain_answers
+    with engine(UNLIMITED, model, max_num_batched_tokens=chunk) as compressed:
+        assert [compressed.generate([p], MAX_TOKENS)[0] for p in prompts()] == alone
+        assert compressed.generate(prompts(), MAX_TOKENS) == batched
+        assert compressed.stats()["num_compactions"] == 0
+
+
+def test_request_that_opts_out_is_identical_to_plain_vllm(setup, plain_answers):
+    """The same server compresses other requests in the same batches."""
+    model, chunk = setup
+    alone, _ = plain_answers
+    with engine({"recipe": "ems", "budget": 64}, model, max_num_batched_tokens=chunk) as compressed:
+        answers = compressed.generate(prompts()[-2:], MAX_TOKENS, {"kv_compression": "off"})
+        assert answers == alone[-2:]
+        assert compressed.stats()["num_compactions"] == 0
+        assert compressed.generate(prompts()[:-2], MAX_TOKENS) == alone[:-2]
+
+
+def test_limited_budget_does_compress(setup):
+    """The tests above would pass on an engine that never compresses; this one would not."""
+    model, chunk = setup
+    with engine({"recipe": "ems", "budget": 64}, model, max_num_batched_tokens=chunk) as compressed:
+        answers = compressed.generate(prompts()[-2:], MAX_TOKENS)
+        assert [len(answer) for answer in answers] == [MAX_TOKENS] * 2
+        stats = compressed.stats()
+        assert stats["num_compactions"] == 2
+        assert stats["num_entries_kept"] == 2 * 64
+        compressed.assert_pool_is_empty()

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CPU attention backend against attention written out in float64, one query at a time."""
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from vllm.v1.attention.backend import CommonAttentionMetadata
+
+from ems_vllm.platform import attention_plan
+from ems_vllm.platform.attention import ReferenceAttentionBackend
+
+HEAD_SIZE = 32
+TOLERANCE = {
+    torch.float32: {"rtol": 1e-5, "atol": 2e-6},
+    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.float16: {"rtol": 3e-3, "atol": 3e-3},
+}
+# (tokens computed before, query tokens) of each request.
+BATCHES = {
+    "decode": [(40, 1)],
+    "decodes_of_one_length": [(40, 1), (40, 1), (40, 1)],
+    "decodes_of_all_lengths": [(1, 1), (900, 1), (63, 1), (64, 1), (0, 1)],
+    "prefill": [(0, 70)],
+    "prefill_chunk": [(70, 33)],
+    "mixed": [(12, 1), (0, 19), (100, 1), (48, 32), (5, 2), (13, 1)],
+    "padding_request": [(12, 1), (0, 0), (3, 4)],
+}
+
+
+@dataclass
+class Case:
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    block_size: int = 16
+    sliding_window: int | None = None
+    dtype: torch.dtype = torch.float32
+    slots_before_heads: bool = True
+    sinks: bool = False
+
+
+CASES = {
+    "gqa": Case(),
+    "mha": Case(num_kv_heads=4),
+    "mqa": Case(num_kv_heads=1),
+    "block_of_1": Case(block_size=1),
+    "block_of_24": Case(block_size=24),
+    "heads_before_slots": Case(slots_before_heads=False),
+    "window": Case(sliding_window=20),
+    "window_of_1": Case(sliding_window=1),
+    "bfloat16": Case(dtype=torch.bfloat16),
+    "float16": Case(dtype=torch.float16),
+    "sinks": Case(sinks=True),
+}
+
+
+def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Results of the backend and of the naive computation, [num_tokens, num_heads, head_size]."""
+    torch.manual_seed(0)
+    seq_lens = [computed + queries for computed, queries in batch]
+    num_tokens = sum(queries for _, queries in batch)
+    max_blocks = max(math.ceil(n / case.block_size) for n in seq_lens)
+    num_blocks = 1 + len(batch) * max_blocks
+    block_table = 1 + torch.randperm(num_blocks - 1, dtype=torch.int32).view(len(batch), -1)
+
+    # NaN wherever nothing has been written: an entry that is read by mistake shows.
+    shape = (num_blocks, case.num_kv_heads, case.block_size, 2 * HEAD_SIZE)
+    cache = torch.full(shape, float("nan"), dtype=case.dtype)
+    if case.slots_before_heads:
+        cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
+
+    sinks = torch.randn(case.num_heads, dtype=case.dtype) if case.sinks else None
+    impl = ReferenceAttentionBackend.get_impl_cls()(
+        case.num_heads,
+        HEAD_SIZE,
+        scale=HEAD_SIZE**-0.5,
+        num_kv_heads=case.num_kv_heads,
+        sliding_window=case.sliding_window,
+        sinks=sinks,
+    )
+    query = torch.randn(num_tokens, case.num_heads, HEAD_SIZE, dtype=case.dtype)
+    expected = torch.empty_like(query)
+    row = 0
+    slot_mapping = []
+    for blocks, (computed, queries) in zip(block_table, batch, strict=True):
+        seq_len = computed + queries
+        keys, values = torch.randn(2, seq_len, case.num_kv_heads, HEAD_SIZE).to(case.dtype)
+        positions = torch.arange(seq_len)
+        slots = blocks[positions // case.block_size].long() * case.block_size
+        slots += positions % case.block_size
+        impl.do_kv_cache_update(None, keys, values, cache, slots)
+        slot_mapping.append(slots[computed:])
+        for position in range(computed, seq_len):
+            expected[row] = naive(query[row], keys, values, position, case, sinks)
+            row += 1
+
+    query_start_loc = torch.tensor([0] + [queries for _, queries in batch]).cumsum(0).int()
+    common = CommonAttentionMetadata(
+        query_start_loc=query_start_loc,
+        query_start_loc_cpu=query_start_loc,
+        seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        num_reqs=len(batch),
+        num_actual_tokens=num_tokens,
+        max_query_len=max(queries for _, queries in batch),
+        max_seq_len=max(seq_lens),
+        block_table_tensor=block_table,
+        slot_mapping=torch.cat(slot_mapping),
+    )
+    builder = ReferenceAttentionBackend.get_builder_cls()(
+        SimpleNamespace(block_size=case.block_size),
+        ["layer"],
+        SimpleNamespace(model_config=SimpleNamespace(dtype=case.dtype)),
+        torch.device("cpu"),
+    )
+    metadata = builder.build(0, common)
+    output = torch.full((num_tokens, case.num_heads * HEAD_SIZE), float("nan"), dtype=case.dtype)
+    result = impl.forward(None, query, None, None, cache, metadata, output)
+    assert result is output
+    return output.view_as(expected), expected
+
+
+def naive(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: int,
+    case: Case,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    first = max(0, position + 1 - (case.sliding_window or position + 1))
+    out = torch.empty(query.shape, dtype=torch.float64)
+    for head in range(case.num_heads):
+        kv_head = head // (case.num_heads // case.num_kv_heads)
+        k = keys[first : position + 1, kv_head].double()
+        v = values[first : position + 1, kv_head].double()
+        logits = k @ query[head].double() * HEAD_SIZE**-0.5
+        weights = logits.exp()
+        denominator = weights.sum() + (sinks[head].double().exp() if sinks is not None else 0)
+        out[head] = weights @ v / denominator
+    return out
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_matches_naive_attention(case: Case, batch: list[tuple[int, int]]) -> None:
+    output, expected = run_backend(case, batch)
+    torch.testing.assert_close(output, expected, **TOLERANCE[case.dtype])
+
+
+def test_decodes_that_exceed_the_gather_limit_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_plan, "_MAX_GATHERED_ENTRIES", 100)
+    output, expected = run_backend(Case(), [(45, 1)] * 5)
+    torch.testing.assert_close(output, expected, **TOLERANCE[torch.float32])
+
+
+def test_decodes_of_similar_length_share_a_call() -> None:
+    seq_lens = [100, 8000, 60, 7000, 100]
+    batch = attention_plan.BatchShape(
+        query_start_loc=range(6),
+        seq_lens=seq_lens,
+        block_table=torch.zeros(5, 500, dtype=torch.int32),
+        block_size=16,
+    )
+    calls = attention_plan.plan_attention(batch, None, torch.float32)
+    assert [tuple(call.block_ids.shape) for call in calls] == [(2, 8000), (3, 100)]
+    windowed = attention_plan.plan_attention(batch, 50, torch.float32)
+    assert [tuple(call.block_ids.shape) for call in windowed] == [(5, 50)]
+    assert windowed[0].mask is None
+
+
+def test_padding_tokens_are_not_written() -> None:
+    impl = ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, num_kv_heads=2)
+    cache = torch.zeros(3, 2, 4, 2 * HEAD_SIZE)
+    key = torch.ones(5, 2, HEAD_SIZE)
+    impl.do_kv_cache_update(None, key, 2 * key, cache, torch.tensor([5, -1, 10]))
+    written = torch.zeros(3, 4, dtype=torch.bool)
+    written[1, 1] = written[2, 2] = True
+    assert torch.equal(cache.any(-1).all(1), written)
+    assert cache[1, 0, 1].tolist() == [1.0] * HEAD_SIZE + [2.0] * HEAD_SIZE
+
+
+def test_profiling_run_has_defined_output() -> None:
+    impl = ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0)
+    output = torch.full((3, 2, HEAD_SIZE), float("nan"))
+    assert not impl.forward(None, None, None, None, None, None, output).any()
+
+
+@pytest.mark.parametrize(
+    "unsupported",
+    [
+        {"logits_soft_cap": 30.0},
+        {"alibi_slopes": [0.5, 0.25]},
+        {"attn_type": "encoder_only"},
+        {"kv_cache_dtype": "fp8"},
+    ],
+    ids=lambda option: next(iter(option)),
+)
+def test_unsupported_attention_is_refused(unsupported: dict[str, object]) -> None:
+    with pytest.raises(NotImplementedError, match="CPU_REFERENCE attention does not support"):
+        ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, **unsupported)

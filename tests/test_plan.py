@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compression plan: the worked example, its invariants, and its argument checks."""
+
+import copy
+import pickle
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ems_vllm._C import CompressionPlan
+
+PARAMS = {
+    "prompt_len": 1000,
+    "block_size": 16,
+    "budget_blocks": 8,
+    "recent_window": 32,
+    "recompress_interval": 64,
+    "min_blocks_saved": 1,
+}
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> CompressionPlan:
+    block_size = draw(st.sampled_from([1, 2, 8, 16]))
+    return CompressionPlan(
+        prompt_len=draw(st.integers(0, 400)),
+        block_size=block_size,
+        budget_blocks=draw(st.integers(0, 12)),
+        recent_window=draw(st.integers(0, 80)),
+        recompress_interval=block_size * draw(st.integers(0, 6)),
+        min_blocks_saved=draw(st.integers(1, 5)),
+    )
+
+
+def horizon(plan: CompressionPlan) -> int:
+    """A length at which every plan of plans() that can compress has done so several times."""
+    budget = plan.budget_blocks * plan.block_size
+    return 2 * plan.prompt_len + 2 * budget + plan.recent_window + 5 * plan.recompress_interval + 50
+
+
+def test_worked_example():
+    plan = CompressionPlan(**PARAMS)
+    assert plan.compresses_prompt and plan.may_compress
+    assert plan.columns(999) == (0, 0)
+    assert plan.columns(1000) == (52, 60)
+    assert plan.columns(1055) == (52, 60)
+    assert plan.columns(1056) == (56, 64)
+    assert plan.next_compaction(0) == 1000
+    assert plan.next_compaction(1000) == 1056
+    assert plan.max_shared_tokens == 52 * 16
+    # The step that compacts at 1000 has not been processed yet, the one after it has.
+    assert plan.max_live_columns(1000) == 63
+    assert plan.max_live_columns(1001) == 63 - 52
+
+
+def test_never_compressed():
+    plan = CompressionPlan(**PARAMS | {"budget_blocks": 0})
+    assert not plan.may_compress
+    assert plan.columns(10**6) == (0, 0)
+    assert plan.next_compaction(0) is None
+    assert plan.max_shared_tokens is None
+
+
+def test_short_prompt_is_compressed_beyond_its_prompt():
+    plan = CompressionPlan(**PARAMS | {"prompt_len": 100})
+    assert not plan.compresses_prompt and plan.may_compress
+    assert plan.max_shared_tokens == 96
+    first_compaction = plan.next_compaction(0)
+    assert plan.columns(first_compaction - 1) == (0, 0)
+    first, _ = plan.columns(first_compaction)
+    assert first * 16 >= 100
+
+
+@given(plans())
+def test_columns_never_go_back(plan):
+    previous = (0, 0)
+    for num_processed in range(horizon(plan)):
+        columns = plan.columns(num_processed)
+        assert columns[0] >= previous[0] and columns[1] >= previous[1]
+        previous = columns
+
+
+@given(plans())
+def test_budget_lies_between_the_columns(plan):
+    for num_processed in range(horizon(plan)):
+        first, tail = plan.columns(num_processed)
+        if first == 0:
+            assert tail == 0
+            continue
+        assert tail - first == plan.budget_blocks
+        live = num_processed - first * plan.block_size
+        assert live >= plan.budget_blocks * plan.block_size + plan.recent_window
+        if plan.recompress_interval > 0:
+            in_tail = num_processed - tail * plan.block_size
+            bound = plan.recent_window + plan.recompress_interval + plan.block_size
+            assert in_tail < bound
+
+
+@given(plans())
+def test_identity_when_the_budget_covers_the_length(plan):
+    if plan.budget_blocks > 0:
+        for num_processed in range(plan.budget_blocks * plan.block_size + plan.recent_window + 1):
+            assert plan.columns(num_processed) == (0, 0)
+
+
+@given(plans())
+def test_targets_are_never_shared(plan):
+    """Neither a prompt column that may be shared nor a live column before it is written."""
+    for num_processed in range(horizon(plan)):
+        first, _ = plan.columns(num_processed)
+        if first > 0:
+            assert first * plan.block_size >= plan.max_shared_tokens
+            if not plan.compresses_prompt:
+                assert first * plan.block_size >= plan.prompt_len
+
+
+@given(plans())
+def test_first_compaction_frees_enough(plan):
+    at = plan.next_compaction(0)
+    if at is None:
+        assert plan.columns(horizon(plan)) == plan.columns(0)
+    else:
+        assert plan.columns(at)[0] >= plan.min_blocks_saved
+
+
+@given(plans())
+def test_live_columns_bound(plan):
+    """Replays decoding token by token; a step's columns are given back once it is processed."""
+    freed = 0
+    for started_at in range(plan.prompt_len, horizon(plan)):
+        held = -(-(started_at + 1) // plan.block_size) - freed
+        assert held <= plan.max_live_columns(started_at)
+        if plan.compresses_prompt and started_at > plan.prompt_len and plan.recompress_interval:
+            in_tail = plan.recent_window + plan.recompress_interval
+            assert plan.max_live_columns(started_at) <= plan.budget_blocks + (
+                in_tail // plan.block_size + 2
+            )
+        freed = plan.columns(started_at)[0]
+
+
+@given(plans())
+def test_next_compaction_is_the_next_change(plan):
+    end = horizon(plan)
+    changes = [n for n in range(1, end) if plan.columns(n) != plan.columns(n - 1)]
+    for num_processed in range(0, end - 1, 7):
+        expected = next((n for n in changes if n > num_processed), None)
+        actual = plan.next_compaction(num_processed)
+        assert actual == expected or (expected is None and (actual is None or actual >= end))
+
+
+@settings(max_examples=20)
+@given(plans(), plans())
+def test_value_semantics(one, other):
+    for twin in (copy.copy(one), pickle.loads(pickle.dumps(one))):
+        assert twin == one and hash(twin) == hash(one)
+    assert (one == other) == (repr(one) == repr(other))
+    assert one != repr(one)
+    assert eval(repr(one)) == one
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("prompt_len", -1, "prompt_len must be in 0..2147483647, got -1"),
+        ("block_size", 0, "block_size must be in 1..2147483647, got 0"),
+        ("budget_blocks", -3, "budget_blocks must be in 0..2147483647, got -3"),
+        ("recent_window", 2**31, "recent_window must be in 0..2147483647, got 2147483648"),
+        ("recompress_interval", -16, "recompress_interval must be in 0..2147483647, got -16"),
+        ("recompress_interval", 40, r"recompress_interval must be a multiple of block_size \(16\)"),
+        ("min_blocks_saved", 0, "min_blocks_saved must be in 1..2147483647, got 0"),
+    ],
+)
+def test_arguments_out_of_range(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        CompressionPlan(**PARAMS | {name: value})
+
+
+def test_negative_count_is_refused():
+    with pytest.raises(ValueError, match="num_processed must be in 0.."):
+        CompressionPlan(**PARAMS).columns(-1)
+
+
+def test_arguments_are_keywords():
+    with pytest.raises(TypeError):
+        CompressionPlan(1000, 16, 8, 32, 64, 1)
