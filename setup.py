@@ -38,7 +38,14 @@ OPS_SOURCES = [
     "csrc/cpu/simd_portable.cpp",
 ]
 
-COMPILE_ARGS = ["-O3", "-std=c++20", "-Wall", "-Wextra", "-Wno-unused-parameter", "-fvisibility=hidden"]
+COMPILE_ARGS = [
+    "-O3",
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Wno-unused-parameter",
+    "-fvisibility=hidden",
+]
 LINK_ARGS = ["-Wl,--as-needed", "-s"] if sys.platform == "linux" else []
 # Absolute, because ninja compiles from within build/.
 INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]

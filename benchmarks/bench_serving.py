@@ -77,9 +77,7 @@ class Settings:
 
 def measure(settings: Settings, case: str, recipe: str, vocab_size: int) -> Run:
     """Start a server, warm it up, load it, sum up."""
-    prompts = random_prompts(
-        settings.num_prompts, settings.prompt_len, vocab_size, settings.seed
-    )
+    prompts = random_prompts(settings.num_prompts, settings.prompt_len, vocab_size, settings.seed)
     warm_up = random_prompts(1, settings.prompt_len, vocab_size, settings.seed + 1)
     with tempfile.TemporaryDirectory() as folder:
         arguments = settings.arguments(case, recipe)

@@ -18,9 +18,9 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
   p.num_layers = key_cache.size(0);
   p.num_kv_heads = key_cache.size(2);
   p.head_size = key_cache.size(4);
-  p.value_cache = checks.cache("value_cache", value_cache, dtype,
-                               {p.num_layers, p.key_cache.num_blocks, p.num_kv_heads,
-                                p.key_cache.block_size, p.head_size});
+  p.value_cache = checks.cache(
+      "value_cache", value_cache, dtype,
+      {p.num_layers, p.key_cache.num_blocks, p.num_kv_heads, p.key_cache.block_size, p.head_size});
 
   p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
   p.block_table = checks.block_table("block_table", block_table, p.num_rows);

@@ -66,8 +66,7 @@ class ArgumentChecks {
       const int64_t size = shape.begin()[i];
       matches = size == kAny || size == tensor.size(i);
     }
-    require(matches, name, " must have shape ", Shape{shape}, ", got ",
-            Shape{tensor.sizes()});
+    require(matches, name, " must have shape ", Shape{shape}, ", got ", Shape{tensor.sizes()});
     const int64_t last = tensor.dim() - 1;
     require(tensor.size(last) <= 1 || tensor.stride(last) == 1, name,
             " must be contiguous in its last dimension, got stride ", tensor.stride(last));
@@ -81,8 +80,7 @@ class ArgumentChecks {
 
   BlockTable block_table(const char* name, const Tensor& tensor, int64_t num_rows) const {
     this->tensor(name, tensor, ScalarType::Int, {num_rows, kAny});
-    return {static_cast<const int32_t*>(tensor.const_data_ptr()), tensor.size(1),
-            tensor.stride(0)};
+    return {static_cast<const int32_t*>(tensor.const_data_ptr()), tensor.size(1), tensor.stride(0)};
   }
 
   // A cache of one layer [num_blocks, num_kv_heads, block_size, head_size] or of several, with
@@ -146,12 +144,9 @@ class ArgumentChecks {
   PagedTensor paged(const char* name, const Tensor& tensor, int64_t block_dim,
                     bool has_layers) const {
     require(tensor.size(block_dim + 2) > 0, name, " must have a block_size of at least 1, got 0");
-    return {tensor.mutable_data_ptr(),
-            tensor.size(block_dim),
-            tensor.size(block_dim + 2),
-            has_layers ? tensor.stride(0) : 0,
-            tensor.stride(block_dim),
-            tensor.stride(block_dim + 1),
+    return {tensor.mutable_data_ptr(),   tensor.size(block_dim),
+            tensor.size(block_dim + 2),  has_layers ? tensor.stride(0) : 0,
+            tensor.stride(block_dim),    tensor.stride(block_dim + 1),
             tensor.stride(block_dim + 2)};
   }
 

@@ -150,9 +150,8 @@ PYBIND11_MODULE(_C, m) {
            })
       .def(py::pickle([](const CompressionPlan& self) { return self.as_tuple(); },
                       [](const py::tuple& state) {
-                        return CompressionPlan(
-                            state[0].cast<int64_t>(), state[1].cast<int64_t>(),
-                            state[2].cast<int64_t>(), state[3].cast<int64_t>(),
-                            state[4].cast<int64_t>(), state[5].cast<int64_t>());
+                        return CompressionPlan(state[0].cast<int64_t>(), state[1].cast<int64_t>(),
+                                               state[2].cast<int64_t>(), state[3].cast<int64_t>(),
+                                               state[4].cast<int64_t>(), state[5].cast<int64_t>());
                       }));
 }

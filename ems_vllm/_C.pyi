@@ -4,6 +4,7 @@
 from typing import final
 
 def build_info() -> dict[str, object]: ...
+
 @final
 class CompressionPlan:
     """When a request is compacted, and into which block-table columns.

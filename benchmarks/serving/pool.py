@@ -18,7 +18,7 @@ class PoolState:
         num_used_blocks: Blocks that requests hold; cached blocks nobody holds are free.
         num_running, num_waiting: Requests.
         num_preemptions: Since the server started.
-        num_prompt_tokens: Likewise, of requests whose prompt has been processed.
+        num_generated: Tokens, since the server started.
     """
 
     num_blocks: int
@@ -26,7 +26,7 @@ class PoolState:
     num_running: int
     num_waiting: int
     num_preemptions: int
-    num_prompt_tokens: int
+    num_generated: int
 
 
 def parse(text: str) -> PoolState:
@@ -46,7 +46,7 @@ def parse(text: str) -> PoolState:
         num_running=int(values["num_requests_running"]),
         num_waiting=int(values["num_requests_waiting"]),
         num_preemptions=int(values["num_preemptions_total"]),
-        num_prompt_tokens=int(values["prompt_tokens_total"]),
+        num_generated=int(values["generation_tokens_total"]),
     )
 
 

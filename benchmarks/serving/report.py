@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +16,20 @@ from serving.load import Sample
 from serving.summary import Summary
 
 DENSE = "dense"
-# Figures of which the ratio to the dense run is reported.
-_RATIOS = {
-    "peak_blocks": lambda s: s.peak_blocks,
-    "steady_blocks_per_request": lambda s: s.steady_blocks_per_request,
-    "output_tokens_per_s": lambda s: s.output_tokens_per_s,
-    "decode_tokens_per_s": lambda s: s.decode_tokens_per_s,
-    "ttft_s.median": lambda s: s.ttft_s.median,
-    "tpot_ms.median": lambda s: s.tpot_ms.median,
-    "wall_s": lambda s: s.wall_s,
+_LABELS = {
+    "peak_blocks": "peak blocks",
+    "steady_blocks_per_request": "steady blocks per request",
+    "peak_running": "most requests running",
+    "num_preemptions": "preemptions",
+    "output_tokens_per_s": "output tokens/s",
+    "decode_tokens_per_s": "decode tokens/s",
+    "ttft_s.median": "TTFT, s, median",
+    "ttft_s.p95": "TTFT, s, p95",
+    "tpot_ms.median": "TPOT, ms, median",
+    "tpot_ms.p95": "TPOT, ms, p95",
+    "wall_s": "wall time, s",
 }
+_COUNTS = ("peak_blocks", "peak_running", "num_preemptions")
 
 
 @dataclass(frozen=True)
@@ -58,57 +63,31 @@ def ratios(runs: Sequence[Run]) -> list[dict[str, Any]]:
         if run.recipe == DENSE or run.case not in dense:
             continue
         row: dict[str, Any] = {"case": run.case, "recipe": run.recipe}
-        for name, get in _RATIOS.items():
-            value, base = get(run.summary), get(dense[run.case])
+        for name in _LABELS:
+            value, base = (attrgetter(name)(s) for s in (run.summary, dense[run.case]))
             row[name] = round(value / base, 3) if value is not None and base else None
         rows.append(row)
     return rows
 
 
 def print_tables(console: Console, runs: Sequence[Run]) -> None:
-    """The figures, then the ratios to dense."""
-    table = Table(title="Serving")
-    for name in ("case", "recipe"):
-        table.add_column(name)
-    for name in (
-        "pool\nblocks",
-        "peak\nblocks",
-        "steady blocks\nper request",
-        "most\nrunning",
-        "preemp-\ntions",
-        "output\ntokens/s",
-        "decode\ntokens/s",
-        "TTFT s\nmedian / p95",
-        "TPOT ms\nmedian / p95",
-        "wall\ns",
-    ):
-        table.add_column(name, justify="right")
-    for run in runs:
-        s = run.summary
-        table.add_row(
-            run.case,
-            run.recipe,
-            str(s.num_blocks),
-            str(s.peak_blocks),
-            _number(s.steady_blocks_per_request),
-            str(s.peak_running),
-            str(s.num_preemptions),
-            _number(s.output_tokens_per_s),
-            _number(s.decode_tokens_per_s),
-            f"{s.ttft_s.median:.1f} / {s.ttft_s.p95:.1f}",
-            f"{s.tpot_ms.median:.0f} / {s.tpot_ms.p95:.0f}",
-            _number(s.wall_s),
-        )
-    console.print(table)
-    compared = ratios(runs)
-    if not compared:
-        return
-    table = Table(title="Ratio to dense")
-    for name in compared[0]:
-        table.add_column(name.replace("_", " "), justify="left" if name in ("case", "recipe") else "right")
-    for row in compared:
-        table.add_row(*("-" if value is None else str(value) for value in row.values()))
-    console.print(table)
+    """One table per case: a row per figure, a column per recipe, and the ratios to dense."""
+    compared = {(row["case"], row["recipe"]): row for row in ratios(runs)}
+    for case in dict.fromkeys(run.case for run in runs):
+        of_case = [run for run in runs if run.case == case]
+        table = Table(title=f"{case}: a pool of {of_case[0].summary.num_blocks} blocks")
+        table.add_column("")
+        columns = []
+        for run in of_case:
+            table.add_column(run.recipe, justify="right")
+            columns.append(_cells(run.summary))
+            if (case, run.recipe) in compared:
+                table.add_column(f"/ {DENSE}", justify="right")
+                ratio = compared[case, run.recipe]
+                columns.append({name: _number(ratio.get(name), 2) for name in columns[0]})
+        for name, label in _LABELS.items():
+            table.add_row(label, *(column[name] for column in columns))
+        console.print(table)
 
 
 def write(path: Path, report: dict[str, Any]) -> None:
@@ -119,8 +98,14 @@ def write(path: Path, report: dict[str, Any]) -> None:
     path.write_text(text + "\n")
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
+def _cells(summary: Summary) -> dict[str, str]:
+    return {
+        name: _number(attrgetter(name)(summary), 0 if name in _COUNTS else 1) for name in _LABELS
+    }
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _rounded(value: Any) -> Any:

@@ -10,9 +10,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 VLLM = Path(sys.executable).with_name("vllm")
 _TAIL = 6000
@@ -39,7 +39,7 @@ class Server:
         self._timeout = timeout
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Server":
         with self._log_path.open("wb") as log:
             # A session of its own, so that the engine's processes end with it in any case.
             self._process = subprocess.Popen(
@@ -76,14 +76,10 @@ class Server:
             return
         if process.poll() is None:
             process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                pass
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
     def _wait_until_healthy(self) -> None:

@@ -86,7 +86,8 @@ def steady_intervals(load: Load) -> list[tuple[Sample, Sample]]:
     intervals = []
     for start, end in zip(load.samples, load.samples[1:], strict=False):
         decoding = sum(
-            trace.ended > end.time and _tokens_until(trace, end.time) > _tokens_until(trace, start.time)
+            trace.ended > end.time
+            and _tokens_until(trace, end.time) > _tokens_until(trace, start.time)
             for trace in load.traces
         )
         if decoding >= end.pool.num_running > 0:

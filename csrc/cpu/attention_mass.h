@@ -29,8 +29,8 @@ class KeyTiles {
         logits_(kChunkRows * kTileKeys),
         visible_(kChunkRows) {}
 
-  // Loads keys first..first+count-1; load(key, out) writes one as floats. Keys that fill up the last
-  // tile are zero.
+  // Loads keys first..first+count-1; load(key, out) writes one as floats. Keys that fill up the
+  // last tile are zero.
   template <typename F>
   void pack(int64_t first, int64_t count, const F& load) {
     first_ = first;
@@ -51,8 +51,7 @@ class KeyTiles {
   // Products of up to kChunkRows rows with the keys of the tile that starts at key `start` (a
   // multiple of kTileKeys, counted from first()); [num_rows][kTileKeys].
   float* multiply(int64_t start, const float* rows, int64_t num_rows) {
-    simd().multiply(rows, num_rows, head_size_, tiles_.data() + start * head_size_,
-                    logits_.data());
+    simd().multiply(rows, num_rows, head_size_, tiles_.data() + start * head_size_, logits_.data());
     return logits_.data();
   }
 
@@ -67,9 +66,10 @@ class KeyTiles {
   // mass[j] += attention that the rows pay to key first() + j; mass has kMaxKeys elements.
   void add_mass(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
                 float* mass) {
-    for_tiles(rows, visible, num_rows, [&](int64_t start, int64_t row, int64_t count, float* logits) {
-      simd().add_mass(logits, visible_.data(), lse + row, count, mass + start);
-    });
+    for_tiles(rows, visible, num_rows,
+              [&](int64_t start, int64_t row, int64_t count, float* logits) {
+                simd().add_mass(logits, visible_.data(), lse + row, count, mass + start);
+              });
   }
 
  private:

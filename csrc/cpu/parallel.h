@@ -7,12 +7,17 @@
 #include <atomic>
 #include <cstdint>
 
+#include "cpu/simd.h"
+
 namespace ems::cpu {
 
-// Calls f(item) for every item in 0..num_items-1 on torch's threads. Threads take the next item when
-// they are done with one, since items differ in size; so an item must write what no other writes.
+// Calls f(item) for every item in 0..num_items-1 on torch's threads. Threads take the next item
+// when they are done with one, since items differ in size; so an item must write what no other
+// writes.
 template <typename F>
 void parallel_items(int64_t num_items, const F& f) {
+  // Chosen here, where an error still reaches the caller with its message.
+  simd();
   std::atomic<int64_t> next{0};
   const auto work = [&](int64_t, int64_t) {
     for (int64_t item = next++; item < num_items; item = next++) f(item);

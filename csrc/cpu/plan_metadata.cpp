@@ -21,7 +21,8 @@ void plan_metadata(const PlanMetadataParams& p) {
     int32_t* out = p.out_block_table + row * p.out_row_stride;
     std::copy(in + first, in + num_columns, out);
     std::fill(out + num_columns - first, out + num_columns, 0);
-    p.out_seq_lens[row] = static_cast<int32_t>(p.seq_lens[row] - p.first_columns[row] * p.block_size);
+    p.out_seq_lens[row] =
+        static_cast<int32_t>(p.seq_lens[row] - p.first_columns[row] * p.block_size);
   }
 }
 

@@ -16,7 +16,8 @@
 namespace ems::cpu {
 namespace {
 
-// Query vectors per item of the first pass, which packs every key it sees: enough to make up for it.
+// Query vectors per item of the first pass, which packs every key it sees: enough to make up for
+// it.
 constexpr int64_t kRowsPerItem = 256;
 
 struct Item {

@@ -5,8 +5,8 @@
 
 namespace ems::cpu {
 
-// Every entry that a selection names lies in a block of the row. Selections are mostly ascending, so
-// a block is looked up once per run of entries that it holds.
+// Every entry that a selection names lies in a block of the row. Selections are mostly ascending,
+// so a block is looked up once per run of entries that it holds.
 template <typename PARAMS>
 void check_selection(const char* op, const PARAMS& p, int64_t row, int64_t max_entries) {
   const IndexChecks checks(op);

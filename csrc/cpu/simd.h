@@ -11,8 +11,8 @@ namespace ems::cpu {
 // Keys are multiplied in tiles of this many, stored transposed: [head_size][kTileKeys].
 constexpr int64_t kTileKeys = 64;
 
-// Softmax state per query: a maximum and a sum for each SIMD lane, so that no lane waits for another
-// before the end.
+// Softmax state per query: a maximum and a sum for each SIMD lane, so that no lane waits for
+// another before the end.
 constexpr int64_t kMaxLanes = 16;
 struct SoftmaxState {
   float max[kMaxLanes];

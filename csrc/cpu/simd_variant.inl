@@ -128,8 +128,7 @@ void init_softmax(SoftmaxState* states, int64_t num_rows) {
   }
 }
 
-void update_softmax(float* logits, const int64_t* visible, int64_t num_rows,
-                    SoftmaxState* states) {
+void update_softmax(float* logits, const int64_t* visible, int64_t num_rows, SoftmaxState* states) {
   for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
     if (visible[i] <= 0) continue;
     hide(logits, visible[i]);
@@ -172,9 +171,8 @@ void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t n
 
 extern const Simd kSimd;
 const Simd kSimd = {
-    EMS_VARIANT_NAME, convert<float>, convert<BFloat16>, convert<Float16>, dot,
-    transpose,        multiply,       init_softmax,      update_softmax,   finish_softmax,
-    add_mass};
+    EMS_VARIANT_NAME, convert<float>, convert<BFloat16>, convert<Float16>, dot,     transpose,
+    multiply,         init_softmax,   update_softmax,    finish_softmax,   add_mass};
 
 }  // namespace EMS_VARIANT
 }  // namespace ems::cpu

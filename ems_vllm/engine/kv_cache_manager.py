@@ -13,6 +13,7 @@ columns are hashed when the request ends uncompressed.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.compaction_ledger import CompactionLedger
-from ems_vllm.patches.kv_cache_manager import PATCHES
+from ems_vllm.patches import kv_cache_manager, scheduler
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
@@ -52,7 +53,7 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: CompressedAttentionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        for patch in PATCHES:
+        for patch in (*kv_cache_manager.PATCHES, *scheduler.PATCHES):
             patch.apply()
         self._settings = kv_cache_spec.settings
         self._free_score_pages = kv_cache_spec.num_prefix_score_pages
@@ -114,6 +115,20 @@ class CompressedAttentionManager(FullAttentionManager):
         return self._free_score_pages is not None and plan.compresses_prompt
 
     # -- steps ---------------------------------------------------------------------------------
+
+    def chunk_limit(self, request_id: str, start: int) -> int:
+        """Most tokens that a step of this request may process.
+
+        A request that was preempted computes its generated tokens again, many at a time. Ending
+        every chunk where a compaction falls due makes them attend to what they attended to when
+        they were generated, so a preemption changes no answer.
+
+        Args:
+            request_id: An admitted request.
+            start: Tokens processed before the step.
+        """
+        next_compaction = self._tracked[request_id].plan.next_compaction(start)
+        return sys.maxsize if next_compaction is None else next_compaction - start
 
     def get_num_blocks_to_allocate(
         self,

@@ -18,5 +18,7 @@ def _mutates_only(*args: object) -> None:
     """Nothing to infer: no operator returns a tensor."""
 
 
-for _name in OPERATORS:
-    torch.library.register_fake(f"ems_vllm::{_name}", _mutates_only)
+def register() -> None:
+    """Give every operator its fake implementation; the library must be loaded."""
+    for name in OPERATORS:
+        torch.library.register_fake(f"ems_vllm::{name}", _mutates_only)

@@ -2,11 +2,12 @@
 """Loads the shared library that registers the operators with torch, on first use."""
 
 import functools
-from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
 import torch
+
+from ems_vllm.ops import fake
 
 _LIBRARY = Path(__file__).resolve().parent.parent / "_ops.abi3.so"
 
@@ -30,5 +31,5 @@ def operators() -> ModuleType:
             f"torch {torch.__version__} cannot load {_LIBRARY}. The library needs torch 2.10 or "
             "newer; run `make build` to build it for this environment."
         ) from error
-    import_module("ems_vllm.ops.fake")
+    fake.register()
     return torch.ops.ems_vllm

@@ -210,29 +210,27 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         k, v = kv.transpose(1, 2).split(self.head_size, dim=-1)
         if call.query_len == 1:
             # The queries of a group are the rows of one small attention: K/V is read once.
-            return self._sdpa(query, k, v, call, self.sinks)
+            return self._sdpa(query, k, v, call)
         # One request: kv heads are the batch, and strides of 0 repeat K/V for the group.
-        group = (-1, self.num_queries_per_kv, -1, -1)
-        q, k, v = query.permute(1, 2, 0, 3), k[0, :, None].expand(group), v[0, :, None].expand(group)
-        return self._sdpa(q, k, v, call, self.sinks).permute(2, 0, 1, 3)
+        shape = (-1, self.num_queries_per_kv, -1, -1)
+        k, v = k[0, :, None].expand(shape), v[0, :, None].expand(shape)
+        return self._sdpa(query.permute(1, 2, 0, 3), k, v, call).permute(2, 0, 1, 3)
 
     def _sdpa(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        call: AttentionCall,
-        sinks: torch.Tensor | None,
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> torch.Tensor:
-        options = {"attn_mask": call.mask, "is_causal": call.is_causal, "scale": self.scale}
-        if sinks is None:
-            return F.scaled_dot_product_attention(q, k, v, **options)
-        # A sink adds exp(sink) to the softmax's denominator, exp(lse).
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, **options)
-        sinks = sinks.view(self.num_kv_heads, self.num_queries_per_kv)
+        if self.sinks is None:
+            return F.scaled_dot_product_attention(
+                q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
+            )
+        # A sink adds exp(sink) to the softmax's denominator, which is exp(lse) without it.
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
+        )
+        sinks = self.sinks.view(self.num_kv_heads, self.num_queries_per_kv)
         if call.query_len > 1:
             sinks = sinks[..., None]
-        return (out * torch.sigmoid(lse - sinks)[..., None]).to(out.dtype)
+        return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
 
 
 def _refuse(what: str, value: Any) -> None:

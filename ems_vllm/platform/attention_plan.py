@@ -64,7 +64,9 @@ def plan_attention(
         if end - start == 1:
             decodes.append(req_idx)
         elif end > start:
-            calls.append(_prefill(batch, req_idx, slice(start, end), seq_len, sliding_window, dtype))
+            calls.append(
+                _prefill(batch, req_idx, slice(start, end), seq_len, sliding_window, dtype)
+            )
     for req_idxs in _similar_lengths(decodes, batch.seq_lens, sliding_window):
         calls.append(_decode(batch, req_idxs, sliding_window, dtype))
     return calls

@@ -77,16 +77,6 @@ def test_query_free_scorer_gives_the_same_answers_with_and_without_hits():
     assert cached[-1] == (940 - 32) // BLOCK_SIZE * BLOCK_SIZE - 64
 
 
-def test_preemption_gives_the_same_answers():
-    with engine(settings("knorm")) as probe:
-        expected, _ = run(probe)
-        assert probe.num_preemptions == 0
-    with engine(settings("knorm"), num_blocks=112, max_model_len=1664) as probe:
-        answers, _ = run(probe)
-        assert max(probe.used_blocks) <= 111
-    assert answers == expected
-
-
 @pytest.mark.parametrize("recipe", ["ems", "h2o", "snapkv"])
 def test_scorers_that_need_queries_score_hits_in_private(recipe):
     """A request's result must not depend on who shares its prefix at the same time."""

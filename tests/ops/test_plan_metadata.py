@@ -28,7 +28,7 @@ def make_args(first_columns: list[int], num_columns: int = 10) -> tuple:
     )
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 12), min_size=0, max_size=6), st.integers(1, 12))
 def test_matches_reference(first_columns, num_columns):
     args = make_args(first_columns, num_columns)

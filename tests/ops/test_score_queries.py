@@ -128,7 +128,7 @@ def test_long_row():
     check(make_case([(1000, 1000, 0), (700, 300, 400)], group=4))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_batch(data):
     row = st.integers(0, 90).flatmap(

@@ -20,8 +20,8 @@ struct BlockTable {
   }
 };
 
-// A tensor addressed by block and slot: K cache, V cache or scores. Strides count elements. What one
-// slot holds (a vector, or one score) is contiguous.
+// A tensor addressed by block and slot: K cache, V cache or scores. Strides count elements. What
+// one slot holds (a vector, or one score) is contiguous.
 struct PagedTensor {
   void* data;  // [num_layers, num_blocks, num_kv_heads, block_size, ...]
   int64_t num_blocks;

@@ -43,11 +43,11 @@ struct ScoreWindowParams {
   const int32_t* ring_rows;      // [num_rows] int32
   const int32_t* num_queries;    // [num_rows] int32
   const int32_t* end_positions;  // [num_rows] int32
-  PagedTensor key_cache;         // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
-  BlockTable block_table;        // [num_rows, num_columns] int32
-  const int32_t* live_lens;      // [num_rows] int32
-  const int32_t* num_entries;    // [num_rows] int32
-  HeadRows<float> scores;        // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  PagedTensor key_cache;     // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;    // [num_rows, num_columns] int32
+  const int32_t* live_lens;  // [num_rows] int32
+  const int32_t* num_entries;  // [num_rows] int32
+  HeadRows<float> scores;      // [num_layers, num_rows, num_kv_heads, max_entries] float32
 };
 
 struct RecordQueriesParams {
@@ -101,8 +101,9 @@ struct MergeCompactParams {
   PagedTensor value_cache;   // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
   PagedTensor paged_scores;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
   HeadRows<const float> weights;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
-  HeadRows<const float> carry;  // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
-  BlockTable block_table;       // [num_rows, num_columns] int32
+  HeadRows<const float>
+      carry;               // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
+  BlockTable block_table;  // [num_rows, num_columns] int32
   HeadRows<const int32_t> kept_idx;   // [num_layers, num_rows, num_kv_heads, max_budget] int32
   HeadRows<const int32_t> merge_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32
   HeadRows<const int32_t> class_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32

@@ -8,8 +8,8 @@
 // When a request is compacted, and into which block-table columns.
 //
 // The plan is a pure function of the prompt length, the number of processed tokens and the
-// configuration. The scheduler and every worker evaluate it on their own and agree, so nothing about
-// compression has to be sent between them.
+// configuration. The scheduler and every worker evaluate it on their own and agree, so nothing
+// about compression has to be sent between them.
 //
 // Columns of a request with n processed tokens (one column per block_size positions):
 //

@@ -29,7 +29,7 @@ def assign_classes(
                 members = members[members >= 0].long()
                 if len(members) == 0 or len(centres) == 0:
                     continue
-                redundancy = torch.ones(len(members), len(centres), dtype=torch.float64)
+                redundancy = key_cache.new_ones(len(members), len(centres), dtype=torch.float64)
                 for cache in (key_cache, value_cache):
                     num_read = int(torch.cat([centres, members]).max()) + 1
                     entries = gather_entries(cache[layer], block_table[row], num_read)[head]

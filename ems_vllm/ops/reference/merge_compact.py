@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reference of merge_compact."""
 
+from itertools import chain
+
 import torch
 
 from ems_vllm.ops.reference.paging import gather_entries
@@ -29,16 +31,18 @@ def merge_compact(
                 at = (layer, row, head)
                 centres = kept_idx[at][:budget].tolist()
                 classes = _members_of_class(merge_idx[at].tolist(), class_idx[at].tolist(), budget)
-                num_read = max([-1, *centres, *sum(classes, [])]) + 1
+                num_read = 1 + max(chain([-1], centres, *classes))
                 # Copies, so that a destination may also be a source.
-                keys = gather_entries(key_cache[layer], block_table[row], num_read)[head].clone()
-                values = gather_entries(value_cache[layer], block_table[row], num_read)[head].clone()
+                keys, values = (
+                    gather_entries(cache[layer], block_table[row], num_read)[head].clone()
+                    for cache in (key_cache, value_cache)
+                )
                 for rank, (centre, members) in enumerate(zip(centres, classes, strict=True)):
                     block = table_row[int(target_columns[row]) + rank // block_size]
                     slot = (layer, block, head, rank % block_size)
                     merged = _merge(keys, values, weights[at], centre, members)
                     key_cache[slot], value_cache[slot] = merged
-                    if paged_scores is not None:
+                    if paged_scores is not None and carry is not None:
                         paged_scores[slot] = carry[at][[centre, *members]].double().sum().float()
 
 
@@ -57,7 +61,7 @@ def _merge(
     centre: int,
     members: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Key and value of one class, in the dtype of the cache; the centre's own if it stands alone."""
+    """Key and value of one class in the dtype of the cache; the centre's own if it is alone."""
     unchanged = keys[centre], values[centre]
     if not members:
         return unchanged

@@ -1,0 +1,105 @@
+# `make help` lists what there is. Every step leaves a stamp in .venv/ and is done again only when
+# what it depends on has changed.
+
+PYTHON ?= python3
+# An index with CPU builds of torch, where pip's own would choose a CUDA build.
+TORCH_INDEX ?=
+MODEL ?= models/ems-tiny
+PORT ?= 8000
+ARGS ?= --kv-compression ems
+TESTS ?= tests
+
+VENV := .venv
+BIN := $(VENV)/bin
+DONE := $(VENV)/.done
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+TARGET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
+
+CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.inl" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
+# pip would compile all of torch and vLLM to byte code; Python does so for what it imports.
+export PIP_NO_COMPILE := 1
+# Compilation is parallel; on a small machine more jobs than cores only cost memory.
+export MAX_JOBS ?= $(shell nproc)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup build serve test lint bench clean
+
+help: ## show this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(DONE)/models ## everything needed to run and test, into .venv/
+	@echo "Ready ($(TARGET)). Try: make serve"
+
+build: $(DONE)/extension ## the package and its kernels, in place
+
+serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
+	@echo "When the server is up, try in another terminal:"
+	@echo "  curl http://localhost:$(PORT)/v1/completions -H 'Content-Type: application/json' \\"
+	@echo "    -d '{\"model\": \"$(MODEL)\", \"prompt\": \"Mr. Sherlock Holmes\", \"max_tokens\": 32}'"
+	@exec $(BIN)/vllm serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: setup $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
+	@$(BIN)/python -m pytest $(TESTS)
+
+lint: setup ## formatting, style, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@$(BIN)/yamllint --strict .
+
+bench: setup ## the benchmarks that this machine can run, into benchmarks/results/
+	@$(BIN)/python benchmarks/bench_serving.py
+
+clean: ## remove what was built; .venv/ stays
+	rm -rf build dist *.egg-info .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf models/ems-* $(DONE)/extension $(DONE)/models
+	find ems_vllm -name '*.so' -delete
+
+$(DONE)/venv:
+	@echo "[1/5] virtual environment in $(VENV)/"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(DONE)
+	@touch $@
+
+$(DONE)/requirements: requirements/$(TARGET).txt requirements/build.txt requirements/test.txt | $(DONE)/venv
+	@echo "[2/5] requirements ($(TARGET))"
+ifeq ($(TARGET),cuda)
+	@$(PIP) install -r requirements/cuda.txt
+	@$(PIP) install --no-deps -r requirements/build.txt -r requirements/test.txt
+else
+	@$(PIP) install --no-deps $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' requirements/cpu.txt)
+	@$(PIP) install --no-deps $(foreach name,cpu build test,-r requirements/$(name).txt)
+	@grep -q '^cuda.* = None' $(VENV)/lib/python*/site-packages/torch/version.py || { \
+	  echo "No GPU here, and pip chose a CUDA build of torch. Name an index with CPU builds:"; \
+	  echo "  make setup TORCH_INDEX=URL"; exit 1; }
+endif
+	@touch $@
+
+$(DONE)/vllm: $(DONE)/requirements requirements/cuda.txt
+	@echo "[3/5] vLLM"
+ifeq ($(TARGET),cpu)
+	@VLLM=$$(grep '^vllm==' requirements/cuda.txt) && \
+	if ! $(BIN)/python -m pip --disable-pip-version-check freeze | grep -qx "$$VLLM"; then \
+	  VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$${VLLM#vllm==} CARGO=false \
+	  $(PIP) install --no-deps --no-build-isolation --no-binary vllm "$$VLLM"; \
+	fi
+endif
+	@touch $@
+
+$(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(CXX_SOURCES)
+	@echo "[4/5] ems_vllm and its kernels"
+	@$(PIP) install $(if $(filter cpu,$(TARGET)),--no-deps) --no-build-isolation --editable .
+	@touch $@
+
+$(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.txt)
+	@echo "[5/5] tiny models"
+	@$(BIN)/python models/make_tiny.py
+	@touch $@
+
+.triton: requirements/interpreter.txt | $(DONE)/venv
+	@echo "Triton's interpreter, for tests"
+	@rm -rf $@
+	@$(PIP) install --no-deps --target $@ -r $<
+	@touch $@

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AsyncLLM: refuse bad `vllm_xargs` before a streamed answer has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from ems_vllm.patches.record import Patch
+
+if TYPE_CHECKING:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
+    # Not a coroutine: the check runs in the call, the generator with the first iteration.
+    def generate(
+        self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from ems_vllm.engine.request_check import check_request
+
+        check_request(self.vllm_config, sampling_params)
+        return original(self, prompt, sampling_params, *args, **kwargs)
+
+    return generate
+
+
+PATCHES = (
+    Patch(
+        target="vllm.v1.engine.async_llm:AsyncLLM.generate",
+        wrap=_wrap_generate,
+        vllm=">=0.32.0,<0.33",
+        source_sha256={"0.32.0": "HASH"},
+        reason=(
+            "The server sends its 200 before a streamed request reaches InputProcessor, so an error "
+            "there is an event in the stream. What calls generate() can still answer with a 400."
+        ),
+        remove_when="vLLM validates requests before it begins to stream",
+    ),
+)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is in the images and manifests, as far as that can be seen without building them."""
+
+import json
+import re
+import shlex
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import ems_vllm
+
+ROOT = Path(__file__).resolve().parents[2]
+KUBERNETES = ROOT / "deploy" / "kubernetes"
+DOCKERFILES = [ROOT / "Dockerfile", ROOT / "Dockerfile.cpu"]
+MANIFESTS = sorted(KUBERNETES.glob("*/*.yaml"))
+VLLM_VERSION = re.search(r"^vllm==(\S+)$", (ROOT / "requirements/cuda.txt").read_text(), re.M)[1]
+
+
+def instructions(dockerfile: Path) -> list[tuple[str, str]]:
+    """(keyword, rest) of each instruction, continuation lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", dockerfile.read_text(), flags=re.M)
+    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
+
+
+def final_stage(dockerfile: Path) -> dict[str, str]:
+    """The last instruction of each kind after the last FROM."""
+    stage: dict[str, str] = {}
+    for keyword, rest in instructions(dockerfile):
+        stage = {} if keyword == "FROM" else stage | {keyword: rest}
+    return stage
+
+
+def documents(kind: str) -> list[Any]:
+    found = [yaml.safe_load(path.read_text()) for path in MANIFESTS]
+    return [document for document in found if document["kind"] == kind]
+
+
+@cache
+def compose() -> Any:
+    text = (ROOT / "deploy/docker-compose.yml").read_text()
+    # ${NAME:-default} -> default
+    return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
+
+
+def accepted_by_vllm(arguments: list[str]) -> Any:
+    """What `vllm serve` makes of them, this package's flags included; it exits on unknown ones."""
+    pytest.importorskip("vllm")
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+
+
+@pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
+class TestDockerfile:
+    def test_base_images_are_pinned(self, dockerfile: Path) -> None:
+        arguments = dict(
+            rest.split("=", 1) for keyword, rest in instructions(dockerfile) if keyword == "ARG"
+        )
+        for keyword, rest in instructions(dockerfile):
+            if keyword == "FROM":
+                image = re.sub(r"\$\{(\w+)\}", lambda name: arguments[name[1]], rest.split()[0])
+                assert re.search(r":v?\d+\.\d+\.\d+", image), image
+
+    def test_server_is_not_root(self, dockerfile: Path) -> None:
+        # By number: Kubernetes refuses a name when it must not be root.
+        assert re.fullmatch(r"[1-9]\d*:\d+", final_stage(dockerfile)["USER"])
+
+    def test_health_is_checked_and_entry_point_is_vllm_serve(self, dockerfile: Path) -> None:
+        stage = final_stage(dockerfile)
+        assert "http://localhost:8000/health" in stage["HEALTHCHECK"]
+        assert stage["EXPOSE"] == "8000"
+        assert json.loads(stage["ENTRYPOINT"]) == ["vllm", "serve"]
+        json.loads(stage["HEALTHCHECK"].split("CMD", 1)[1])
+
+    def test_copied_files_exist_and_are_in_the_context(self, dockerfile: Path) -> None:
+        ignored = (ROOT / ".dockerignore").read_text().splitlines()
+        for keyword, rest in instructions(dockerfile):
+            if keyword == "COPY":
+                *sources, _ = [word for word in shlex.split(rest) if not word.startswith("--")]
+                for source in sources:
+                    assert (ROOT / source).exists(), source
+                    assert source not in ignored, source
+
+    def test_copied_files_suffice_to_build(self, dockerfile: Path) -> None:
+        copied = " ".join(rest for keyword, rest in instructions(dockerfile) if keyword == "COPY")
+        for needed in ("pyproject.toml", "setup.py", "README.md", "csrc", "configs", "ems_vllm"):
+            assert needed in copied.split(), needed
+
+
+def test_gpu_image_is_the_pinned_vllm() -> None:
+    arguments = [rest for keyword, rest in instructions(ROOT / "Dockerfile") if keyword == "ARG"]
+    assert f"VLLM_IMAGE=vllm/vllm-openai:v{VLLM_VERSION}" in arguments
+
+
+def test_cpu_image_serves_the_tiny_model_with_compression() -> None:
+    arguments = json.loads(final_stage(ROOT / "Dockerfile.cpu")["CMD"])
+    assert arguments[0] == "models/ems-tiny"
+    assert accepted_by_vllm(arguments).kv_compression == "ems"
+
+
+@pytest.mark.parametrize("service", compose()["services"].values(), ids=compose()["services"])
+def test_compose_service(service: Any) -> None:
+    dockerfile = service["build"].get("dockerfile", "Dockerfile")
+    assert (ROOT / "deploy" / service["build"]["context"] / dockerfile).is_file()
+    assert service["image"].endswith(f":{ems_vllm.__version__}")
+    assert service["ports"] == ["8000:8000"]
+    if "command" in service:
+        assert accepted_by_vllm(service["command"]).kv_compression == "ems"
+
+
+def test_named_volumes_of_compose_are_declared() -> None:
+    for service in compose()["services"].values():
+        for volume in service.get("volumes", []):
+            assert volume.split(":")[0] in compose()["volumes"]
+
+
+def test_kustomizations_name_existing_files() -> None:
+    for path in KUBERNETES.glob("*/kustomization.yaml"):
+        kustomization = yaml.safe_load(path.read_text())
+        files = kustomization["resources"] + [p["path"] for p in kustomization.get("patches", [])]
+        assert all((path.parent / file).exists() for file in files), files
+        for image in kustomization.get("images", []):
+            assert image == {"name": "ems-vllm", "newTag": ems_vllm.__version__}
+
+
+@pytest.mark.parametrize("deployment", documents("Deployment"), ids=["base", "tensor-parallel"])
+def test_flags_and_gpus_of_deployments(deployment: Any) -> None:
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    arguments = accepted_by_vllm(container["args"])
+    assert arguments.kv_compression == "ems"
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == arguments.tensor_parallel_size
+
+
+def test_pod_is_unprivileged_probed_and_stores_its_cache() -> None:
+    base = documents("Deployment")[0]
+    pod = base["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert pod["securityContext"]["runAsNonRoot"]
+    user = f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
+    assert user == final_stage(ROOT / "Dockerfile")["USER"]
+    assert container["securityContext"]["allowPrivilegeEscalation"] is False
+    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
+
+    ports = {port["name"] for port in container["ports"]}
+    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+        assert container[probe]["httpGet"]["path"] == "/health"
+        assert container[probe]["httpGet"]["port"] in ports
+    (service,) = documents("Service")
+    assert service["spec"]["ports"][0]["targetPort"] in ports
+
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    (claim,) = documents("PersistentVolumeClaim")
+    claims = [
+        v["persistentVolumeClaim"]["claimName"]
+        for v in pod["volumes"]
+        if len(v) == 2 and "persistentVolumeClaim" in v
+    ]
+    assert claims == [claim["metadata"]["name"]]

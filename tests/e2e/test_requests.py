@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a request may ask for through `vllm_xargs`, and how a wrong wish is answered."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from e2e.clients import blocks_held, client_of, complete, greedy, prompt, wait_until_idle
+from openai import BadRequestError, OpenAI
+from serving.server import Server
+
+OFF = {"kv_compression": "off"}
+LONG = prompt(1500, seed=11)
+BLOCK_SIZE = 16
+# Settings of the `server` fixture; the recent window is the default.
+BUDGET, RECENT_WINDOW = 128, 64
+
+
+@pytest.fixture(scope="module")
+def dense_answers(start_server: Any) -> Iterator[list[str]]:
+    """Answers of vLLM alone to a prompt too short to compress and to a long one."""
+    with start_server("ems-tiny") as dense:
+        return [complete(dense, tokens, 48) for tokens in (prompt(200, seed=12), LONG)]
+
+
+def test_off_answers_like_vllm_alone(server: Server, dense_answers: list[str]) -> None:
+    assert [complete(server, t, 48, OFF) for t in (prompt(200, seed=12), LONG)] == dense_answers
+
+
+def test_budget_beyond_the_length_answers_like_vllm_alone(
+    server: Server, dense_answers: list[str]
+) -> None:
+    assert complete(server, prompt(200, seed=12), 48) == dense_answers[0]
+
+
+def test_compression_shows(server: Server, dense_answers: list[str]) -> None:
+    """The control of the tests above: with these settings an answer can differ."""
+    assert complete(server, LONG, 48) != dense_answers[1]
+
+
+@pytest.mark.parametrize(
+    ("xargs", "budget"),
+    [
+        pytest.param({}, BUDGET, id="server's budget"),
+        pytest.param({"kv_compression": "on"}, BUDGET, id="on"),
+        pytest.param({"kv_budget": BUDGET}, BUDGET, id="the ceiling itself"),
+        pytest.param({"kv_budget": 32}, 32, id="smaller budget"),
+        pytest.param({"kv_ratio": 0.04}, 60, id="ratio"),
+        pytest.param({"kv_ratio": 0.9}, BUDGET, id="ratio above the server's budget"),
+    ],
+)
+def test_blocks_follow_the_request(server: Server, xargs: dict[str, Any], budget: int) -> None:
+    held, generated = blocks_held(server, LONG, xargs)
+    # The prompt was compressed up to the last column before the recent window.
+    tail = (len(LONG) - RECENT_WINDOW) // BLOCK_SIZE
+    expected = -(-budget // BLOCK_SIZE) + (len(LONG) + generated) // BLOCK_SIZE + 1 - tail
+    # The figures may be a step apart, and a step may begin a column.
+    assert abs(held - expected) <= 1
+
+
+def test_off_holds_everything(server: Server) -> None:
+    held, generated = blocks_held(server, LONG, OFF)
+    assert held >= (len(LONG) + generated) // BLOCK_SIZE
+
+
+@pytest.mark.parametrize(
+    ("xargs", "key_and_value", "remedy"),
+    [
+        pytest.param(
+            {"kv_budget": 129}, "kv_budget=129", "this server keeps at most 128", id="above ceiling"
+        ),
+        pytest.param({"kv_budget": 0}, "kv_budget=0", "at least 1", id="budget of nothing"),
+        pytest.param({"kv_budget": "many"}, "kv_budget='many'", "a whole number", id="wrong type"),
+        pytest.param({"kv_budget": 1.5}, "kv_budget=1.5", "a whole number", id="fractional budget"),
+        pytest.param({"kv_ratio": 1.5}, "kv_ratio=1.5", "between 0 and 1", id="ratio above 1"),
+        pytest.param(
+            {"kv_bugdet": 64},
+            "kv_bugdet=64",
+            "use one of kv_compression, kv_budget",
+            id="typing error",
+        ),
+        pytest.param(
+            {"kv_compression": "snapkv"},
+            "kv_compression='snapkv'",
+            "use 'on' or 'off'",
+            id="another method",
+        ),
+        pytest.param(
+            {"kv_budget": 64, "kv_ratio": 0.1}, "kv_budget=64", "send one of them", id="both sizes"
+        ),
+        pytest.param(
+            {"kv_compression": "off", "kv_budget": 64},
+            "kv_budget=64",
+            "send one of them",
+            id="off with a size",
+        ),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_wrong_wish_is_a_400(
+    server: Server,
+    client: OpenAI,
+    xargs: dict[str, Any],
+    key_and_value: str,
+    remedy: str,
+    stream: bool,
+) -> None:
+    with pytest.raises(BadRequestError) as error:
+        client.completions.create(
+            prompt=prompt(300, seed=13), stream=stream, **greedy(server, 4, xargs)
+        )
+    assert error.value.status_code == 400
+    message = error.value.body["message"]
+    assert f"vllm_xargs.{key_and_value}" in message
+    assert remedy in message
+
+
+def test_chat_is_checked_too(server: Server, client: OpenAI) -> None:
+    arguments = greedy(server, 4, {"kv_bugdet": 64})
+    with pytest.raises(BadRequestError, match="kv_bugdet=64"):
+        client.chat.completions.create(messages=[{"role": "user", "content": "Hello"}], **arguments)
+
+
+def test_other_extensions_arguments_pass(server: Server) -> None:
+    assert complete(server, prompt(30, seed=14), 4, {"temperature_of_mine": 1})
+
+
+def test_server_answers_after_refusals(server: Server) -> None:
+    with pytest.raises(BadRequestError):
+        client_of(server).completions.create(prompt=LONG, **greedy(server, 4, {"kv_budget": 4096}))
+    assert complete(server, LONG, 4)
+    assert wait_until_idle(server).num_used_blocks == 0

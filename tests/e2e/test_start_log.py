@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start-up log says what runs and what it is worth."""
+
+import re
+
+from serving.server import Server
+
+
+def test_log_names_the_recipe(server: Server) -> None:
+    log = server.log()
+    assert "KV-cache compression: recipe ems (scorer=ems x allocator=uniform" in log
+    assert "budget 128 entries per kv_head" in log
+    assert "KV-cache compression: 4 of 4 layers compressed; left alone: none." in log
+
+
+def test_log_compares_capacity(server: Server) -> None:
+    capacity = re.search(
+        r"requests of (\d+) tokens that fit: ([\d.]+) dense \((\d+) blocks each\), "
+        r"([\d.]+) compressed \((\d+) blocks each",
+        server.log(),
+    )
+    assert capacity is not None
+    length, dense, dense_blocks, compressed, compressed_blocks = map(float, capacity.groups())
+    assert length == 8192
+    assert dense_blocks == 8192 / 16
+    # Budget, recent window, and what is generated until the next compaction; one column begun.
+    assert compressed_blocks == (128 + 64 + 256) / 16 + 1
+    assert compressed > 10 * dense

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Model Runner V2 (the GPU's default) and vLLM's TRITON_ATTN, through Triton's interpreter.
+
+Each case runs in a process of its own: the interpreter must be chosen before vLLM is imported.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from engine.harness import BLOCK_SIZE, LLAMA, QWEN3, ROOT, engine, tokens
+
+TRITON = ROOT / ".triton"
+UNLIMITED = {"recipe": "ems", "budget": 8192}
+LIMITED = {
+    "recipe": "ems",
+    "budget": 32,
+    "recent_window": 16,
+    "obs_window": 8,
+    "recompress_interval": 16,
+    "min_blocks_saved": 1,
+}
+PROMPT_LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 150, 300)
+
+_SCRIPT = """
+import json, sys
+import torch
+torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
+from engine.harness import engine, tokens
+case = json.loads(sys.argv[1])
+prompts = [tokens(length, seed=length) for length in case["lengths"]]
+with engine(case["compression"], case["model"], max_model_len=512, **case["options"]) as probe:
+    answers = probe.generate(prompts, case["max_tokens"])
+    builder = probe.worker.model_runner.attn_groups[0][0].metadata_builders[0]
+    print(json.dumps({
+        "answers": answers,
+        "runner": type(probe.worker.model_runner).__module__,
+        "backend": probe.worker.model_runner.attn_groups[0][0].backend.get_name(),
+        "compactions": probe.stats()["num_compactions"] if case["compression"] else 0,
+        "used_at_end": probe.pool.num_gpu_blocks - 1 - probe.pool.get_num_free_blocks(),
+    }))
+"""
+
+pytestmark = pytest.mark.interpreter
+
+
+def run_v2(compression, model, max_tokens, lengths=PROMPT_LENGTHS, **options):
+    """Greedy answers of the V2 runner, with what ran."""
+    assert TRITON.is_dir(), "Triton is missing: run `make test`, which installs it"
+    case = {
+        "compression": compression,
+        "model": model,
+        "max_tokens": max_tokens,
+        "lengths": lengths,
+        "options": {"max_num_batched_tokens": 128, **options},
+    }
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "PYTHONPATH": str(TRITON),
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", _SCRIPT, json.dumps(case)],
+        cwd=ROOT / "tests",
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    found = json.loads(result.stdout.strip().splitlines()[-1])
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
+    assert found["used_at_end"] == 0
+    return found
+
+
+def run_v1(compression, model, max_tokens, lengths=PROMPT_LENGTHS):
+    prompts = [tokens(length, seed=length) for length in lengths]
+    with engine(compression, model, max_model_len=512, max_num_batched_tokens=128) as probe:
+        return probe.generate(prompts, max_tokens)
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_v2_with_unlimited_budget_is_identical_to_plain_vllm(model):
+    found = run_v2(UNLIMITED, model, 8)
+    assert found["compactions"] == 0
+    assert found["answers"] == run_v1(None, model, 8)
+
+
+def test_v2_compresses_exactly_as_v1():
+    found = run_v2(LIMITED, LLAMA, 24)
+    assert found["compactions"] > 2
+    assert found["answers"] == run_v1(LIMITED, LLAMA, 24)
+
+
+def test_triton_attention_wrapped_compresses_exactly_as_the_cpu_backend():
+    """vLLM's own Triton kernels over compressed columns; slow, so one small request."""
+    lengths = (80,)
+    found = run_v2(LIMITED, QWEN3, 10, lengths, attention_backend="TRITON_ATTN")
+    assert found["backend"] == "TRITON_ATTN"
+    assert found["compactions"] == 1
+    assert found["answers"] == run_v1(LIMITED, QWEN3, 10, lengths)

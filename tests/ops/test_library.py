@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shared library: what it links to, how it loads, and its variants for the CPU."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import ems_vllm
+from ems_vllm import ops
+from ems_vllm.ops import fake, library, reference
+
+TESTS = Path(__file__).parent
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | environment,
+        cwd=TESTS.parent,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_uses_only_the_stable_interface_of_torch():
+    """No C++ symbol of torch: their names carry a namespace, mangled with its length."""
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", library._LIBRARY],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert [name for name in names if re.search(r"^_Z.*(3c10|2at|5torch)", name)] == []
+    assert [name for name in names if name.startswith("Py") or name.startswith("_Py")] == []
+
+
+def test_every_operator_has_all_its_parts():
+    assert set(fake.OPERATORS) == set(ops.__all__) == set(reference.__all__)
+    for name in fake.OPERATORS:
+        assert (TESTS / f"test_{name}.py").exists()
+        overload = getattr(library.operators(), name).default
+        arguments = [argument.name for argument in overload._schema.arguments]
+        for function in (getattr(ops, name), getattr(reference, name)):
+            names = function.__code__.co_varnames[: function.__code__.co_argcount]
+            assert list(names) == arguments
+        assert overload._schema.returns == []
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm():
+    code = "import sys, ems_vllm; assert not {'torch', 'vllm', 'ems_vllm._C'} & set(sys.modules)"
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+
+
+def test_missing_library_names_the_remedy(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "absent.so")
+    with pytest.raises(ImportError, match=r"not built: .*absent.so does not exist.*`make build`"):
+        library.operators.__wrapped__()
+
+
+def test_library_that_cannot_be_loaded_names_the_remedy(monkeypatch, tmp_path):
+    (tmp_path / "broken.so").write_text("not a library")
+    monkeypatch.setattr(library, "_LIBRARY", tmp_path / "broken.so")
+    with pytest.raises(ImportError, match=r"torch .* cannot load .*broken.so.*`make build`"):
+        library.operators.__wrapped__()
+
+
+def test_build_info():
+    info = ems_vllm.build_info()
+    assert info["version"] == ems_vllm.__version__
+    assert "portable" in info["cpu_variants"]
+    assert info["torch_target"] == "2.10"
+    assert info["cuda_archs"] == ()
+
+
+VARIANT_TESTS = [
+    "test_score_queries.py::test_dtype_and_layout",
+    "test_score_window.py::test_dtype_and_layout",
+    "test_assign_classes.py::test_dtype_and_layout",
+    "test_assign_classes.py::test_ties_go_to_the_lower_rank",
+    "test_merge_compact.py::test_dtype_and_layout",
+]
+
+
+@pytest.mark.parametrize("variant", ems_vllm.build_info()["cpu_variants"][1:])
+def test_other_cpu_variants(variant):
+    """The numeric tests again, with kernels that this processor would not choose by itself."""
+    if variant == "avx2" and torch.backends.cpu.get_cpu_capability() == "DEFAULT":
+        pytest.skip("this processor has no AVX2")
+    tests = [str(TESTS / name) for name in VARIANT_TESTS]
+    options = ["-q", "-p", "no:cacheprovider", "-k", "separate or ties"]
+    code = f"import pytest; raise SystemExit(pytest.main({options + tests}))"
+    done = run_python(code, EMS_CPU_VARIANT=variant)
+    assert done.returncode == 0, done.stdout
+
+
+def test_unknown_cpu_variant_is_refused():
+    code = (
+        "import torch; from ems_vllm import ops; a = torch.zeros(1, 1, 1, 1, 1);"
+        "i = torch.zeros(1, dtype=torch.int32);"
+        "ops.score_queries(a[0, 0], a[0], i[None], i, i + 1, i + 1, i, i[None], None, 1., a[0, 0])"
+    )
+    done = run_python(code, EMS_CPU_VARIANT="sse9")
+    assert "RuntimeError: EMS_CPU_VARIANT=sse9 names no variant" in done.stderr

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""merge_compact against its reference; sources and targets overlap in most cases."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from compare import assert_bitwise, assert_close, assert_untouched
+from generators import LAYOUTS, PagedCache, int_tensor, paged_cache, rows_written
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from selections import Selection, random_selection
+
+from ems_vllm import ops
+from ems_vllm.ops import reference
+from ems_vllm.ops.reference.paging import gather_entries
+
+
+@dataclass
+class Case:
+    cache: PagedCache
+    selection: Selection
+    weights: torch.Tensor
+    carry: torch.Tensor | None
+    paged_scores: torch.Tensor | None
+    class_idx: torch.Tensor
+    target_columns: list[int]
+
+    def args(self) -> list:
+        """Arguments that own their outputs."""
+        cache = self.cache.clone()
+        return [
+            cache.key,
+            cache.value,
+            None if self.paged_scores is None else self.paged_scores.clone(),
+            self.weights,
+            self.carry,
+            cache.block_table,
+            self.selection.kept_idx,
+            self.selection.merge_idx,
+            self.class_idx,
+            int_tensor(self.selection.budgets),
+            int_tensor(self.target_columns),
+        ]
+
+    def run(self, merge_compact) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        args = self.args()
+        merge_compact(*args)
+        return args[0], args[1], args[2]
+
+    def written(self) -> torch.Tensor:
+        starts = [column * self.cache.block_size for column in self.target_columns]
+        ends = [
+            start + budget for start, budget in zip(starts, self.selection.budgets, strict=True)
+        ]
+        num_blocks = self.cache.key.shape[1]
+        return rows_written(self.cache.block_table, starts, ends, num_blocks, self.cache.block_size)
+
+
+def make_case(
+    rows: list[tuple[int, int, int]],
+    *,
+    with_scores: bool = True,
+    share_merged: float = 0.8,
+    **shape,
+) -> Case:
+    """Rows (num_entries, budget, num_merges); targets are the last columns of a row."""
+    lens = [length for length, _, _ in rows]
+    cache = paged_cache(lens, num_layers=2, **shape)
+    num_layers, num_blocks, num_kv_heads, block_size, _ = cache.key.shape
+    selection = random_selection(rows, num_layers, num_kv_heads)
+    head_shape = (num_layers, len(rows), num_kv_heads)
+    weights = torch.rand(*head_shape, max(lens) + 3)
+    carry = torch.rand(*head_shape, max(lens) + 3)
+    for row, length in enumerate(lens):
+        weights[:, row, :, length:] = carry[:, row, :, length:] = float("nan")
+    class_idx = torch.zeros_like(selection.merge_idx)
+    for row, budget in enumerate(selection.budgets):
+        # Few different classes, so that some have several members; the rest is the zero class.
+        classes = torch.randint(0, max(min(budget, 20), 1), class_idx[:, row].shape)
+        is_merged = torch.rand(classes.shape) < share_merged
+        class_idx[:, row] = torch.where(is_merged, classes, budget).int()
+    page_shape = (num_layers, num_blocks, num_kv_heads, block_size)
+    columns = [-(-length // block_size) - -(-budget // block_size) for length, budget, _ in rows]
+    return Case(
+        cache=cache,
+        selection=selection,
+        weights=weights,
+        carry=carry if with_scores else None,
+        paged_scores=torch.full(page_shape, float("nan")) if with_scores else None,
+        class_idx=class_idx,
+        target_columns=columns,
+    )
+
+
+def check(case: Case) -> None:
+    actual, expected = case.run(ops.merge_compact), case.run(reference.merge_compact)
+    written = case.written()
+    for before, after, want in zip(
+        (case.cache.key, case.cache.value), actual[:2], expected[:2], strict=True
+    ):
+        assert_close(after, want, "merged")
+        assert_untouched(after, before, written[..., None])
+    if case.paged_scores is not None:
+        assert_close(actual[2], expected[2], "scores")
+        assert_untouched(actual[2], case.paged_scores, written)
+
+
+ROWS = [(129, 48, 60), (63, 33, 7), (1, 1, 0), (0, 0, 0), (70, 70, 0), (40, 5, 35)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtype_and_layout(dtype, layout):
+    check(make_case(ROWS, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_head_size(with_scores, head_size):
+    check(make_case(ROWS, head_size=head_size, with_scores=with_scores, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 129, 1000])
+def test_lengths(length, block_size):
+    budget = -(-length // 2)
+    check(make_case([(length, budget, length - budget)], block_size=block_size))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_batch(data):
+    row = st.integers(0, 50).flatmap(
+        lambda length: st.integers(0, length).flatmap(
+            lambda budget: st.tuples(
+                st.just(length), st.just(budget), st.integers(0, length - budget)
+            )
+        )
+    )
+    case = make_case(data.draw(st.lists(row, min_size=1, max_size=3)), head_size=16, block_size=8)
+    # Any target column, also one whose slots are all sources.
+    columns = [data.draw(st.integers(0, column)) for column in case.target_columns]
+    check(replace(case, target_columns=columns))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_without_members_entries_are_moved_bit_for_bit(dtype, layout):
+    case = make_case(ROWS, share_merged=0.0, dtype=dtype, layout=layout)
+    actual, expected = case.run(ops.merge_compact), case.run(reference.merge_compact)
+    for after, want in zip(actual, expected, strict=True):
+        assert_bitwise(after, want)
+
+
+def test_full_budget_changes_nothing():
+    case = make_case([(64, 64, 0), (32, 32, 0)])
+    key, value, _ = case.run(ops.merge_compact)
+    assert_bitwise(key, case.cache.key)
+    assert_bitwise(value, case.cache.value)
+
+
+def class_of_two(key: list[float], member_key: list[float], weights: list[float]) -> tuple:
+    """(key, value, score) after merging entry 1 into entry 0."""
+    cache = paged_cache([2], num_kv_heads=1, block_size=2, head_size=2)
+    block = cache.block_table[0, 0]
+    cache.key[0, block, 0] = torch.tensor([key, member_key])
+    cache.value[0, block, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    one_head = (None, None, None)
+    scores = torch.zeros(1, 3, 1, 2)
+    ops.merge_compact(
+        cache.key,
+        cache.value,
+        scores,
+        torch.tensor(weights)[one_head],
+        torch.tensor([2.0, 3.0])[one_head],
+        cache.block_table,
+        int_tensor([0])[one_head],
+        int_tensor([1])[one_head],
+        int_tensor([0])[one_head],
+        int_tensor([1]),
+        int_tensor([0]),
+    )
+    return cache.key[0, block, 0, 0], cache.value[0, block, 0, 0], scores[0, block, 0, 0]
+
+
+def test_worked_example():
+    key, value, score = class_of_two([5.0, 0.0], [0.0, 2.0], [3.0, 4.0])
+    torch.testing.assert_close(key, torch.tensor([3.0, 4.0]))
+    torch.testing.assert_close(value, torch.tensor([3 / 7, 4 / 7]))
+    assert score == 5.0
+
+
+def test_zero_member_adds_no_direction():
+    key, value, _ = class_of_two([5.0, 0.0], [0.0, 0.0], [3.0, 4.0])
+    torch.testing.assert_close(key, torch.tensor([5.0, 0.0]))
+    torch.testing.assert_close(value, torch.tensor([3 / 7, 4 / 7]))
+
+
+@pytest.mark.parametrize(
+    ("key", "member_key", "weights"),
+    [
+        pytest.param([5.0, 0.0], [0.0, 2.0], [0.0, 0.0], id="no weight"),
+        pytest.param([0.0, 0.0], [0.0, 2.0], [1.0, 1.0], id="zero centre"),
+        pytest.param([5.0, 0.0], [-2.0, 0.0], [1.0, 1.0], id="opposite directions"),
+    ],
+)
+def test_degenerate_class_is_its_centre(key, member_key, weights):
+    merged_key, merged_value, score = class_of_two(key, member_key, weights)
+    assert_bitwise(merged_key, torch.tensor(key))
+    assert_bitwise(merged_value, torch.tensor([1.0, 0.0]))
+    assert score == 5.0
+
+
+def test_merged_key_keeps_the_norm_of_its_centre():
+    case = make_case([(128, 48, 60)])
+    key, _, _ = case.run(ops.merge_compact)
+    for layer, head in [(0, 0), (1, 1)]:
+        before = gather_entries(case.cache.key[layer], case.cache.block_table[0], 128)[head]
+        after = gather_entries(key[layer], case.cache.block_table[0], 128)[head]
+        centres = case.selection.kept_idx[layer, 0, head].long()
+        torch.testing.assert_close(after[-48:].norm(dim=-1), before[centres].norm(dim=-1))
+
+
+def test_rows_may_share_source_blocks():
+    case = make_case([(64, 16, 40), (64, 16, 40)])
+    case.cache.block_table[1, :2] = case.cache.block_table[0, :2]
+    check(case)
+
+
+def test_opcheck():
+    args = make_case([(30, 10, 8)], head_size=16, block_size=8).args()
+    args = [arg.nan_to_num() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    ops.merge_compact(*args)
+    torch.library.opcheck(torch.ops.ems_vllm.merge_compact.default, tuple(args))
+
+
+@pytest.mark.parametrize(
+    ("index", "change", "message"),
+    [
+        (0, lambda t: t.double(), "merge_compact: key_cache must have dtype float32, bfloat16"),
+        (1, lambda t: t[:, 1:], r"value_cache must have shape \[2, 6, 2, 8, 16\]"),
+        (2, lambda t: None, "paged_scores and carry must be given together or not at all"),
+        (2, lambda t: t[..., 1:], r"paged_scores must have shape \[2, \*, 2, 8\]"),
+        (3, lambda t: t[..., :20], r"carry must be as long as weights \(20\), got 33"),
+        (6, lambda t: t + 100, r"kept_idx\[0\] must be in 0\.\.32, got 1\d\d"),
+        (8, lambda t: t[..., 1:], r"class_idx must be as long as merge_idx \(8\), got 7"),
+        (10, lambda t: t + 2, r"target_columns\[0\] must be in 0\.\.3, got 4"),
+        (10, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
+    ],
+)
+def test_invalid_arguments(index, change, message):
+    args = make_case([(30, 10, 8)], head_size=16, block_size=8).args()
+    args[index] = change(args[index])
+    with pytest.raises(RuntimeError, match=message):
+        ops.merge_compact(*args)
