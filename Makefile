@@ -2,7 +2,7 @@
 # what it depends on has changed.
 
 PYTHON ?= python3
-# An index with CPU builds of torch, where pip's own would choose a CUDA build.
+# The index with CPU builds of torch, where pip's own would choose a CUDA build.
 TORCH_INDEX ?=
 MODEL ?= models/ems-tiny
 PORT ?= 8000
@@ -72,8 +72,8 @@ else
 	@$(PIP) install --no-deps $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' requirements/cpu.txt)
 	@$(PIP) install --no-deps $(foreach name,cpu build test,-r requirements/$(name).txt)
 	@grep -q '^cuda.* = None' $(VENV)/lib/python*/site-packages/torch/version.py || { \
-	  echo "No GPU here, and pip chose a CUDA build of torch. Name an index with CPU builds:"; \
-	  echo "  make setup TORCH_INDEX=URL"; exit 1; }
+	  echo "No GPU here, and pip chose a CUDA build of torch. Name the index with CPU builds, which"; \
+	  echo "PyTorch's installation page shows for pip and CPU: make setup TORCH_INDEX=URL"; exit 1; }
 endif
 	@touch $@
 

@@ -26,6 +26,7 @@ from serving.server import Server
 from serving.summary import summarize
 
 BLOCK_SIZE = 16
+CASES = ("ample", "tight")
 _WARM_UP_TOKENS = 8
 
 
@@ -57,7 +58,7 @@ class Settings:
 
     def num_blocks(self, case: str) -> int:
         """Size of the pool for --num-gpu-blocks-override, vLLM's null block included."""
-        num_dense = {"ample": self.num_prompts, "tight": self.num_tight}[case]
+        num_dense = self.num_prompts if case == "ample" else self.num_tight
         return num_dense * -(-self.max_model_len // BLOCK_SIZE) + 1
 
     def arguments(self, case: str, recipe: str) -> list[str]:
@@ -111,11 +112,11 @@ def main(
     recipes: Annotated[str, typer.Option(help=f"Comma-separated; {DENSE} is vLLM alone.")] = (
         f"{DENSE},ems"
     ),
-    cases: Annotated[str, typer.Option(help="Comma-separated: ample, tight.")] = "ample,tight",
+    cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(CASES),
     num_tight: Annotated[
         int, typer.Option(min=1, help="Dense requests that the tight pool holds.")
     ] = 4,
-    interval_s: Annotated[float, typer.Option(help="Between two samples of the pool.")] = 0.25,
+    interval_s: Annotated[float, typer.Option(help="Between two samples of the pool.")] = 0.5,
     seed: int = 0,
     server_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`.")] = "",
     quick: Annotated[bool, typer.Option(help="Small sizes, to see that it runs.")] = False,
@@ -144,6 +145,9 @@ def main(
             num_tight=2,
             interval_s=0.05,
         )
+    for case in cases.split(","):
+        if case not in CASES:
+            raise typer.BadParameter(f"{case!r} is not a case: use {' or '.join(CASES)}.")
     console = Console()
     size = vocab_size(model)
     runs = []

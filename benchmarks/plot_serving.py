@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws a report of bench_serving.py: blocks in use over time, and tokens per second.
 
-Usage: python benchmarks/plot_serving.py benchmarks/results/serving-cpu.json docs/figures/serving.svg
+Usage: python benchmarks/plot_serving.py REPORT.json docs/figures/serving.svg
 """
 
 import json

@@ -6,9 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+# Speed belongs to benchmarks/: a busy machine must not fail a property test.
+settings.register_profile("ems", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ems")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

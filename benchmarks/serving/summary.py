@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From traces and samples to the figures of one run."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -106,4 +107,4 @@ def _time_per_token(trace: Trace) -> float:
 
 def _spread(values: Sequence[float]) -> Spread:
     ordered = sorted(values)
-    return Spread(median(ordered), ordered[min(len(ordered) - 1, int(0.95 * len(ordered)))])
+    return Spread(median(ordered), ordered[math.ceil(0.95 * len(ordered)) - 1])

@@ -73,6 +73,7 @@ void assign_head(const AssignClassesParams& p, int64_t layer, int64_t row, int64
   const std::vector<float> member_values = value_units.load_all(members.data(), num_members);
   std::vector<float> best(num_members, -1.0f);
   std::vector<int32_t> best_rank(num_members, zero_class);
+  std::vector<float> maxima(kChunkRows);
 
   KeyTiles keys(p.head_size), values(p.head_size);
   for (int64_t first = 0; first < p.budgets[row]; first += KeyTiles::kMaxKeys) {
@@ -83,18 +84,20 @@ void assign_head(const AssignClassesParams& p, int64_t layer, int64_t row, int64
       const int64_t num_rows = std::min(kChunkRows, num_members - member);
       for (int64_t start = 0; start < count; start += kTileKeys) {
         const int64_t offset = member * p.head_size;
-        const float* key_cos = keys.multiply(start, member_keys.data() + offset, num_rows);
+        float* products = keys.multiply(start, member_keys.data() + offset, num_rows);
         const float* value_cos = values.multiply(start, member_values.data() + offset, num_rows);
+        simd().redundancy(products, value_cos, num_rows, maxima.data());
         const int64_t num_centres = std::min(kTileKeys, count - start);
-        for (int64_t i = 0; i < num_rows * kTileKeys; i += kTileKeys) {
-          float* member_best = &best[member + i / kTileKeys];
+        for (int64_t i = 0; i < num_rows; ++i) {
+          // Most tiles hold nothing better. The maximum may come from a centre that takes no
+          // members; then the scan finds what the others offer.
+          if (maxima[i] <= best[member + i]) continue;
           for (int64_t j = 0; j < num_centres; ++j) {
-            const float redundancy =
-                std::max(key_cos[i + j], 0.0f) * std::max(value_cos[i + j], 0.0f);
+            const float redundancy = products[i * kTileKeys + j];
             const int64_t rank = first + start + j;
-            if (redundancy > *member_best && kept[rank] >= p.num_protected[row]) {
-              *member_best = redundancy;
-              best_rank[member + i / kTileKeys] = static_cast<int32_t>(rank);
+            if (redundancy > best[member + i] && kept[rank] >= p.num_protected[row]) {
+              best[member + i] = redundancy;
+              best_rank[member + i] = static_cast<int32_t>(rank);
             }
           }
         }

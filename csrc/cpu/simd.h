@@ -49,6 +49,10 @@ struct Simd {
   // Overwrites hidden logits.
   void (*add_mass)(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
                    float* mass);
+
+  // key_cos[i][j] = max(key_cos[i][j], 0) * max(value_cos[i][j], 0) for [num_rows][kTileKeys], and
+  // the largest of each row.
+  void (*redundancy)(float* key_cos, const float* value_cos, int64_t num_rows, float* maxima);
 };
 
 // The best variant this processor runs, or the one named by EMS_CPU_VARIANT. Fixed at first use.

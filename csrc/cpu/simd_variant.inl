@@ -78,7 +78,9 @@ void transpose(const float* keys, int64_t head_size, float* tile) {
 template <int NUM_ROWS>
 inline void multiply_tile(const float* rows, int64_t head_size, const float* tile,
                           float* products) {
-  Vec left[NUM_ROWS] = {}, right[NUM_ROWS] = {};
+  // Element by element: GCC clears a whole array in memory before it loads it into registers.
+  Vec left[NUM_ROWS], right[NUM_ROWS];
+  for (int i = 0; i < NUM_ROWS; ++i) left[i] = right[i] = Vec{};
   for (int64_t d = 0; d < head_size; ++d) {
     const Vec key_left = *(const Vec*)(tile + d * kTileKeys);
     const Vec key_right = *(const Vec*)(tile + d * kTileKeys + kLanes);
@@ -167,12 +169,38 @@ void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t n
   for (int64_t v = 0; v < kVectors; ++v) ((Vec*)mass)[v] += sums[v];
 }
 
+void redundancy(float* key_cos, const float* value_cos, int64_t num_rows, float* maxima) {
+  for (int64_t i = 0; i < num_rows; ++i, key_cos += kTileKeys, value_cos += kTileKeys) {
+    Vec most = {};
+    for (int64_t v = 0; v < kVectors; ++v) {
+      Vec& key = ((Vec*)key_cos)[v];
+      key = maximum(key, Vec{}) * maximum(((const Vec*)value_cos)[v], Vec{});
+      most = maximum(most, key);
+    }
+    maxima[i] = 0;
+    for (int64_t lane = 0; lane < kLanes; ++lane) {
+      if (most[lane] > maxima[i]) maxima[i] = most[lane];
+    }
+  }
+}
+
 }  // namespace
 
 extern const Simd kSimd;
 const Simd kSimd = {
-    EMS_VARIANT_NAME, convert<float>, convert<BFloat16>, convert<Float16>, dot,     transpose,
-    multiply,         init_softmax,   update_softmax,    finish_softmax,   add_mass};
+    .name = EMS_VARIANT_NAME,
+    .convert_float32 = convert<float>,
+    .convert_bfloat16 = convert<BFloat16>,
+    .convert_float16 = convert<Float16>,
+    .dot = dot,
+    .transpose = transpose,
+    .multiply = multiply,
+    .init_softmax = init_softmax,
+    .update_softmax = update_softmax,
+    .finish_softmax = finish_softmax,
+    .add_mass = add_mass,
+    .redundancy = redundancy,
+};
 
 }  // namespace EMS_VARIANT
 }  // namespace ems::cpu

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.engine.compatibility import check_compatibility
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import input_processor
+from ems_vllm.patches import async_llm, input_processor
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -55,5 +55,5 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
                 f"use {' or '.join(WORKERS)}, or switch compression off."
             )
         parallel.worker_cls = worker_cls
-    for patch in input_processor.PATCHES:
+    for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
         patch.apply()

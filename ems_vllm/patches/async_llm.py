@@ -30,10 +30,12 @@ PATCHES = (
         target="vllm.v1.engine.async_llm:AsyncLLM.generate",
         wrap=_wrap_generate,
         vllm=">=0.32.0,<0.33",
-        source_sha256={"0.32.0": "HASH"},
+        source_sha256={
+            "0.32.0": "5bd0ee90459b0e29348891b03548cdc31eef8c9218b3c416d5df4e5e14d1bca2"
+        },
         reason=(
-            "The server sends its 200 before a streamed request reaches InputProcessor, so an error "
-            "there is an event in the stream. What calls generate() can still answer with a 400."
+            "A streamed answer has its status 200 before the request reaches InputProcessor, so an "
+            "error there is an event in the stream. An error in the call itself is still a 400."
         ),
         remove_when="vLLM validates requests before it begins to stream",
     ),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from check_dockerfile import instructions
 
 import ems_vllm
 
@@ -18,13 +19,6 @@ KUBERNETES = ROOT / "deploy" / "kubernetes"
 DOCKERFILES = [ROOT / "Dockerfile", ROOT / "Dockerfile.cpu"]
 MANIFESTS = sorted(KUBERNETES.glob("*/*.yaml"))
 VLLM_VERSION = re.search(r"^vllm==(\S+)$", (ROOT / "requirements/cuda.txt").read_text(), re.M)[1]
-
-
-def instructions(dockerfile: Path) -> list[tuple[str, str]]:
-    """(keyword, rest) of each instruction, continuation lines joined."""
-    text = re.sub(r"^\s*#.*\n", "", dockerfile.read_text(), flags=re.M)
-    lines = re.sub(r"\\\n\s*", " ", text).splitlines()
-    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]
 
 
 def final_stage(dockerfile: Path) -> dict[str, str]:

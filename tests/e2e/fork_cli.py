@@ -6,15 +6,24 @@ Answers each with its exit status. A command that fails early spends nearly all 
 on imports, so a dozen of them would take minutes.
 """
 
+import gc
 import json
 import os
 import sys
+from contextlib import redirect_stdout, suppress
 
 import vllm.entrypoints.cli.main as cli
 
-# What the command imports only once it runs.
-import vllm.entrypoints.cli.serve
-import vllm.entrypoints.launchers.api_server.entry  # noqa: F401
+
+def preload() -> None:
+    """Import what the command imports, by running it: the parser, then the server."""
+    sys.argv = ["vllm", "serve", "--help"]
+    with redirect_stdout(sys.stderr), suppress(SystemExit):
+        cli.main()
+    import vllm.entrypoints.launchers.api_server.entry  # noqa: F401
+
+    # What is there now is not to be copied and collected by every fork as it ends.
+    gc.freeze()
 
 
 def run(argv: list[str], log: str) -> int:
@@ -31,5 +40,6 @@ def run(argv: list[str], log: str) -> int:
 
 
 if __name__ == "__main__":
+    preload()
     for line in sys.stdin:
         print(run(**json.loads(line)), flush=True)

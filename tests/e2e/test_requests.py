@@ -115,10 +115,12 @@ def test_wrong_wish_is_a_400(
     assert remedy in message
 
 
-def test_chat_is_checked_too(server: Server, client: OpenAI) -> None:
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_chat_is_checked_too(server: Server, client: OpenAI, stream: bool) -> None:
+    messages = [{"role": "user", "content": "Hello"}]
     arguments = greedy(server, 4, {"kv_bugdet": 64})
     with pytest.raises(BadRequestError, match="kv_bugdet=64"):
-        client.chat.completions.create(messages=[{"role": "user", "content": "Hello"}], **arguments)
+        client.chat.completions.create(messages=messages, stream=stream, **arguments)
 
 
 def test_other_extensions_arguments_pass(server: Server) -> None:

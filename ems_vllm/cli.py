@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `ems-vllm`: look before you serve."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ems_vllm.config import ConfigError, RequestOptions, load_config, recipes
+from ems_vllm.config.schema import KVCompressionConfig
+
+app = typer.Typer(
+    name="ems-vllm",
+    help="KV-cache compression for vLLM: plan capacities and inspect recipes.",
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_COUNT = Annotated[int, typer.Option(min=1)]
+
+
+class _ModelShape:
+    """What the size of a KV cache depends on, from a Hugging Face config.json."""
+
+    def __init__(self, path: Path) -> None:
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            data = data.get("text_config", data)
+            self.num_layers = int(data["num_hidden_layers"])
+            num_heads = int(data["num_attention_heads"])
+            self.num_kv_heads = int(data.get("num_key_value_heads") or num_heads)
+            self.head_size = int(data.get("head_dim") or data["hidden_size"] // num_heads)
+            dtype = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16")
+            self.itemsize = _DTYPE_BYTES[dtype]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"model={str(path)!r} gives no cache shape ({type(error).__name__}: {error}): name "
+                "a folder with a config.json of a decoder-only model."
+            ) from None
+
+    def column_bytes(self, block_size: int) -> int:
+        """Bytes of one block-table column over all layers, keys and values."""
+        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size * self.itemsize
+        return per_token * block_size
+
+
+@app.command()
+def plan(
+    prompt_len: Annotated[list[int], typer.Option(min=1, help="Prompt length; may be repeated.")],
+    output_len: Annotated[int, typer.Option(min=0, help="Tokens to generate.")] = 1024,
+    recipe: Annotated[str, typer.Option(help="Recipe or YAML file.")] = "ems",
+    budget: Annotated[int | None, typer.Option(min=1, help="Entries kept per kv_head.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of the prompt kept.")] = None,
+    recent_window: Annotated[int | None, typer.Option(min=1)] = None,
+    recompress_interval: Annotated[int | None, typer.Option(min=0)] = None,
+    block_size: _COUNT = 16,
+    model: Annotated[
+        Path | None, typer.Option(help="Model folder or config.json, for bytes.")
+    ] = None,
+) -> None:
+    """Show the columns that requests hold, dense and compressed, and what is saved."""
+    overrides = {
+        "budget": budget,
+        "ratio": ratio,
+        "recent_window": recent_window,
+        "recompress_interval": recompress_interval,
+    }
+    given = {key: value for key, value in overrides.items() if value is not None}
+    config = load_config({"recipe": recipe, **given})
+    if config is None:
+        raise ConfigError(f"recipe={recipe!r} compresses nothing: name a recipe.")
+    column_bytes = _ModelShape(model).column_bytes(block_size) if model else None
+    size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
+    table = Table(
+        title=f"Columns of {block_size} tokens: {recipe}, {size}, {output_len} generated tokens"
+    )
+    for name in ("prompt", "dense", "after prompt", "at the end", "at most", "saved"):
+        table.add_column(name, justify="right")
+    if column_bytes:
+        for name in ("dense MiB", "at most MiB"):
+            table.add_column(name, justify="right")
+    for length in prompt_len:
+        table.add_row(*_plan_row(config, length, output_len, block_size, column_bytes))
+    Console().print(table)
+    Console().print(
+        "'at most' is reached between two compressions; the prompt itself is processed dense.",
+        style="dim",
+    )
+
+
+def _plan_row(
+    config: KVCompressionConfig,
+    prompt_len: int,
+    output_len: int,
+    block_size: int,
+    column_bytes: int | None,
+) -> list[str]:
+    settings = config.allocator.settings(config.plan_settings)
+    plan = settings.plan(prompt_len, block_size, RequestOptions())
+    end = prompt_len + output_len
+    dense = -(-end // block_size)
+    after_prompt = -(-(prompt_len + 1) // block_size) - plan.columns(prompt_len)[0]
+    at_end = dense - plan.columns(end)[0]
+    # One step after the prompt, its columns have been given back.
+    decoding = range(min(prompt_len + 2, end), end + 1)
+    at_most = min(dense, max((plan.max_live_columns(n) for n in decoding), default=dense))
+    row = [
+        f"{prompt_len:,}",
+        f"{dense:,}",
+        f"{after_prompt:,}",
+        f"{at_end:,}",
+        f"{at_most:,}",
+        f"{1 - at_most / dense:.0%}",
+    ]
+    if column_bytes:
+        row += [f"{columns * column_bytes / 2**20:,.1f}" for columns in (dense, at_most)]
+    return row
+
+
+@app.command("recipes")
+def list_recipes() -> None:
+    """List the recipes that ship with this package."""
+    table = Table("recipe", "size", "scorer", "allocator", "selector", "merger")
+    for name in recipes.names():
+        config = load_config(name)
+        assert config is not None
+        size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
+        parts = (config.scorer, config.allocator, config.selector, config.merger)
+        table.add_row(name, size, *(part.name() for part in parts))
+    Console().print(table)
+
+
+@app.command()
+def show(recipe: Annotated[str, typer.Argument(help="Recipe or YAML file.")]) -> None:
+    """Print every setting of a recipe, defaults included, as JSON."""
+    config = load_config(recipe)
+    if config is None:
+        raise ConfigError(f"recipe={recipe!r} compresses nothing: name a recipe.")
+    Console().print_json(data=config.to_dict())
+
+
+@app.command()
+def version() -> None:
+    """Print the version and what was compiled."""
+    import ems_vllm
+
+    Console().print_json(data=ems_vllm.build_info())
+
+
+def main() -> None:
+    """Entry point: a wrong setting is answered with one sentence."""
+    try:
+        app()
+    except ConfigError as error:
+        Console(stderr=True).print(f"ems-vllm: error: {error}", markup=False, highlight=False)
+        raise SystemExit(2) from None

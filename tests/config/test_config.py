@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: what is accepted, and that every mistake is answered with key, value and remedy."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ems_vllm.config import ConfigError, KVCompressionConfig, load_config, parse_overrides, recipes
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_recipe_survives_a_round_trip_through_json(name):
+    config = load_config(name)
+    assert config.recipe == name
+    assert load_config(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize("value", [None, "off", {"recipe": "off"}])
+def test_off(value):
+    assert load_config(value) is None
+
+
+def test_overrides_win_and_keep_the_rest_of_a_component():
+    config = load_config({"recipe": "ems", "budget": 512, "merger": {"similarity_threshold": 0.8}})
+    assert config.budget == 512
+    assert config.merger.name() == "ems"
+    assert config.merger.similarity_threshold == 0.8
+    assert config.merger.relevant_mass == load_config("ems").merger.relevant_mass
+
+
+def test_another_component_replaces_the_recipes():
+    config = load_config({"recipe": "snapkv", "merger": {"name": "ems"}})
+    assert config.scorer.name() == "snapkv"
+    assert config.merger.name() == "ems"
+
+
+def test_ratio_replaces_the_recipes_budget():
+    config = load_config({"recipe": "ems", "ratio": 0.1})
+    assert config.budget is None
+    assert config.ratio == 0.1
+
+
+def test_file_is_a_recipe(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "budget: 128\nscorer: knorm\nallocator: uniform\nselector: top_k\nmerger: none\n"
+    )
+    config = load_config(str(path))
+    assert config.recipe == "mine"
+    assert config.scorer.name() == "knorm"
+    assert parse_overrides(str(path))["budget"] == 128
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("emss", ["'emss'", "ems"]),
+        ("/no/such/file.yaml", ["/no/such/file.yaml", "cannot be read"]),
+        (7, ["kv_compression=7"]),
+        ({"recipe": "ems", "bugdet": 1}, ["bugdet=1", "use 'budget'"]),
+        ({"recipe": "ems", "budget": 0}, ["budget=0", "greater than or equal to 1"]),
+        ({"recipe": "ems", "budget": "many"}, ["budget='many'"]),
+        ({"recipe": "ems", "ratio": 1.5}, ["ratio=1.5", "less than 1"]),
+        ({"recipe": "ems", "budget": 64, "ratio": 0.5}, ["budget=64", "ratio=0.5", "exactly one"]),
+        ({"recipe": "ems", "budget": None}, ["budget=None", "exactly one"]),
+        ({"recipe": "ems", "obs_window": 65}, ["obs_window=65", "recent_window=64"]),
+        ({"recipe": "ems", "scorer": "emz"}, ["scorer", "'emz'", "did you mean 'ems'"]),
+        ({"recipe": "ems", "scorer": 3}, ["scorer=3", "snapkv"]),
+        (
+            {"recipe": "ems", "merger": {"name": "ems", "treshold": 1}},
+            ["merger.treshold=1", "similarity_threshold"],
+        ),
+        (
+            {"recipe": "ems", "merger": {"similarity_threshold": 2}},
+            ["merger.similarity_threshold=2", "less than or equal to 1"],
+        ),
+        ({"recipe": "snapkv", "scorer": {"kernel_size": 4}}, ["kernel_size=4", "use 3 or 5"]),
+        (
+            {"recipe": "ems", "budget": 8, "selector": {"num_sink_tokens": 9}},
+            ["num_sink_tokens=9", "budget=8"],
+        ),
+        ({"recipe": "off", "budget": 8}, ["'budget': 8", "compression is off"]),
+    ],
+)
+def test_mistake_is_answered_with_key_value_and_remedy(value, parts):
+    with pytest.raises(ConfigError) as error:
+        load_config(value)
+    message = str(error.value)
+    for part in parts:
+        assert part in message, message
+    assert message.endswith(".")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("text", ["{", '{"budget": }', "{'budget': 1}", "no/such/file.yaml"])
+def test_bad_override_text_is_answered(text):
+    with pytest.raises(ConfigError, match="kv_compression_config="):
+        parse_overrides(text)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([*KVCompressionConfig.model_fields, "x", ""]),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+            lambda inner: (
+                st.lists(inner, max_size=2)
+                | st.dictionaries(st.text(max_size=5), inner, max_size=2)
+            ),
+            max_leaves=4,
+        ),
+        max_size=4,
+    )
+)
+def test_anything_is_accepted_or_refused_with_a_sentence(overrides):
+    try:
+        config = load_config({"recipe": "ems", **overrides})
+    except ConfigError as error:
+        assert str(error).endswith(".")
+    else:
+        assert config is None or load_config(config.to_dict()) == config

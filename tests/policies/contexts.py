@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random caches in which some rows are due for compression."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ems_vllm.policies.context import CompactionContext
+
+BLOCK_SIZE = 8
+NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, WINDOW = 2, 2, 2, 16, 4
+NUM_SINKS = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """One request: entries to choose from, tail tokens, and entries to keep."""
+
+    num_entries: int
+    tail: int
+    budget: int
+    num_scored: int | None = None
+    is_decode: bool = False
+    seed: int = 0
+
+
+def build_context(rows: Sequence[Row]) -> CompactionContext:
+    """A context whose rows depend on their own seed only, not on the other rows."""
+    columns = [-(-(row.num_entries + row.tail) // BLOCK_SIZE) for row in rows]
+    num_blocks = sum(columns) + 3
+    cache = torch.full(
+        (NUM_LAYERS, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE), float("nan")
+    )
+    paged_scores = torch.full((NUM_LAYERS, num_blocks, NUM_KV_HEADS, BLOCK_SIZE), float("nan"))
+    ring = torch.full(
+        (NUM_LAYERS, len(rows), WINDOW, NUM_KV_HEADS * GROUP, HEAD_SIZE), float("nan")
+    )
+    block_table = torch.zeros((len(rows), max(columns)), dtype=torch.int32)
+    # Scattered over the pool, block 0 and the last ones unused.
+    ids = torch.randperm(sum(columns), generator=torch.Generator().manual_seed(1)) + 1
+    at = 0
+    for index, (row, count) in enumerate(zip(rows, columns, strict=True)):
+        own = ids[at : at + count]
+        at += count
+        block_table[index, :count] = own
+        generator = torch.Generator().manual_seed(row.seed)
+
+        def randn(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            return torch.randn(*shape, generator=generator)
+
+        ring[:, index] = randn(*ring[:, index].shape)
+        for column, block_id in enumerate(own.tolist()):
+            live = min(BLOCK_SIZE, row.num_entries + row.tail - column * BLOCK_SIZE)
+            cache[:, block_id, :, :live] = randn(NUM_LAYERS, NUM_KV_HEADS, live, 2 * HEAD_SIZE)
+            paged_scores[:, block_id, :, :live] = randn(NUM_LAYERS, NUM_KV_HEADS, live).abs()
+    ints = lambda values: torch.tensor(list(values), dtype=torch.int32)  # noqa: E731
+    key_cache, value_cache = cache.chunk(2, dim=-1)
+    return CompactionContext(
+        key_cache=key_cache,
+        value_cache=value_cache,
+        block_table=block_table,
+        num_entries=ints(row.num_entries for row in rows),
+        num_live=ints(row.num_entries + row.tail for row in rows),
+        num_scored=ints(
+            row.num_entries if row.num_scored is None else row.num_scored for row in rows
+        ),
+        budgets=ints(row.budget for row in rows),
+        num_protected=ints(min(NUM_SINKS, row.budget) for row in rows),
+        target_columns=ints((row.num_entries - row.budget) // BLOCK_SIZE for row in rows),
+        is_decode=torch.tensor([row.is_decode for row in rows]),
+        max_entries=max(row.num_entries for row in rows),
+        max_budget=max(row.budget for row in rows),
+        scale=HEAD_SIZE**-0.5,
+        paged_scores=paged_scores,
+        score_table=block_table.clone(),
+        query_ring=ring,
+        ring_rows=ints(range(len(rows))),
+        num_queries=ints(min(WINDOW, row.tail) for row in rows),
+        end_positions=ints(1000 + row.num_entries + row.tail for row in rows),
+    )
+
+
+def entries(cache: torch.Tensor, context: CompactionContext, row: int) -> torch.Tensor:
+    """[num_layers, num_kv_heads, num_live, ...]: a row's live entries of a paged tensor."""
+    num_live = int(context.num_live[row])
+    columns = -(-num_live // BLOCK_SIZE)
+    pages = cache[:, context.block_table[row, :columns].long()]
+    return pages.transpose(1, 2).flatten(2, 3)[:, :, :num_live]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every composition of policies must hold, whatever it prefers."""
+
+import pytest
+import torch
+from policies.contexts import BLOCK_SIZE, NUM_SINKS, Row, build_context, entries
+
+from ems_vllm.config import load_config, recipes
+from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
+from ems_vllm.policies.policy import Policy
+
+ROWS = (
+    Row(num_entries=64, tail=9, budget=24, seed=1),
+    Row(num_entries=40, tail=5, budget=32, num_scored=24, is_decode=True, seed=2),
+    Row(num_entries=16, tail=8, budget=8, num_scored=0, is_decode=True, seed=3),
+    Row(num_entries=96, tail=17, budget=8, seed=4),
+)
+
+
+@pytest.fixture(params=recipes.names())
+def recipe(request):
+    return request.param
+
+
+@pytest.fixture(params=list(MERGERS))
+def policy(recipe, request):
+    config = load_config(
+        {
+            "recipe": recipe,
+            "budget": 64,
+            "selector": {"num_sink_tokens": NUM_SINKS},
+            "merger": {"name": request.param},
+        }
+    )
+    return Policy.from_config(config)
+
+
+def compacted(policy, rows):
+    """(context, keys, values, scores before; the same after) of a compaction."""
+    context = build_context(rows)
+    tensors = (context.key_cache, context.value_cache, context.paged_scores)
+    before = [tensor.clone() for tensor in tensors]
+    policy.compact(context)
+    return context, before, tensors
+
+
+def test_every_kept_entry_comes_from_the_row_and_sinks_stay(policy):
+    context, before, after = compacted(policy, ROWS)
+    for row, item in enumerate(ROWS):
+        old_keys, new_keys = (entries(t, context, row) for t in (before[0], after[0]))
+        kept = slice(item.num_entries - item.budget, item.num_entries)
+        assert not new_keys[:, :, kept].isnan().any()
+        torch.testing.assert_close(
+            new_keys[:, :, kept][:, :, : min(NUM_SINKS, item.budget)],
+            old_keys[:, :, : min(NUM_SINKS, item.budget)],
+            rtol=0,
+            atol=0,
+        )
+        if policy.merger.name() == "none":
+            candidates = old_keys[:, :, : item.num_entries]
+            copies = (new_keys[:, :, kept, None] == candidates[:, :, None]).all(-1)
+            assert copies.any(-1).all(), "a kept key is no copy of an entry"
+            assert (copies.any(-2).sum(-1) == item.budget).all(), "an entry was kept twice"
+
+
+def test_nothing_outside_the_targets_is_written(policy):
+    context, before, after = compacted(policy, ROWS)
+    targets = torch.zeros(context.key_cache.shape[1], dtype=torch.bool)
+    for row, item in enumerate(ROWS):
+        first = (item.num_entries - item.budget) // BLOCK_SIZE
+        columns = context.block_table[row, first : item.num_entries // BLOCK_SIZE]
+        targets[columns.long()] = True
+    for old, new in zip(before, after, strict=True):
+        assert torch.equal(
+            old[:, ~targets].contiguous().view(torch.int32),
+            new[:, ~targets].contiguous().view(torch.int32),
+        )
+
+
+def test_a_row_does_not_depend_on_the_others(policy):
+    context, _, after = compacted(policy, ROWS)
+    for row, item in enumerate(ROWS):
+        alone_context, _, alone = compacted(policy, [item])
+        for together, single in zip(after[:2], alone[:2], strict=True):
+            torch.testing.assert_close(
+                entries(together, context, row), entries(single, alone_context, 0)
+            )
+
+
+def test_scores_are_positive_finite_and_zero_beyond_the_row(recipe):
+    context = build_context(ROWS)
+    scores = load_config(recipe).scorer.score(context)
+    real = context.is_entry.expand_as(scores.weights)
+    assert scores.weights.dtype == torch.float32
+    assert scores.weights[real].isfinite().all()
+    assert (scores.weights[real] >= 0).all()
+    assert (scores.weights[~real] == 0).all()
+    assert (scores.weights.sum(-1) > 0).all()
+
+
+def test_carried_scores_are_stored_with_the_entries(recipe):
+    config = load_config({"recipe": recipe, "merger": {"name": "none"}})
+    if not config.scorer.uses_global:
+        pytest.skip("carries nothing")
+    carry = config.scorer.score(build_context(ROWS)).carry
+    context, _, after = compacted(Policy.from_config(config), ROWS)
+    for row, item in enumerate(ROWS):
+        stored = entries(after[2], context, row)
+        stored = stored[:, :, item.num_entries - item.budget : item.num_entries]
+        offered = carry[:, row, :, : item.num_entries]
+        assert (stored[..., None] == offered[:, :, None]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "registry", [SCORERS, ALLOCATORS, SELECTORS, MERGERS], ids=lambda r: r.kind
+)
+def test_every_component_is_documented_and_used_by_a_recipe_or_default(registry):
+    for name in registry:
+        cls = registry.get(name)
+        assert cls.__doc__ and len(cls.__doc__.splitlines()) >= 1
+        assert cls.name() == name
+    used = {getattr(load_config(recipe), registry.kind).name() for recipe in recipes.names()}
+    assert used == set(registry)

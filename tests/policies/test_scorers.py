@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each scorer against its formula, written out head by head."""
+
+import pytest
+import torch
+from policies.contexts import GROUP, NUM_KV_HEADS, NUM_LAYERS, WINDOW, Row, build_context, entries
+
+from ems_vllm.config import load_config
+
+ROWS = (
+    Row(num_entries=64, tail=9, budget=24, seed=1),
+    Row(num_entries=40, tail=3, budget=32, num_scored=24, is_decode=True, seed=2),
+)
+
+
+def window_attention(context, row, layer, kv_head):
+    """[num_entries]: softmax attention of the recorded queries, summed; mean over the group."""
+    keys = entries(context.key_cache, context, row)[layer, kv_head]
+    num_queries, end = int(context.num_queries[row]), int(context.end_positions[row])
+    total = torch.zeros(len(keys))
+    for age in range(num_queries):
+        queries = context.query_ring[layer, row, (end - 1 - age) % WINDOW]
+        for query in queries[kv_head * GROUP : (kv_head + 1) * GROUP]:
+            logits = keys @ query * context.scale
+            logits[len(keys) - age :] = -torch.inf
+            total += logits.softmax(0) / GROUP
+    return total[: int(context.num_entries[row])]
+
+
+def accumulated(context, row, layer, kv_head):
+    values = entries(context.paged_scores, context, row)[layer, kv_head].clone()
+    values = values[: int(context.num_entries[row])]
+    values[int(context.num_scored[row]) :] = 0
+    return values
+
+
+def each_head():
+    for row in range(len(ROWS)):
+        for layer in range(NUM_LAYERS):
+            for kv_head in range(NUM_KV_HEADS):
+                yield row, layer, kv_head
+
+
+def score(recipe):
+    context = build_context(ROWS)
+    return context, load_config(recipe).scorer.score(context)
+
+
+def test_ems_is_the_mean_aligned_maximum():
+    context, scores = score("ems")
+    for row, layer, head in each_head():
+        window = window_attention(context, row, layer, head)
+        carry = accumulated(context, row, layer, head)
+        if ROWS[row].is_decode:
+            carry = carry + window
+        expected = torch.maximum(carry * window.mean() / carry.mean(), window)
+        got = scores.weights[layer, row, head, : len(expected)]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(scores.carry[layer, row, head, : len(carry)], carry)
+
+
+def test_h2o_is_the_accumulated_attention():
+    context, scores = score("h2o")
+    for row, layer, head in each_head():
+        expected = accumulated(context, row, layer, head)
+        if ROWS[row].is_decode:
+            expected = expected + window_attention(context, row, layer, head)
+        torch.testing.assert_close(scores.weights[layer, row, head, : len(expected)], expected)
+
+
+def test_snapkv_smooths_the_window_attention():
+    context, scores = score("snapkv")
+    for row, layer, head in each_head():
+        window = window_attention(context, row, layer, head)
+        expected = torch.stack([window[max(0, i - 2) : i + 3].mean() for i in range(len(window))])
+        got = scores.weights[layer, row, head, : len(expected)]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_knorm_prefers_small_keys():
+    context, scores = score("knorm")
+    for row, layer, head in each_head():
+        norms = entries(context.key_cache, context, row)[layer, head].norm(dim=-1)
+        norms = norms[: int(context.num_entries[row])]
+        got = scores.weights[layer, row, head, : len(norms)]
+        assert torch.equal(got.argsort(descending=True), norms.argsort())
+
+
+def test_streaming_llm_prefers_late_entries():
+    _, scores = score("streaming_llm")
+    assert (scores.weights[:, 0, :, 1:64] > scores.weights[:, 0, :, :63]).all()
+
+
+def test_random_differs_by_head_and_seed_but_not_by_run():
+    _, first = score("random")
+    _, again = score("random")
+    _, other = score({"recipe": "random", "scorer": {"seed": 1}})
+    assert torch.equal(first.weights, again.weights)
+    assert not torch.equal(first.weights, other.weights)
+    heads = first.weights[:, 0].flatten(0, 1)
+    assert len({tuple(head.tolist()) for head in heads}) == len(heads)
+    many = load_config("random").scorer.score(build_context([Row(8000, 9, 8)])).weights
+    assert many.mean().item() == pytest.approx(0.5, abs=0.02)
