@@ -12,12 +12,11 @@ TESTS ?= tests
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
-PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
+# Not compiled to byte code: of torch and vLLM, Python does that for the part it imports.
+INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 TARGET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
 CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.inl" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
-# pip would compile all of torch and vLLM to byte code; Python does so for what it imports.
-export PIP_NO_COMPILE := 1
 # Compilation is parallel; on a small machine more jobs than cores only cost memory.
 export MAX_JOBS ?= $(shell nproc)
 
@@ -66,11 +65,11 @@ $(DONE)/venv:
 $(DONE)/requirements: requirements/$(TARGET).txt requirements/build.txt requirements/test.txt | $(DONE)/venv
 	@echo "[2/5] requirements ($(TARGET))"
 ifeq ($(TARGET),cuda)
-	@$(PIP) install -r requirements/cuda.txt
-	@$(PIP) install --no-deps -r requirements/build.txt -r requirements/test.txt
+	@$(INSTALL) -r requirements/cuda.txt
+	@$(INSTALL) --no-deps -r requirements/build.txt -r requirements/test.txt
 else
-	@$(PIP) install --no-deps $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' requirements/cpu.txt)
-	@$(PIP) install --no-deps $(foreach name,cpu build test,-r requirements/$(name).txt)
+	@$(INSTALL) --no-deps $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' requirements/cpu.txt)
+	@$(INSTALL) --no-deps $(foreach name,cpu build test,-r requirements/$(name).txt)
 	@grep -q '^cuda.* = None' $(VENV)/lib/python*/site-packages/torch/version.py || { \
 	  echo "No GPU here, and pip chose a CUDA build of torch. Name the index with CPU builds, which"; \
 	  echo "PyTorch's installation page shows for pip and CPU: make setup TORCH_INDEX=URL"; exit 1; }
@@ -83,14 +82,14 @@ ifeq ($(TARGET),cpu)
 	@VLLM=$$(grep '^vllm==' requirements/cuda.txt) && \
 	if ! $(BIN)/python -m pip --disable-pip-version-check freeze | grep -qx "$$VLLM"; then \
 	  VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$${VLLM#vllm==} CARGO=false \
-	  $(PIP) install --no-deps --no-build-isolation --no-binary vllm "$$VLLM"; \
+	  $(INSTALL) --no-deps --no-build-isolation --no-binary vllm "$$VLLM"; \
 	fi
 endif
 	@touch $@
 
 $(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(CXX_SOURCES)
 	@echo "[4/5] ems_vllm and its kernels"
-	@$(PIP) install $(if $(filter cpu,$(TARGET)),--no-deps) --no-build-isolation --editable .
+	@$(INSTALL) $(if $(filter cpu,$(TARGET)),--no-deps) --no-build-isolation --editable .
 	@touch $@
 
 $(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.txt)
@@ -101,5 +100,5 @@ $(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.t
 .triton: requirements/interpreter.txt | $(DONE)/venv
 	@echo "Triton's interpreter, for tests"
 	@rm -rf $@
-	@$(PIP) install --no-deps --target $@ -r $<
+	@$(INSTALL) --no-deps --target $@ -r $<
 	@touch $@

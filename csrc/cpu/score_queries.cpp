@@ -18,7 +18,7 @@ namespace {
 
 // Query vectors per item of the first pass, which packs every key it sees: enough to make up for
 // it.
-constexpr int64_t kRowsPerItem = 1024;
+constexpr int64_t kRowsPerItem = 256;
 
 struct Item {
   int64_t row;

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +47,16 @@ class LayerStack:
     @property
     def num_layers(self) -> int:
         return self.key_cache.shape[0]
+
+    def split(self, max_layers: int) -> Iterator[LayerStack]:
+        """This stack in parts of at most `max_layers` layers."""
+        for at in range(0, self.num_layers, max_layers):
+            start = self.layers.start + at
+            yield LayerStack(
+                slice(start, min(start + max_layers, self.layers.stop)),
+                self.key_cache[at : at + max_layers],
+                self.value_cache[at : at + max_layers],
+            )
 
 
 def stack_layers(caches: Sequence[torch.Tensor], num_kv_heads: int) -> list[LayerStack]:

@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
-    from ems_vllm.engine.compressed_group import CompressedGroup, ScoreRows
+    from ems_vllm.engine.compressed_group import CompressedGroup
+    from ems_vllm.engine.score_rows import ScoreRows
 
     BatchOrder = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -52,11 +53,7 @@ class CompressionRuntime:
         """Follow the scheduler and compact what is due, before anything of the step runs."""
         update = self._table.update(output)
         for group in self.groups:
-            for req_id in update.removed:
-                group.remove(req_id)
-            for request in update.admitted:
-                group.admit(request)
-            group.compact_due(update.scheduled)
+            group.begin_step(update.removed, update.admitted, update.scheduled)
         self._scheduled = {request.info.req_id: request for request in update.scheduled}
 
     def end_step(self) -> None:
@@ -90,16 +87,17 @@ class GroupBinding:
         group = self.group
         rows = self.runtime.rows(metadata)
         self.score_rows = group.score_rows(rows)
-        if group.query_ring is not None:
-            slots = ring_slots(rows, metadata.num_actual_tokens, group.obs_window)
+        tensors = group.tensors
+        if tensors.query_ring is not None:
+            slots = ring_slots(rows, metadata.num_actual_tokens, tensors.obs_window)
             group.ring_slots[: len(slots)].copy_(
-                to_device(slots, group.device, torch.int64), non_blocking=True
+                to_device(slots, tensors.device, torch.int64), non_blocking=True
             )
-        first_columns = [group.first_column(request.info.req_id) for request, _ in rows]
+        first_columns = [group.first_column(request) for request, _ in rows]
         max_seq_len = None
         if rows:
             max_seq_len = max(
-                request.num_computed + request.num_scheduled - first * group.spec.block_size
+                request.num_computed + request.num_scheduled - first * tensors.spec.block_size
                 for (request, _), first in zip(rows, first_columns, strict=True)
             )
         return group.rewrite(metadata, first_columns, max_seq_len)
@@ -112,11 +110,13 @@ class LayerBinding:
     """What the attention implementation of one layer calls after it has run."""
 
     def __init__(self, binding: GroupBinding, index: int) -> None:
-        group = binding.group
+        tensors = binding.group.tensors
         self._binding = binding
-        self._group = group
-        self._ring = None if group.query_ring is None else group.query_ring[index]
-        self._scores = None if group.scores is None else group.scores[index]
+        self._ring_slots = binding.group.ring_slots
+        self._num_kv_heads = tensors.spec.num_kv_heads
+        self._scale = tensors.scale
+        self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
+        self._scores = None if tensors.scores is None else tensors.scores[index]
 
     def observe(self, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
         """Record and score the queries of a batch.
@@ -126,10 +126,10 @@ class LayerBinding:
             kv_cache: The layer's cache, with the keys of this batch already written.
         """
         if self._ring is not None:
-            ops.record_queries(query, self._group.ring_slots[: query.shape[0]], self._ring)
+            ops.record_queries(query, self._ring_slots[: query.shape[0]], self._ring)
         rows = self._binding.score_rows
         if rows is not None and self._scores is not None:
-            key_cache, _ = split_kv(kv_cache, self._group.spec.num_kv_heads)
+            key_cache, _ = split_kv(kv_cache, self._num_kv_heads)
             ops.score_queries(
                 query,
                 key_cache,
@@ -140,7 +140,7 @@ class LayerBinding:
                 rows.accumulate_lens,
                 rows.score_table,
                 None,
-                self._group.scale,
+                self._scale,
                 self._scores,
             )
 

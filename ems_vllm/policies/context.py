@@ -99,7 +99,8 @@ class CompactionContext:
         Returns:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 where there is none.
         """
-        assert self.paged_scores is not None and self.score_table is not None
+        assert self.paged_scores is not None
+        assert self.score_table is not None
         columns = -(-self.max_entries // self.block_size)
         pages = self.score_table[:, :columns].long()
         gathered = self.paged_scores[:, pages].transpose(2, 3).flatten(3)[..., : self.max_entries]

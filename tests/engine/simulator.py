@@ -184,9 +184,7 @@ class SymbolicWorker:
         for position in range(state.first * BLOCK_SIZE, num_tokens):
             column, offset = divmod(position, BLOCK_SIZE)
             if column < state.tail:
-                expected = self._compressed_symbol(
-                    request, state.first, state.tail, column, offset
-                )
+                expected = self._compressed_symbol(request, state.first, state.tail, column, offset)
             else:
                 planned = state.plan.columns(position) if state.plan is not None else (0, 0)
                 expected = self._symbol(request, position, planned)

@@ -15,6 +15,7 @@ with engine(None, sys.argv[1]) as dense:
     dense.generate([tokens(300)], 4)
     from vllm.v1.attention.backends import registry
     from vllm.v1.core.kv_cache_manager import KVCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.kv_cache_spec_registry import _REGISTRY_KVCACHESPEC_LIST
     ours = lambda thing: thing.__module__.startswith("ems_vllm.")
@@ -23,7 +24,12 @@ with engine(None, sys.argv[1]) as dense:
     overridden = [path for path in registry._ATTN_OVERRIDES.values() if "engine" in path]
     print(json.dumps({
         "patched": [
-            f.__qualname__ for f in (KVCacheManager.get_computed_blocks, InputProcessor._validate_params)
+            f.__qualname__
+            for f in (
+                KVCacheManager.get_computed_blocks,
+                InputProcessor._validate_params,
+                Scheduler._reserve_prefill_lookahead,
+            )
             if ours(f) or hasattr(f, "__ems_patch__")
         ],
         "overridden_backends": overridden,
@@ -66,7 +72,8 @@ def test_engine_without_compression_is_vllm_alone():
 def test_importing_the_package_imports_neither_vllm_nor_the_extension():
     script = (
         "import sys, ems_vllm, ems_vllm.plugin;"
-        "print([m for m in sys.modules if m == 'vllm' or m == 'torch' or m.startswith('ems_vllm._')])"
+        "heavy = lambda m: m in ('vllm', 'torch') or m.startswith('ems_vllm._');"
+        "print([m for m in sys.modules if heavy(m)])"
     )
     result = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import pytest
 from engine.harness import BLOCK_SIZE, engine, tokens
 
-from ems_vllm.engine.compressed_group import CompressedGroup
+from ems_vllm.engine.compactor import Compactor
 
 SHARED = tokens(640, seed=99)
 BATCHES = [
@@ -30,12 +30,12 @@ def settings(recipe: str, **more: object) -> dict[str, object]:
 @contextmanager
 def guarded(probe):
     """Assert before every compaction that its target blocks belong to one request only."""
-    build = CompressedGroup._context
+    build = Compactor._context
     checked = []
 
     def guard(self, wave, stack):
         for item in wave:
-            ids = item.request.block_ids[self.group_id][item.first : item.tail]
+            ids = item.request.block_ids[self._tensors.group_id][item.first : item.tail]
             for block_id in ids:
                 block = probe.pool.blocks[block_id]
                 assert block.ref_cnt == 1, (item.request.info.req_id, block)
@@ -43,11 +43,11 @@ def guarded(probe):
                 checked.append(block_id)
         return build(self, wave, stack)
 
-    CompressedGroup._context = guard
+    Compactor._context = guard
     try:
         yield checked
     finally:
-        CompressedGroup._context = build
+        Compactor._context = build
 
 
 def run(probe, batches=BATCHES, max_tokens=80):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -11,7 +12,7 @@ from vllm.model_executor.layers.attention import Attention
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.engine import capacity
 from ems_vllm.engine.backends import override_backends, restore_backends
-from ems_vllm.engine.compressed_group import CompressedGroup
+from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.layer_choice import choose_layers
 from ems_vllm.engine.memory import Footprint
@@ -100,7 +101,7 @@ class CompressionWorkerMixin:
         )
         for group in groups:
             binding = GroupBinding(self.compression, group)
-            for attn_group in runner.attn_groups[group.group_id]:
+            for attn_group in runner.attn_groups[group.tensors.group_id]:
                 for builder in attn_group.metadata_builders:
                     builder.compression = binding
             for name in group.layer_names:
@@ -141,21 +142,25 @@ class CompressionWorkerMixin:
         scheduler = self.scheduler_config
         capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
-        return CompressedGroup(
+        tensors = GroupTensors.allocate(
             group_id=group_id,
             spec=spec,
-            layer_names=owners,
             caches=caches,
+            policy=self._policy,
             num_heads=layers[owners[0]].num_heads,
             scale=scales.pop(),
-            policy=self._policy,
             obs_window=self._compression_config.obs_window,
             max_num_seqs=scheduler.max_num_seqs,
+            query_dtype=self.model_config.dtype,
+        )
+        return CompressedGroup(
+            tensors,
+            owners,
+            self._policy,
+            workspace_bytes=self._compression_config.workspace_mib << 20,
             max_num_reqs=max(scheduler.max_num_seqs, *capture_sizes),
             max_num_tokens=max(scheduler.max_num_batched_tokens, *capture_sizes),
             max_num_columns=_aligned_columns(columns, spec.block_size),
-            workspace_bytes=self._compression_config.workspace_mib << 20,
-            query_dtype=self.model_config.dtype,
         )
 
     def _attention_layers(self) -> dict[str, Attention]:
@@ -178,12 +183,10 @@ class CompressionWorkerMixin:
         assert self.compression is not None
         return [
             {
-                "group_id": group.group_id,
+                "group_id": group.tensors.group_id,
                 "num_layers": len(group.layer_names),
                 "num_running": self.compression.num_running,
-                "num_compactions": group.num_compactions,
-                "num_entries_in": group.num_entries_in,
-                "num_entries_kept": group.num_entries_kept,
+                **asdict(group.counters),
             }
             for group in self.compression.groups
         ]

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the reference pages that are tables of the code: `python docs/generate.py`.
+
+tests/test_docs.py fails when a page is not what this script would write.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import ems_vllm.patches
+from ems_vllm.config import recipes
+from ems_vllm.config.schema import KVCompressionConfig
+from ems_vllm.engine.compatibility import RULES
+from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
+
+DOCS = Path(__file__).resolve().parent
+_NOTE = "<!-- Written by docs/generate.py; change the code it reads, not this page. -->\n"
+
+
+def compatibility() -> str:
+    lines = [
+        "# What cannot be combined with compression",
+        "",
+        "Each of these is refused at start-up with one sentence; nothing is ever served silently "
+        "uncompressed.",
+        "",
+        "| setting | why | instead |",
+        "|---|---|---|",
+    ]
+    lines += [f"| `{rule.key}` | {rule.reason} | {rule.remedy} |" for rule in RULES]
+    return "\n".join(lines) + "\n"
+
+
+def patches() -> str:
+    lines = [
+        "# Patches of vLLM",
+        "",
+        "Everything else goes through vLLM's extension points. A patch wraps one function, checks "
+        "the version and the source it was written for, and raises when either differs.",
+        "",
+    ]
+    for module in pkgutil.iter_modules(ems_vllm.patches.__path__):
+        if module.name == "record":
+            continue
+        for patch in importlib.import_module(f"ems_vllm.patches.{module.name}").PATCHES:
+            lines += [
+                f"## `{patch.target}`",
+                "",
+                f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
+                f"* Why: {patch.reason}",
+                f"* Goes when: {patch.remove_when}",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+def configuration() -> str:
+    described = _attributes(KVCompressionConfig.__doc__ or "")
+    lines = [
+        "# Settings",
+        "",
+        "`--kv-compression NAME` (or a YAML file) picks a recipe; `--kv-compression-config` "
+        "overrides its settings with JSON or a YAML file. From Python: "
+        '`LLM(model, additional_config={"kv_compression": {"recipe": "ems", "budget": 1024}})`. '
+        "Every default is ours.",
+        "",
+        "| setting | default | meaning |",
+        "|---|---|---|",
+    ]
+    for name, field in KVCompressionConfig.model_fields.items():
+        default = "set by the recipe" if field.is_required() else f"`{field.default}`"
+        lines.append(f"| `{name}` | {default} | {described[name]} |")
+    lines += ["", f"Recipes: {', '.join(f'`{name}`' for name in recipes.names())}.", ""]
+    for registry in (SCORERS, ALLOCATORS, SELECTORS, MERGERS):
+        lines += [f"## {registry.kind}", ""]
+        for name in registry:
+            cls = registry.get(name)
+            summary = (cls.__doc__ or "").strip().splitlines()[0]
+            options = ", ".join(
+                f"`{option}` ({field.default})" for option, field in cls.model_fields.items()
+            )
+            lines.append(f"* `{name}`: {summary}" + (f" Options: {options}." if options else ""))
+        lines.append("")
+    lines += [
+        "## Per request",
+        "",
+        "Through `vllm_xargs` of the OpenAI API (`extra_body={\"vllm_xargs\": {...}}`): "
+        "`kv_compression` (`on` or `off`), and one of `kv_budget` (entries) and `kv_ratio` "
+        "(fraction of the prompt), at most the server's. Anything else is an HTTP 400.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _attributes(docstring: str) -> dict[str, str]:
+    """Descriptions of the `Attributes:` section, by name."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in docstring.split("Attributes:")[1].splitlines():
+        text = line.strip()
+        head, colon, rest = text.partition(": ")
+        if colon and all(part.isidentifier() for part in head.split(", ")):
+            names = head.split(", ")
+            text = rest
+        for name in names if text else ():
+            found[name] = f"{found.get(name, '')} {text}".strip()
+    return found
+
+
+PAGES = {
+    "compatibility.md": compatibility,
+    "configuration.md": configuration,
+    "patches.md": patches,
+}
+
+
+def main() -> None:
+    for name, write in PAGES.items():
+        (DOCS / name).write_text(_NOTE + write(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Patches of vLLM: known targets, known sources, applied once, refused when in doubt."""
+
+import importlib
+import pkgutil
+
+import pytest
+
+import ems_vllm.patches
+from ems_vllm.patches.record import Patch, PatchError
+
+PATCHES = [
+    patch
+    for module in pkgutil.iter_modules(ems_vllm.patches.__path__)
+    if module.name != "record"
+    for patch in importlib.import_module(f"ems_vllm.patches.{module.name}").PATCHES
+]
+
+
+class Target:
+    """Stands in for a class of vLLM."""
+
+    def method(self, value):
+        return value + 1
+
+    @classmethod
+    def build(cls, value):
+        return cls.__name__, value
+
+    @staticmethod
+    def static(value):
+        return value * 2
+
+
+def make(name: str, **changes: object) -> Patch:
+    def wrap(original):
+        def wrapped(*args):
+            return ("wrapped", original(*args))
+
+        return wrapped
+
+    fields = {
+        "target": f"{__name__}:Target.{name}",
+        "wrap": wrap,
+        "vllm": ">=0.32",
+        "source_sha256": {},
+        "reason": "a test",
+        "remove_when": "never",
+    }
+    return Patch(**{**fields, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _fresh_target(monkeypatch):
+    for name in ("method", "build", "static"):
+        monkeypatch.setattr(Target, name, Target.__dict__[name])
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
+def test_installed_vllm_is_the_tested_one(patch):
+    from vllm import __version__
+
+    version = __version__.split("+")[0]
+    assert patch.source_sha256[version] == patch.current_sha256()
+    assert patch.reason
+    assert patch.remove_when
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
+def test_applying_twice_wraps_once(patch):
+    patch.apply()
+    owner, name = patch._resolve()
+    first = owner.__dict__[name]
+    patch.apply()
+    assert owner.__dict__[name] is first
+    assert patch.is_applied()
+
+
+def test_methods_of_every_kind_are_wrapped():
+    for name in ("method", "build", "static"):
+        make(name).apply()
+    assert Target().method(1) == ("wrapped", 2)
+    assert Target.build(1) == ("wrapped", ("Target", 1))
+    assert Target.static(2) == ("wrapped", 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vllm": "<0.1"}, "not supported"),
+        ({"target": f"{__name__}:Target.gone"}, "has no"),
+        ({"target": "no_such_module:Target.method"}, "has no"),
+    ],
+)
+def test_unknown_vllm_is_refused_and_left_alone(changes, message):
+    patch = make("method", **changes)
+    with pytest.raises(PatchError, match=message):
+        patch.apply()
+    assert Target().method(1) == 2
+
+
+def test_source_that_was_not_tested_is_refused():
+    from vllm import __version__
+
+    patch = make("method", source_sha256={__version__.split("+")[0]: "0" * 64})
+    with pytest.raises(PatchError, match="not the code that was tested"):
+        patch.apply()
+    assert Target().method(1) == 2
