@@ -49,7 +49,12 @@ COMPILE_ARGS = [
 LINK_ARGS = ["-Wl,--as-needed", "-s"] if sys.platform == "linux" else []
 # Absolute, because ninja compiles from within build/.
 INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
-HEADERS = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("csrc/**/*.h"))]
+# What makes an extension stale besides its sources.
+DEPENDS = ["setup.py", "ems_vllm/_version.py"] + [
+    str(path.relative_to(ROOT))
+    for path in sorted(ROOT.glob("csrc/**/*"))
+    if path.suffix in {".h", ".inl"}
+]
 
 
 def version() -> str:
@@ -80,7 +85,7 @@ setup(
             ],
             extra_compile_args=COMPILE_ARGS,
             extra_link_args=LINK_ARGS,
-            depends=HEADERS,
+            depends=DEPENDS,
             language="c++",
         ),
         # Not a Python module: torch.ops.load_library() loads it.
@@ -93,7 +98,7 @@ setup(
             extra_link_args=LINK_ARGS,
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
-            depends=HEADERS,
+            depends=DEPENDS,
             language="c++",
             py_limited_api=True,
         ),

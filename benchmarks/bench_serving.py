@@ -149,6 +149,8 @@ def main(
         if case not in CASES:
             raise typer.BadParameter(f"{case!r} is not a case: use {' or '.join(CASES)}.")
     console = Console()
+    # Now, because a checkout may change while this runs.
+    described = environment.describe()
     size = vocab_size(model)
     runs = []
     for case in cases.split(","):
@@ -159,7 +161,7 @@ def main(
     if out is not None:
         report = {
             "command": shlex.join(["python", *sys.argv]),
-            "environment": environment.describe(),
+            "environment": described,
             "settings": asdict(settings),
             "runs": [run.to_dict() for run in runs],
             "ratios": ratios(runs),

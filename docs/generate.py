@@ -87,7 +87,7 @@ def configuration() -> str:
     lines += [
         "## Per request",
         "",
-        "Through `vllm_xargs` of the OpenAI API (`extra_body={\"vllm_xargs\": {...}}`): "
+        'Through `vllm_xargs` of the OpenAI API (`extra_body={"vllm_xargs": {...}}`): '
         "`kv_compression` (`on` or `off`), and one of `kv_budget` (entries) and `kv_ratio` "
         "(fraction of the prompt), at most the server's. Anything else is an HTTP 400.",
         "",

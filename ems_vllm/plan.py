@@ -12,9 +12,14 @@ if TYPE_CHECKING:
 class SizeRequest(Protocol):
     """What a request asked for; see config.request.RequestOptions."""
 
-    enabled: bool
-    budget: int | None
-    ratio: float | None
+    @property
+    def enabled(self) -> bool: ...
+
+    @property
+    def budget(self) -> int | None: ...
+
+    @property
+    def ratio(self) -> float | None: ...
 
 
 @dataclass(frozen=True)

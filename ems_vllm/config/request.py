@@ -84,12 +84,15 @@ class RequestOptions:
         Raises:
             ConfigError: `kv_budget` or `kv_ratio` is above the server's.
         """
-        if self.budget is not None and settings.budget is not None:
-            if self.budget > settings.budget:
-                raise ConfigError(
-                    f"vllm_xargs.kv_budget={self.budget} is not allowed: this server keeps at most "
-                    f"{settings.budget} entries; send at most that or kv_compression='off'."
-                )
+        if (
+            self.budget is not None
+            and settings.budget is not None
+            and self.budget > settings.budget
+        ):
+            raise ConfigError(
+                f"vllm_xargs.kv_budget={self.budget} is not allowed: this server keeps at most "
+                f"{settings.budget} entries; send at most that or kv_compression='off'."
+            )
         if self.ratio is not None and settings.ratio is not None and self.ratio > settings.ratio:
             raise ConfigError(
                 f"vllm_xargs.kv_ratio={self.ratio} is not allowed: this server keeps at most "

@@ -11,7 +11,7 @@ import torch
 def to_device(
     values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32
 ) -> torch.Tensor:
-    """[len(values)]: a fresh tensor; pinned staging memory is recycled by PyTorch when it is safe."""
+    """[len(values)]: a fresh tensor; PyTorch recycles the pinned staging memory when it is safe."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
     return host.to(device, non_blocking=True)
 

@@ -72,8 +72,7 @@ class CompressedAttentionManager(FullAttentionManager):
         plan = self._settings.plan(request.num_prompt_tokens, self.block_size, options)
         self._tracked[request.request_id] = _Tracked(request, plan, CompactionLedger(plan))
         limit = plan.max_shared_tokens
-        if limit is not None and self._needs_score_pages(plan):
-            assert self._free_score_pages is not None
+        if limit is not None and self._free_score_pages is not None and plan.compresses_prompt:
             limit = min(limit, self._free_score_pages * self.block_size)
         return limit
 
@@ -106,13 +105,10 @@ class CompressedAttentionManager(FullAttentionManager):
             request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
         )
         tracked = self._tracked[request_id]
-        if self._needs_score_pages(tracked.plan):
+        if self._free_score_pages is not None and tracked.plan.compresses_prompt:
             tracked.num_score_pages = len(new_computed_blocks)
             self._free_score_pages -= tracked.num_score_pages
             assert self._free_score_pages >= 0, "hit was not limited to the free score pages"
-
-    def _needs_score_pages(self, plan: CompressionPlan) -> bool:
-        return self._free_score_pages is not None and plan.compresses_prompt
 
     # -- steps ---------------------------------------------------------------------------------
 
@@ -194,6 +190,6 @@ class CompressedAttentionManager(FullAttentionManager):
         super().cache_blocks(request, min(num_processed, request.num_tokens), replay_boundaries=())
 
     def _return_score_pages(self, tracked: _Tracked) -> None:
-        if tracked.num_score_pages:
+        if self._free_score_pages is not None:
             self._free_score_pages += tracked.num_score_pages
             tracked.num_score_pages = 0

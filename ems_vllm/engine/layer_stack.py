@@ -105,4 +105,4 @@ def _is_alike(first: torch.Tensor, other: torch.Tensor) -> bool:
 
 def _distance(first: torch.Tensor, second: torch.Tensor) -> int:
     """Elements from one cache to the next in their common storage."""
-    return second.storage_offset() - first.storage_offset()
+    return int(second.storage_offset()) - int(first.storage_offset())

@@ -30,7 +30,7 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
         return
     try:
         config = load_config(value)
-        options = RequestOptions.parse(extra_args)
-        options.check_ceiling(config.plan_settings)
+        if config is not None:
+            RequestOptions.parse(extra_args).check_ceiling(config.plan_settings)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None

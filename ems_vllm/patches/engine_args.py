@@ -70,7 +70,7 @@ PATCHES = (
         source_sha256={
             "0.32.0": "51a013f61829ac5c0f4f2259d8dba5803bcd0b66b4bcad8071b2733c09be6a43"
         },
-        reason="Arguments that are not fields of EngineArgs are dropped; ours go to additional_config.",
+        reason="Arguments that are no fields of EngineArgs are lost; ours go to additional_config.",
         remove_when="vLLM lets general plugins extend the argument parser",
     ),
     Patch(

@@ -41,8 +41,8 @@ PATCHES = (
         },
         reason=(
             "After a preemption, generated tokens are computed again in chunks. Each has to attend "
-            "to what it attended to at first, so a chunk must not run across a compaction; KV-cache "
-            "managers have no say in the length of a chunk."
+            "to what it attended to at first, so a chunk must not run across a compaction; "
+            "KV-cache managers have no say in the length of a chunk."
         ),
         remove_when="KV-cache managers can bound the number of tokens scheduled for a request",
     ),

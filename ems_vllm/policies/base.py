@@ -61,8 +61,9 @@ class Selection:
     """Which entries stay.
 
     Attributes:
-        kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32, ascending, -1 = padding.
-        merge_idx: [num_layers, num_rows, num_kv_heads, max_candidates], int32, best first, -1 = none.
+        kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32 - ascending, -1 = none.
+        merge_idx: [num_layers, num_rows, num_kv_heads, max_candidates], int32 - best first,
+            -1 = none.
     """
 
     kept_idx: torch.Tensor

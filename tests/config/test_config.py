@@ -117,7 +117,9 @@ def test_bad_override_text_is_answered(text):
 def test_anything_is_accepted_or_refused_with_a_sentence(overrides):
     try:
         config = load_config({"recipe": "ems", **overrides})
-    except ConfigError as error:
-        assert str(error).endswith(".")
+    except ConfigError as refusal:
+        message = str(refusal)
     else:
+        message = None
         assert config is None or load_config(config.to_dict()) == config
+    assert message is None or message.endswith(".")

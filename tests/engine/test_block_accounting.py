@@ -113,7 +113,8 @@ def busy_run(**options):
     simulator = Simulator({**SETTINGS, "recipe": "knorm"}, num_blocks=40, **options)
     for round_ in range(6):
         for index in range(5):
-            simulator.add(BASE[: 10 * index + 5] + [200 + index, 300 + round_ % 2], 12 + 6 * index)
+            prompt = [*BASE[: 10 * index + 5], 200 + index, 300 + round_ % 2]
+            simulator.add(prompt, 12 + 6 * index)
         for _ in range(25):
             if simulator.unfinished:
                 simulator.step()
@@ -179,6 +180,11 @@ def _chunk_runs_across_a_compaction(monkeypatch):
     monkeypatch.setattr(CompressedAttentionManager, "chunk_limit", lambda *args: 10**9)
 
 
+def busy_runs():
+    for async_scheduling in (False, True):
+        busy_run(async_scheduling=async_scheduling)
+
+
 @pytest.mark.parametrize(
     "plant",
     [
@@ -194,5 +200,4 @@ def test_planted_bug_is_caught(plant, monkeypatch):
     """A test of the test: the simulator notices each of these."""
     plant(monkeypatch)
     with pytest.raises(AssertionError):
-        for async_scheduling in (False, True):
-            busy_run(async_scheduling=async_scheduling)
+        busy_runs()

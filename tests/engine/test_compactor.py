@@ -39,4 +39,3 @@ def test_small_workspace_gives_the_same_answers(parts):
     assert max(elements for *_, elements in parts) <= 8192
     assert min(layers for layers, *_ in parts) < 4
     assert max(rows for _, rows, _ in parts) < 3
-

@@ -212,6 +212,32 @@ def test_degenerate_class_is_its_centre(key, member_key, weights):
     assert score == 5.0
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_value_survives_conversion(dtype):
+    """A member without weight leaves the value of its centre as it is, whatever that is."""
+    values = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    values = values.where(values.isfinite(), 0).reshape(256, 256)
+    cache = paged_cache([512], num_kv_heads=1, head_size=256, dtype=dtype)
+    blocks, offsets = cache.block_table[0, :32].long().repeat_interleave(16), torch.arange(512) % 16
+    cache.value[0, blocks[:256], 0, offsets[:256]] = values
+    ranks = torch.arange(256, dtype=torch.int32)[None, None, None]
+    weights = torch.cat([torch.ones(256), torch.zeros(256)])[None, None, None]
+    ops.merge_compact(
+        cache.key,
+        cache.value,
+        None,
+        weights,
+        None,
+        cache.block_table,
+        ranks,
+        ranks + 256,
+        ranks,
+        int_tensor([256]),
+        int_tensor([0]),
+    )
+    assert torch.equal(cache.value[0, blocks[:256], 0, offsets[:256]], values)
+
+
 def test_merged_key_keeps_the_norm_of_its_centre():
     case = make_case([(128, 48, 60)])
     key, _, _ = case.run(ops.merge_compact)

@@ -25,10 +25,15 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
+    # For type checkers; the real base is the worker that this is mixed into.
+    from vllm.v1.worker.gpu_worker import Worker as _Base
+else:
+    _Base = object
+
 logger = init_logger("vllm.ems")
 
 
-class CompressionWorkerMixin:
+class CompressionWorkerMixin(_Base):
     """Mixed into a worker class of vLLM, before it in the order of resolution.
 
     The worker is where everything of the data path meets: it declares the layers' KV-cache specs,
