@@ -49,7 +49,7 @@ def draw(report: dict[str, Any]) -> plt.Figure:
         left.set_title(f"{case}: a pool of {of_case[0]['num_blocks']} blocks", loc="left")
     axes[0][1].set_title("output tokens per second", loc="left")
     axes[-1][0].set_xlabel("seconds since the requests were sent")
-    axes[0][0].legend(loc="center right")
+    axes[0][0].legend(loc="center")
     settings, environment = report["settings"], report["environment"]
     figure.suptitle(
         f"{settings['num_prompts']} requests of {settings['prompt_len']} + "

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError, load_config, parse_overrides, recipes
@@ -11,6 +13,9 @@ from ems_vllm.keys import CONFIG_KEY
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
+
+# Set on EngineArgs whose settings came from our flags.
+_FROM_COMMAND_LINE = "_ems_from_command_line"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -41,18 +46,29 @@ def store_arguments(engine_args: EngineArgs, args: argparse.Namespace) -> Engine
     overrides = getattr(args, "kv_compression_config", None)
     if recipe == recipes.OFF and overrides is None:
         return engine_args
-    value = {"recipe": recipe, **(overrides or {})}
-    try:
-        config = load_config(value)
-    except ConfigError as error:
-        # A mistake on the command line is answered with a sentence, not with a traceback.
-        raise SystemExit(f"vllm: error: {error}") from None
+    setattr(engine_args, _FROM_COMMAND_LINE, True)
+    with answer_mistakes(engine_args):
+        config = load_config({"recipe": recipe, **(overrides or {})})
     if config is not None:
         engine_args.additional_config = {
             **(engine_args.additional_config or {}),
             CONFIG_KEY: config.to_dict(),
         }
     return engine_args
+
+
+@contextmanager
+def answer_mistakes(engine_args: EngineArgs) -> Iterator[None]:
+    """End the process with one sentence if settings from the command line are wrong.
+
+    Settings from Python raise ConfigError, as an exception is what a caller can handle there.
+    """
+    try:
+        yield
+    except ConfigError as error:
+        if getattr(engine_args, _FROM_COMMAND_LINE, False):
+            raise SystemExit(f"vllm: error: {error}") from None
+        raise
 
 
 def _recipe(value: str) -> str:

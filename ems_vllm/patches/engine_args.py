@@ -42,11 +42,14 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         if not isinstance(additional, dict) or CONFIG_KEY not in additional:
             return original(self, *args, **kwargs)
         from ems_vllm.engine.activation import activate, normalize
+        from ems_vllm.engine.arguments import answer_mistakes
 
-        config = normalize(self)
+        with answer_mistakes(self):
+            config = normalize(self)
         vllm_config = original(self, *args, **kwargs)
         if config is not None:
-            activate(vllm_config, config)
+            with answer_mistakes(self):
+                activate(vllm_config, config)
         return vllm_config
 
     return create_engine_config

@@ -16,6 +16,7 @@ from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.layer_choice import choose_layers
 from ems_vllm.engine.memory import Footprint
+from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
 from ems_vllm.engine.score_pages import num_prefix_score_pages
 from ems_vllm.keys import CONFIG_KEY
@@ -41,6 +42,7 @@ class CompressionWorkerMixin(_Base):
     """
 
     compression: CompressionRuntime | None = None
+    _progress_log: ProgressLog | None = None
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         config = load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
@@ -112,6 +114,7 @@ class CompressionWorkerMixin(_Base):
             for name in group.layer_names:
                 layers[name].impl.compression = binding.layer(name)
         if self.rank == 0:
+            self._progress_log = ProgressLog(logger, groups)
             capacity.log_start(
                 logger, self._compression_config, kv_cache_config, self.model_config.max_model_len
             )
@@ -182,6 +185,8 @@ class CompressionWorkerMixin(_Base):
             return super().execute_model(scheduler_output)
         finally:
             self.compression.end_step()
+            if self._progress_log is not None:
+                self._progress_log.update()
 
     def kv_compression_stats(self) -> list[dict[str, int]]:
         """Counters of every compressed group since the start (for collective_rpc)."""
