@@ -8,6 +8,8 @@ MODEL ?= models/ems-tiny
 PORT ?= 8000
 ARGS ?= --kv-compression ems
 TESTS ?= tests
+# Two files at a time; a file's tests share engines and servers, so they stay together.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -39,7 +41,7 @@ serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
 	@exec $(BIN)/vllm serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: setup $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
-	@$(BIN)/python -m pytest $(TESTS)
+	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .

@@ -91,6 +91,13 @@ def configuration() -> str:
         "`kv_compression` (`on` or `off`), and one of `kv_budget` (entries) and `kv_ratio` "
         "(fraction of the prompt), at most the server's. Anything else is an HTTP 400.",
         "",
+        "## Environment",
+        "",
+        "* `EMS_CPU_PLATFORM`: `0` never offers the CPU platform to vLLM, `1` always does; unset, it "
+        "is offered where torch has no accelerator build.",
+        "* `EMS_CPU_VARIANT`: `avx512`, `avx2` or `portable` forces the instruction set of the CPU "
+        "kernels; unset, the best one that the processor has.",
+        "",
     ]
     return "\n".join(lines)
 

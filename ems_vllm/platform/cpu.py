@@ -26,6 +26,10 @@ _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
 # Read at import: `vllm serve` sets it to spawn later, and then the user's choice cannot be told.
 _chosen_start_method = os.environ.get(_START_METHOD)
 
+# vLLM calls these when a process ends, and they raise where torch has no accelerator.
+torch.accelerator.empty_cache = lambda: None
+torch.accelerator.empty_host_cache = lambda: None
+
 if _BACKEND not in AttentionBackendEnum.__members__:
     register_backend(_BACKEND, "ems_vllm.platform.attention.ReferenceAttentionBackend")
 

@@ -35,11 +35,15 @@ class ReferenceCPUWorker(CPUWorker):
             super().init_device()
         # CPUWorker takes this away from the whole process; nothing is bound to cores here.
         torch.set_num_threads = set_num_threads
-        # Called on shutdown, and it raises where torch has no accelerator.
-        torch.accelerator.empty_host_cache = lambda: None
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
         return nullcontext()
+
+    def determine_available_memory(self) -> int:
+        if self.parallel_config.pipeline_parallel_size > 1:
+            # A later stage receives into buffers that only a profiling run allocates.
+            self.model_runner.profile_run()
+        return super().determine_available_memory()
 
 
 @contextmanager

@@ -10,12 +10,10 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-ROOT = Path(__file__).resolve().parents[2]
 # The launcher is the serving benchmark's.
-sys.path.insert(0, str(ROOT / "benchmarks"))
+from serving.server import Server
 
-from serving.server import Server  # noqa: E402
-
+ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("ems-tiny", "ems-tiny-qwen3")
 StartServer = Callable[..., AbstractContextManager[Server]]
 

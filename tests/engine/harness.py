@@ -14,12 +14,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Within `engine` only: other tests start servers that must not inherit it.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = str(ROOT / "models" / "ems-tiny")
@@ -120,6 +124,17 @@ def engine(
         num_blocks: Size of the pool; None for one that holds everything the tests ask for.
         engine_args: More arguments of vLLM's LLM.
     """
+    with mock.patch.dict(os.environ, _ENVIRONMENT):
+        yield from _engine(compression, model, max_num_batched_tokens, num_blocks, engine_args)
+
+
+def _engine(
+    compression: dict[str, Any] | str | None,
+    model: str,
+    max_num_batched_tokens: int,
+    num_blocks: int | None,
+    engine_args: dict[str, Any],
+) -> Iterator[EngineProbe]:
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
