@@ -8,6 +8,7 @@ MODEL ?= models/ems-tiny
 PORT ?= 8000
 ARGS ?= --kv-compression ems
 TESTS ?= tests
+EVENTS ?= 100000
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
@@ -24,7 +25,7 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build serve test lint bench clean
+.PHONY: help setup build serve test soak lint bench clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -42,6 +43,9 @@ serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
 
 test: setup $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, aborts, preemptions
+	@$(BIN)/python tests/engine/soak.py --events $(EVENTS)
 
 lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .

@@ -212,6 +212,9 @@ class SymbolicWorker:
 class Simulator:
     """Requests come and go; `step` schedules, and processes outputs with the engine's lag."""
 
+    num_events = 0
+    """Arrivals, steps, aborts and preemptions of all simulators so far."""
+
     def __init__(
         self,
         compression: dict[str, Any] | None,
@@ -246,6 +249,7 @@ class Simulator:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
+        Simulator.num_events += 1
         req_id = f"r{next(self._ids)}"
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args
@@ -262,6 +266,7 @@ class Simulator:
 
     def step(self) -> None:
         """Schedule one step; run and process the oldest one that is due."""
+        Simulator.num_events += 1
         output = self.scheduler.schedule()
         self.num_preemptions += len(output.preempted_req_ids or ())
         self.num_steps += 1
@@ -289,6 +294,7 @@ class Simulator:
     def abort(self, req_id: str) -> None:
         from vllm.v1.request import RequestStatus
 
+        Simulator.num_events += 1
         self.scheduler.finish_requests(req_id, RequestStatus.FINISHED_ABORTED)
         self.answers.pop(req_id, None)
         self.check()
@@ -297,6 +303,7 @@ class Simulator:
         """Preempt a running request, as a full pool would."""
         if not self.scheduler.running:
             return
+        Simulator.num_events += 1
         request = self.scheduler.running.pop(index % len(self.scheduler.running))
         self.scheduler._preempt_request(request, 0.0)
         self.num_preemptions += 1
