@@ -22,7 +22,8 @@ LIMITED = {
     "recompress_interval": 16,
     "min_blocks_saved": 1,
 }
-PROMPT_LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 150, 300)
+IDENTITY_LENGTHS = (1, BLOCK_SIZE - 1, BLOCK_SIZE, BLOCK_SIZE + 1, 1000, 4000)
+COMPRESSED_LENGTHS = (BLOCK_SIZE + 1, 150, 300)
 
 _SCRIPT = """
 import json, sys
@@ -31,7 +32,7 @@ torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
 from engine.harness import engine, tokens
 case = json.loads(sys.argv[1])
 prompts = [tokens(length, seed=length) for length in case["lengths"]]
-with engine(case["compression"], case["model"], max_model_len=512, **case["options"]) as probe:
+with engine(case["compression"], case["model"], **case["options"]) as probe:
     answers = probe.generate(prompts, case["max_tokens"])
     builder = probe.worker.model_runner.attn_groups[0][0].metadata_builders[0]
     print(json.dumps({
@@ -46,7 +47,7 @@ with engine(case["compression"], case["model"], max_model_len=512, **case["optio
 pytestmark = pytest.mark.interpreter
 
 
-def run_v2(compression, model, max_tokens, lengths=PROMPT_LENGTHS, **options):
+def run_v2(compression, model, lengths, max_tokens, chunk, **options):
     """Greedy answers of the V2 runner, with what ran."""
     assert TRITON.is_dir(), "Triton is missing: run `make test`, which installs it"
     case = {
@@ -54,7 +55,7 @@ def run_v2(compression, model, max_tokens, lengths=PROMPT_LENGTHS, **options):
         "model": model,
         "max_tokens": max_tokens,
         "lengths": lengths,
-        "options": {"max_num_batched_tokens": 128, **options},
+        "options": {"max_num_batched_tokens": chunk, **options},
     }
     environment = {
         **os.environ,
@@ -78,29 +79,31 @@ def run_v2(compression, model, max_tokens, lengths=PROMPT_LENGTHS, **options):
     return found
 
 
-def run_v1(compression, model, max_tokens, lengths=PROMPT_LENGTHS):
+def run_v1(compression, model, lengths, max_tokens, chunk):
     prompts = [tokens(length, seed=length) for length in lengths]
-    with engine(compression, model, max_model_len=512, max_num_batched_tokens=128) as probe:
+    with engine(compression, model, max_num_batched_tokens=chunk) as probe:
         return probe.generate(prompts, max_tokens)
 
 
 @pytest.mark.parametrize("model", [LLAMA, QWEN3], ids=["llama", "qwen3"])
 def test_v2_with_unlimited_budget_is_identical_to_plain_vllm(model):
-    found = run_v2(UNLIMITED, model, 8)
+    case = (model, IDENTITY_LENGTHS, 6, 1024)
+    found = run_v2(UNLIMITED, *case)
     assert found["compactions"] == 0
-    assert found["answers"] == run_v1(None, model, 8)
+    assert found["answers"] == run_v1(None, *case)
 
 
 def test_v2_compresses_exactly_as_v1():
-    found = run_v2(LIMITED, LLAMA, 24)
+    case = (LIMITED, LLAMA, COMPRESSED_LENGTHS, 24, 128)
+    found = run_v2(*case)
     assert found["compactions"] > 2
-    assert found["answers"] == run_v1(LIMITED, LLAMA, 24)
+    assert found["answers"] == run_v1(*case)
 
 
 def test_triton_attention_wrapped_compresses_exactly_as_the_cpu_backend():
     """vLLM's own Triton kernels over compressed columns; slow, so one small request."""
-    lengths = (80,)
-    found = run_v2(LIMITED, QWEN3, 10, lengths, attention_backend="TRITON_ATTN")
+    case = (LIMITED, QWEN3, (80,), 10, 128)
+    found = run_v2(*case, attention_backend="TRITON_ATTN", max_model_len=512)
     assert found["backend"] == "TRITON_ATTN"
     assert found["compactions"] == 1
-    assert found["answers"] == run_v1(LIMITED, QWEN3, 10, lengths)
+    assert found["answers"] == run_v1(*case)

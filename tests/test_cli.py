@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command `ems-vllm`."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from ems_vllm import cli
+from ems_vllm.config import ConfigError, recipes
+
+MODEL = {
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "dtype": "float32",
+}
+
+
+def run(*args: str):
+    return CliRunner(env={"COLUMNS": "200"}).invoke(cli.app, args)
+
+
+def row_of(output: str, prompt: str) -> list[str]:
+    line = next(line for line in output.splitlines() if f" {prompt} " in line)
+    return [cell.strip() for cell in line.strip("│┃ ").split("│")]
+
+
+def test_plan_shows_columns_and_bytes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    result = run(
+        "plan", "--prompt-len", "4000", "--prompt-len", "100", "--budget", "256",
+        "--output-len", "1024", "--model", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    prompt, dense, after_prompt, _, at_most, saved, dense_mib, at_most_mib = row_of(
+        result.output, "4,000"
+    )
+    assert (prompt, dense) == ("4,000", "314")
+    # 16 blocks of budget, then the window of 64 tokens and the interval of 256, and one more.
+    assert at_most == str(16 + (64 + 256) // 16 + 1)
+    assert int(after_prompt) < int(at_most)
+    assert saved == "88%"
+    # 16 tokens x 4 layers x 4 heads x 64 x (K, V) x 4 bytes = 128 KiB a column.
+    assert dense_mib == f"{314 / 8:.1f}"
+    assert at_most_mib == f"{37 / 8:.1f}"
+
+
+def test_recipes_are_listed_and_shown():
+    listed = run("recipes").output
+    for name in recipes.names():
+        assert name in listed
+    shown = json.loads(run("show", "ems").output)
+    assert shown["scorer"]["name"] == "ems"
+    assert shown["budget"] == 1024
+
+
+def test_version_says_what_was_built():
+    assert {"version", "compiler", "cuda_archs"} <= set(json.loads(run("version").output))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["plan", "--prompt-len", "9", "--recipe", "emz"], "kv_compression='emz'"),
+        (["plan", "--prompt-len", "9", "--model", "/no/such"], "model='/no/such'"),
+        (["show", "off"], "compresses nothing"),
+    ],
+)
+def test_mistake_is_answered_with_a_sentence(args, message, monkeypatch, capsys):
+    assert isinstance(run(*args).exception, ConfigError)
+    monkeypatch.setattr("sys.argv", ["ems-vllm", *args])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("ems-vllm: error: ")
+    assert message in " ".join(error.split())
