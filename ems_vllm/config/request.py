@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one request may ask for through `vllm_xargs`."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.plan import PlanSettings
+
+# A child of vLLM's logger, so that its settings apply.
+logger = logging.getLogger("vllm.ems")
 
 KEYS = ("kv_compression", "kv_budget", "kv_ratio")
 # Arguments that start like ours but are not ours are typing errors, not somebody else's.
@@ -77,6 +81,19 @@ class RequestOptions:
                 "send one of them."
             )
         return cls(enabled=mode == "on", budget=budget, ratio=ratio)
+
+    @classmethod
+    def parse_admitted(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
+        """As `parse`, for the engine, which a bad request must not take down.
+
+        The frontend refuses such a request. From a frontend without that check it is served with
+        the server's settings, by scheduler and workers alike, and logged.
+        """
+        try:
+            return cls.parse(extra_args)
+        except ConfigError as error:
+            logger.warning("A request reached the engine unchecked: %s", error)
+            return cls()
 
     def check_ceiling(self, settings: PlanSettings) -> None:
         """Refuse a request for more than the server keeps.

@@ -54,6 +54,9 @@ def store_arguments(engine_args: EngineArgs, args: argparse.Namespace) -> Engine
             **(engine_args.additional_config or {}),
             CONFIG_KEY: config.to_dict(),
         }
+        # Further API server processes are started with these arguments and build their EngineArgs
+        # before this plugin is loaded there; additional_config is a field that they know.
+        args.additional_config = engine_args.additional_config
     return engine_args
 
 

@@ -68,7 +68,7 @@ class CompressedAttentionManager(FullAttentionManager):
             The longest prefix-cache hit it may use, in tokens; None for no limit.
         """
         params = request.sampling_params
-        options = RequestOptions.parse(params.extra_args if params else None)
+        options = RequestOptions.parse_admitted(params.extra_args if params else None)
         plan = self._settings.plan(request.num_prompt_tokens, self.block_size, options)
         self._tracked[request.request_id] = _Tracked(request, plan, CompactionLedger(plan))
         limit = plan.max_shared_tokens

@@ -99,7 +99,7 @@ class RequestTable:
             info = RequestInfo(
                 new.req_id,
                 new.prompt_len,
-                RequestOptions.parse(params.extra_args if params else None),
+                RequestOptions.parse_admitted(params.extra_args if params else None),
             )
             self._infos[new.req_id] = info
             admitted.append(self._admit(info, new.block_ids, new.num_computed_tokens))

@@ -37,6 +37,11 @@ def test_mistake_is_answered(extra_args, parts):
         assert part in str(error.value)
 
 
+def test_unchecked_request_is_served_with_the_servers_settings():
+    assert RequestOptions.parse_admitted({"kv_budget": -1}) == RequestOptions()
+    assert RequestOptions.parse_admitted({"kv_budget": 9}) == RequestOptions(budget=9)
+
+
 def test_the_servers_size_is_the_ceiling():
     RequestOptions(budget=256).check_ceiling(BUDGET)
     with pytest.raises(ConfigError, match=r"kv_budget=257 .* at most 256"):
