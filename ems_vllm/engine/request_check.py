@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config
@@ -34,3 +35,31 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
             RequestOptions.parse(extra_args).check_ceiling(config.plan_settings)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
+def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
+    """Refuse a prompt that is still growing while its request runs.
+
+    Scheduler and workers compute the plan from the prompt's length, each on its own.
+
+    Args:
+        vllm_config: Of the engine that will run the request.
+        prompt: As it is given to AsyncLLM.generate.
+        params: The request's SamplingParams.
+
+    Raises:
+        VLLMValidationError: the prompt is a stream and would be compressed.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if not isinstance(prompt, AsyncGenerator):
+        return
+    config = load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
+    if config is None:
+        return
+    if RequestOptions.parse(getattr(params, "extra_args", None)).enabled:
+        raise VLLMValidationError(
+            f"A streamed prompt cannot be combined with kv_compression={config.recipe!r}: send the "
+            "whole prompt, or vllm_xargs.kv_compression='off'.",
+            parameter="prompt",
+        )

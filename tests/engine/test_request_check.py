@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the frontend refuses before a request reaches the engine."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm import SamplingParams
+from vllm.exceptions import VLLMValidationError
+
+from ems_vllm.engine.request_check import check_prompt, check_request
+
+COMPRESSED = SimpleNamespace(additional_config={"kv_compression": {"recipe": "ems", "budget": 64}})
+DENSE = SimpleNamespace(additional_config={})
+
+
+async def growing_prompt():
+    yield "a"
+
+
+def params(**extra_args: object) -> SamplingParams:
+    return SamplingParams(extra_args=extra_args or None)
+
+
+def test_bad_extra_arguments_are_refused_with_the_parameter():
+    with pytest.raises(VLLMValidationError, match=r"kv_budget=65 .* at most 64") as refusal:
+        check_request(COMPRESSED, params(kv_budget=65))
+    assert refusal.value.parameter == "vllm_xargs"
+
+
+def test_good_extra_arguments_and_other_servers_pass():
+    check_request(COMPRESSED, params(kv_budget=64))
+    check_request(COMPRESSED, params())
+    check_request(DENSE, params(kv_budget=10**6))
+
+
+def test_a_prompt_that_still_grows_is_refused_unless_the_request_opts_out():
+    with pytest.raises(VLLMValidationError, match="streamed prompt"):
+        check_prompt(COMPRESSED, growing_prompt(), params())
+    check_prompt(COMPRESSED, growing_prompt(), params(kv_compression="off"))
+    check_prompt(COMPRESSED, "a", params())
+    check_prompt(DENSE, growing_prompt(), params())
