@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.config import ConfigError, RequestOptions, load_config
-from ems_vllm.keys import CONFIG_KEY
+from ems_vllm.config import ConfigError, RequestOptions
+from ems_vllm.engine.active_config import active_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -26,13 +26,13 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
     from vllm.exceptions import VLLMValidationError
 
     extra_args = getattr(params, "extra_args", None)
-    value = (vllm_config.additional_config or {}).get(CONFIG_KEY)
-    if not extra_args or value is None:
+    if not extra_args:
+        return
+    config = active_config(vllm_config)
+    if config is None:
         return
     try:
-        config = load_config(value)
-        if config is not None:
-            RequestOptions.parse(extra_args).check_ceiling(config.plan_settings)
+        RequestOptions.parse(extra_args).check_ceiling(config.plan_settings)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
@@ -54,7 +54,7 @@ def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
 
     if not isinstance(prompt, AsyncGenerator):
         return
-    config = load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
+    config = active_config(vllm_config)
     if config is None:
         return
     if RequestOptions.parse(getattr(params, "extra_args", None)).enabled:

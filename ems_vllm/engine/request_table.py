@@ -73,9 +73,6 @@ class RequestTable:
         self._running: dict[str, RunningRequest] = {}
         self._free_ring_rows = list(range(max_num_seqs - 1, -1, -1))
 
-    def __getitem__(self, req_id: str) -> RunningRequest:
-        return self._running[req_id]
-
     def __len__(self) -> int:
         return len(self._running)
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
+from ems_vllm.config import ConfigError, KVCompressionConfig
 from ems_vllm.engine import capacity
+from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.backends import override_backends, restore_backends
 from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
@@ -19,7 +20,6 @@ from ems_vllm.engine.memory import Footprint
 from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
 from ems_vllm.engine.score_pages import num_prefix_score_pages
-from ems_vllm.keys import CONFIG_KEY
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class CompressionWorkerMixin(_Base):
     _progress_log: ProgressLog | None = None
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        config = load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
+        config = active_config(vllm_config)
         assert config is not None, "a compressing worker was chosen without settings"
         self._compression_config: KVCompressionConfig = config
         self._policy = Policy.from_config(config)
