@@ -7,35 +7,49 @@ from typing import Any
 
 from pydantic import ValidationError
 
+_MAX_SHOWN = 200
+
 
 class ConfigError(ValueError):
     """A setting of this package is wrong; the message is meant for the operator as it stands."""
 
 
-def unknown_key(prefix: str, key: str, value: Any, allowed: Iterable[str]) -> ConfigError:
+def shown(value: Any) -> str:
+    """A value as a message shows it: on one line, and not longer than is of use."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def shown_key(key: Any) -> str:
+    """A key as a message shows it; a file may have keys that are no strings, or hold anything."""
+    text = str(key)
+    return text if text.isprintable() and len(text) <= _MAX_SHOWN else shown(text)
+
+
+def unknown_key(prefix: str, key: Any, value: Any, allowed: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist."""
     allowed = sorted(allowed)
-    near = difflib.get_close_matches(key, allowed, n=1)
+    near = difflib.get_close_matches(str(key), allowed, n=1)
     remedy = f"use {near[0]!r}" if near else f"use one of {', '.join(allowed)}"
-    return ConfigError(f"{prefix}{key}={value!r} is not a setting: {remedy}.")
+    return ConfigError(f"{prefix}{shown_key(key)}={shown(value)} is not a setting: {remedy}.")
 
 
 def from_pydantic(error: ValidationError, prefix: str, allowed: Iterable[str]) -> ConfigError:
     """The first failure of a pydantic validation as a ConfigError."""
     first = error.errors(include_url=False)[0]
-    path = [str(part) for part in first["loc"]]
+    path = [shown_key(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         at = ".".join(path[:-1])
         inner = f"{prefix}{at}." if at else prefix
-        return unknown_key(inner, path[-1], first["input"], allowed if not at else ())
+        return unknown_key(inner, first["loc"][-1], first["input"], allowed if not at else ())
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, ConfigError):
         return cause
     message = first["msg"].removeprefix("Value error, ")
     if not path:
         return ConfigError(f"{prefix.rstrip('.')}: {message}.")
-    value = first["input"]
-    return ConfigError(f"{prefix}{'.'.join(path)}={value!r} is not allowed: {_lower(message)}.")
+    value = shown(first["input"])
+    return ConfigError(f"{prefix}{'.'.join(path)}={value} is not allowed: {_lower(message)}.")
 
 
 def _lower(message: str) -> str:

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 import ems_vllm.policies  # noqa: F401  (registers every component)
 from ems_vllm.config import recipes
-from ems_vllm.config.errors import ConfigError, from_pydantic
+from ems_vllm.config.errors import ConfigError, from_pydantic, shown
 from ems_vllm.config.schema import KEY_PREFIX, KVCompressionConfig
 
 DEFAULT_RECIPE = "ems"
@@ -29,8 +29,13 @@ def parse_overrides(text: str) -> dict[str, Any]:
         data = json.loads(stripped)
     except json.JSONDecodeError as error:
         raise ConfigError(
-            f"kv_compression_config={text!r} is not valid JSON ({error.msg}, column "
+            f"kv_compression_config={shown(text)} is not valid JSON ({error.msg}, column "
             f"{error.colno}): quote the whole object and its keys."
+        ) from None
+    except (ValueError, RecursionError):
+        raise ConfigError(
+            f"kv_compression_config={shown(text)} is too much for a JSON parser: give a smaller "
+            "number, or nest less."
         ) from None
     return data
 
@@ -56,7 +61,7 @@ def load_config(value: Any) -> KVCompressionConfig | None:
         value = {"recipe": value}
     if not isinstance(value, dict):
         raise ConfigError(
-            f"kv_compression={value!r} is not allowed: use {recipes.OFF!r}, a recipe's name, "
+            f"kv_compression={shown(value)} is not allowed: use {recipes.OFF!r}, a recipe's name, "
             "or a mapping of settings."
         )
     overrides = dict(value)
@@ -64,12 +69,12 @@ def load_config(value: Any) -> KVCompressionConfig | None:
     if recipe == recipes.OFF:
         if overrides:
             raise ConfigError(
-                f"kv_compression_config={overrides!r} has no effect: compression is off; "
+                f"kv_compression_config={shown(overrides)} has no effect: compression is off; "
                 f"choose a recipe ({', '.join(recipes.names())}) or drop the settings."
             )
         return None
     if not isinstance(recipe, str):
-        raise ConfigError(f"kv_compression={recipe!r} is not allowed: give a recipe's name.")
+        raise ConfigError(f"kv_compression={shown(recipe)} is not allowed: give a recipe's name.")
     if _is_complete(overrides):
         return _validate({"recipe": recipe, **overrides})
     return _validate(_merge(recipes.load(recipe), overrides))
@@ -103,6 +108,7 @@ def _merge(base: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
 
 def _validate(settings: dict[str, Any]) -> KVCompressionConfig:
     try:
-        return KVCompressionConfig(**settings)
+        # Not as keyword arguments: a key of a YAML file need not be a string.
+        return KVCompressionConfig.model_validate(settings)
     except ValidationError as error:
         raise from_pydantic(error, KEY_PREFIX, KVCompressionConfig.model_fields) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from ems_vllm.config.errors import ConfigError
+from ems_vllm.config.errors import ConfigError, shown
 
 OFF = "off"
 
@@ -36,31 +36,36 @@ def load(recipe: str) -> dict[str, Any]:
     """
     if recipe in names():
         text = (_folder() / f"{recipe}.yaml").read_text(encoding="utf-8")
-        return {"recipe": recipe, **_mapping(text, recipe)}
+        return {"recipe": recipe, **_mapping(text, f"kv_compression={recipe!r}")}
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml"):
         return {"recipe": path.stem, **read_file(path, "kv_compression")}
     raise ConfigError(
-        f"kv_compression={recipe!r} is not a recipe: use {OFF}, {', '.join(names())}, "
+        f"kv_compression={shown(recipe)} is not a recipe: use {OFF}, {', '.join(names())}, "
         "or the path of a .yaml file."
     )
 
 
 def read_file(path: Path, key: str) -> dict[str, Any]:
     """The mapping in a YAML file; `key` names the setting that pointed to it."""
+    source = f"{key}={shown(str(path))}"
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
+    # ValueError: the path or the content is no text.
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise ConfigError(
-            f"{key}={str(path)!r} cannot be read ({error.strerror}): give the path of a YAML file."
+            f"{source} cannot be read ({reason}): give the path of a YAML file."
         ) from None
-    return _mapping(text, str(path))
+    return _mapping(text, source)
 
 
 def _mapping(text: str, source: str) -> dict[str, Any]:
+    """The mapping in a YAML text; `source` begins the sentence about a mistake."""
     try:
         data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    # ValueError: what looks like a date or a number is none. RecursionError: nested too deep.
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise ConfigError(f"{source} is not valid YAML{line}: correct the file.") from None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ems_vllm.config.errors import ConfigError
+from ems_vllm.config.errors import ConfigError, shown, shown_key
 from ems_vllm.plan import PlanSettings
 
 # A child of vLLM's logger, so that its settings apply.
@@ -45,12 +45,13 @@ class RequestOptions:
                 if key == "kv_transfer_params":
                     continue
                 raise ConfigError(
-                    f"vllm_xargs.{key}={value!r} is not a setting: use one of {', '.join(KEYS)}."
+                    f"vllm_xargs.{shown_key(key)}={shown(value)} is not a setting: use one of "
+                    f"{', '.join(KEYS)}."
                 )
         mode = extra_args.get("kv_compression", "on")
         if mode not in ("on", "off"):
             raise ConfigError(
-                f"vllm_xargs.kv_compression={mode!r} is not allowed: use 'on' or 'off'; the "
+                f"vllm_xargs.kv_compression={shown(mode)} is not allowed: use 'on' or 'off'; the "
                 "method is the server's."
             )
         budget = extra_args.get("kv_budget")
@@ -58,27 +59,27 @@ class RequestOptions:
             isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
         ):
             raise ConfigError(
-                f"vllm_xargs.kv_budget={budget!r} is not allowed: give a whole number of entries, "
-                "at least 1."
+                f"vllm_xargs.kv_budget={shown(budget)} is not allowed: give a whole number of "
+                "entries, at least 1."
             )
         ratio = extra_args.get("kv_ratio")
         if ratio is not None:
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
                 raise ConfigError(
-                    f"vllm_xargs.kv_ratio={ratio!r} is not allowed: give a fraction of the prompt "
-                    "between 0 and 1."
+                    f"vllm_xargs.kv_ratio={shown(ratio)} is not allowed: give a fraction of the "
+                    "prompt between 0 and 1."
                 )
             ratio = float(ratio)
         if budget is not None and ratio is not None:
             raise ConfigError(
-                f"vllm_xargs.kv_budget={budget} and vllm_xargs.kv_ratio={ratio} do not fit "
+                f"vllm_xargs.kv_budget={shown(budget)} and vllm_xargs.kv_ratio={ratio} do not fit "
                 "together: send one of them."
             )
         if mode == "off" and (budget is not None or ratio is not None):
             key, value = ("kv_budget", budget) if budget is not None else ("kv_ratio", ratio)
             raise ConfigError(
-                f"vllm_xargs.{key}={value} has no effect with vllm_xargs.kv_compression='off': "
-                "send one of them."
+                f"vllm_xargs.{key}={shown(value)} has no effect with "
+                "vllm_xargs.kv_compression='off': send one of them."
             )
         return cls(enabled=mode == "on", budget=budget, ratio=ratio)
 
@@ -107,8 +108,8 @@ class RequestOptions:
             and self.budget > settings.budget
         ):
             raise ConfigError(
-                f"vllm_xargs.kv_budget={self.budget} is not allowed: this server keeps at most "
-                f"{settings.budget} entries; send at most that or kv_compression='off'."
+                f"vllm_xargs.kv_budget={shown(self.budget)} is not allowed: this server keeps at "
+                f"most {settings.budget} entries; send at most that or kv_compression='off'."
             )
         if self.ratio is not None and settings.ratio is not None and self.ratio > settings.ratio:
             raise ConfigError(

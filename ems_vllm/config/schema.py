@@ -15,7 +15,8 @@ from pydantic import (
     model_validator,
 )
 
-from ems_vllm.config.errors import ConfigError, from_pydantic, unknown_key
+from ems_vllm.config.errors import ConfigError, from_pydantic, shown, unknown_key
+from ems_vllm.config.recipes import OFF
 from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.base import (
     ALLOCATORS,
@@ -31,6 +32,8 @@ from ems_vllm.policies.base import (
 from ems_vllm.registry import Registry
 
 KEY_PREFIX = "kv_compression_config."
+# The plan counts in 32 bits, after rounding up to whole blocks.
+_LARGEST = 2**30
 
 
 def _component(registry: Registry, key: str, value: Any) -> Any:
@@ -39,16 +42,16 @@ def _component(registry: Registry, key: str, value: Any) -> Any:
         return value
     if isinstance(value, str):
         value = {"name": value}
-    if not isinstance(value, dict) or "name" not in value:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         raise ConfigError(
-            f"{KEY_PREFIX}{key}={value!r} is not allowed: give a name, "
+            f"{KEY_PREFIX}{key}={shown(value)} is not allowed: give a name, "
             f"one of {', '.join(registry.names())}, or a mapping with `name` and options."
         )
     try:
         cls = registry.get(value["name"])
     except KeyError as error:
         raise ConfigError(
-            f"{KEY_PREFIX}{key}.name={value['name']!r} is not allowed: {error.args[0]}."
+            f"{KEY_PREFIX}{key}.name={shown(value['name'])} is not allowed: {error.args[0]}."
         ) from None
     options = {name: option for name, option in value.items() if name != "name"}
     for option in options:
@@ -82,18 +85,29 @@ class KVCompressionConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     recipe: str = "custom"
-    budget: Annotated[int, Field(ge=1)] | None = None
+    budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
-    recent_window: Annotated[int, Field(ge=1)] = 64
+    recent_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
-    recompress_interval: Annotated[int, Field(ge=0)] = 256
-    min_blocks_saved: Annotated[int, Field(ge=1)] = 4
-    prefix_score_tokens: Annotated[int, Field(ge=0)] | None = None
-    workspace_mib: Annotated[int, Field(ge=1)] = 64
+    recompress_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 256
+    min_blocks_saved: Annotated[int, Field(ge=1, le=_LARGEST)] = 4
+    prefix_score_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] | None = None
+    workspace_mib: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     scorer: Scorer
     allocator: BudgetAllocator
     selector: Selector
     merger: Merger
+
+    @field_validator("recipe")
+    @classmethod
+    def _not_off(cls, value: str) -> str:
+        # A recipe of one's own could bear this name; wherever the settings go, it means none.
+        if value == OFF:
+            raise ConfigError(
+                f"{KEY_PREFIX}recipe={value!r} is not allowed: it switches compression off; "
+                "give the recipe or its file another name."
+            )
+        return value
 
     @field_validator("scorer", mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from ems_vllm.keys import CONFIG_KEY
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-# Set on EngineArgs whose settings came from our flags.
+# Set on EngineArgs that were made from a command line.
 _FROM_COMMAND_LINE = "_ems_from_command_line"
 
 
@@ -42,11 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def store_arguments(engine_args: EngineArgs, args: argparse.Namespace) -> EngineArgs:
     """Carry the flags in `additional_config`, so that they reach every process and the hash."""
+    # Whichever flag a mistake comes from: --additional-config can hold the settings, too.
+    setattr(engine_args, _FROM_COMMAND_LINE, True)
     recipe = getattr(args, "kv_compression", recipes.OFF)
     overrides = getattr(args, "kv_compression_config", None)
     if recipe == recipes.OFF and overrides is None:
         return engine_args
-    setattr(engine_args, _FROM_COMMAND_LINE, True)
     with answer_mistakes(engine_args):
         config = load_config({"recipe": recipe, **(overrides or {})})
     if config is not None:

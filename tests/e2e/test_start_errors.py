@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 FORK_CLI = Path(__file__).with_name("fork_cli.py")
-NGRAM = '{"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}'
 
 
 @pytest.fixture(scope="module")
@@ -69,16 +70,22 @@ def fork_cli() -> Iterator[subprocess.Popen[str]]:
             id="settings without a recipe",
         ),
         pytest.param(
-            ["--kv-compression", "ems", "--speculative-config", NGRAM],
-            "speculative_config='ngram' cannot be combined with kv_compression='ems'",
-            "drop --speculative-config",
-            id="speculative decoding",
+            ["--kv-compression", "ems", "--scheduler-cls", "mine.Scheduler"],
+            "scheduler_cls='mine.Scheduler' cannot be combined with kv_compression='ems'",
+            "drop --scheduler-cls",
+            id="scheduler of one's own",
         ),
         pytest.param(
             ["--kv-compression", "ems", "--kv-cache-dtype", "fp8"],
             "kv_cache_dtype='fp8' cannot be combined with kv_compression='ems'",
             "use --kv-cache-dtype auto",
             id="fp8 cache",
+        ),
+        pytest.param(
+            ["--additional-config", '{"kv_compression": {"recipe": "bogus"}}'],
+            "kv_compression='bogus' is not a recipe",
+            "use off, ems,",
+            id="unknown recipe in vLLM's own flag",
         ),
     ],
 )
@@ -90,15 +97,54 @@ def test_one_sentence_says_what_to_change(
     key_and_value: str,
     remedy: str,
 ) -> None:
-    log = tmp_path / "log.txt"
+    sentence = refusal(fork_cli, models, tmp_path / "log.txt", args)
+    assert key_and_value in sentence
+    assert remedy in sentence
+
+
+json_text = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=5), inner),
+    max_leaves=4,
+).map(json.dumps)
+# None of these can be right: a server that starts would not end.
+bad_recipes = st.text(max_size=8).map("no-{}".format)
+bad_settings = (
+    st.text(max_size=8).map("{{{}".format)
+    | json_text.map('{{"no such setting": {}}}'.format)
+    | json_text.map('{{"budget": [{}]}}'.format)
+)
+bad_arguments = (
+    bad_recipes.map(lambda recipe: ["--kv-compression", recipe])
+    | bad_settings.map(lambda text: ["--kv-compression", "ems", f"--kv-compression-config={text}"])
+    | json_text.map(lambda text: ["--additional-config", f'{{"kv_compression": [{text}]}}'])
+)
+
+
+@settings(max_examples=5)
+@given(args=bad_arguments)
+@example(args=["--kv-compression", "off.yaml\0"])
+@example(args=["--kv-compression", "ems", "--kv-compression-config", '{"a":' * 10_000])
+def test_any_mistake_ends_with_a_sentence(
+    fork_cli: subprocess.Popen[str],
+    models: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    args: list[str],
+) -> None:
+    log = tmp_path_factory.mktemp("mistake") / "log.txt"
+    sentence = refusal(fork_cli, models, log, args)
+    assert "kv_compression" in sentence
+    assert "Traceback" not in log.read_text()
+
+
+def refusal(fork_cli: subprocess.Popen[str], models: Path, log: Path, args: list[str]) -> str:
+    """The last line of a `vllm serve` that does not start."""
     argv = ["vllm", "serve", str(models / "ems-tiny"), *args]
     fork_cli.stdin.write(json.dumps({"argv": argv, "log": str(log)}) + "\n")
     fork_cli.stdin.flush()
     # The answer follows whatever the imports have printed.
     status = next(int(line) for line in fork_cli.stdout if line.strip().lstrip("-").isdigit())
-    lines = log.read_text().strip().splitlines()
+    lines = log.read_text().strip().split("\n")
     assert status != 0, "\n".join(lines)
-    sentence = lines[-1]
-    assert key_and_value in sentence
-    assert remedy in sentence
-    assert sentence.endswith(".")
+    assert lines[-1].endswith("."), "\n".join(lines)
+    return lines[-1]
