@@ -9,6 +9,8 @@ PORT ?= 8000
 ARGS ?= --kv-compression ems
 TESTS ?= tests
 EVENTS ?= 100000
+CLIENTS ?= 200
+REQUESTS ?= 2000
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
@@ -25,7 +27,7 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build serve test soak lint bench clean
+.PHONY: help setup build serve test soak load lint bench clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,6 +48,9 @@ test: setup $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for
 
 soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, aborts, preemptions
 	@$(BIN)/python tests/engine/soak.py --events $(EVENTS)
+
+load: setup ## many clients over HTTP, every answer compared; CLIENTS= at a time, REQUESTS= in all
+	@$(BIN)/python tests/e2e/load.py --clients $(CLIENTS) --requests $(REQUESTS)
 
 lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .

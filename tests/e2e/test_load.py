@@ -1,102 +1,83 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many clients at once, some of which leave early: every block comes back."""
+"""Many clients at once, some of which leave early: nothing is lost (at size: `make load`)."""
 
-import asyncio
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from e2e.clients import complete, greedy, prompt, wait_until_idle
-from openai import AsyncOpenAI
-from serving import pool
+from e2e.clients import complete, prompt
+from e2e.load import CONFIGURATIONS, Configuration, measure
+from e2e.load_clients import Answer, Case, Job, answers_alone, make_cases, make_jobs
+from e2e.load_result import NEAR_TIE, compare
 from serving.server import Server
 
-NUM_CLIENTS = 32
-NUM_TOKENS = 40
-# 10 to 3,000 tokens, each step the same factor.
-LENGTHS = [round(10 * 300 ** (i / (NUM_CLIENTS - 1))) for i in range(NUM_CLIENTS)]
+NUM_CLIENTS = 24
+MAX_LEN = 800
+CASES = make_cases(NUM_CLIENTS, seed=0, max_len=MAX_LEN)
+JOBS = make_jobs(CASES, 2 * NUM_CLIENTS, seed=7)
 
 
-def test_clients_of_every_kind(server: Server) -> None:
-    tokens = prompt(150, seed=20)
-    before = complete(server, tokens, 16)
-    wait_until_idle(server)
-
-    counts = asyncio.run(_all_clients(server))
-
-    finished = [count for count in counts if count is not None]
-    assert finished == [NUM_TOKENS] * len(finished)
-    assert len(finished) == NUM_CLIENTS // 2
-    state = wait_until_idle(server)
-    assert state.num_used_blocks == 0
-    assert complete(server, tokens, 16) == before
+def test_jobs_are_of_every_kind() -> None:
+    """The control of the tests below."""
+    stays = [job for job in JOBS if job.leaves_after_s is None and job.leaves_after_tokens is None]
+    assert {job.is_streamed for job in stays} == {False, True}
+    assert {job.case_idx for job in stays} == set(range(NUM_CLIENTS))
+    assert any(job.leaves_after_s is not None for job in JOBS)
+    assert any(job.leaves_after_tokens is not None for job in JOBS)
+    assert {len(case.prompt) for case in CASES} >= {10, MAX_LEN}
+    assert any(case.xargs is not None for case in CASES)
 
 
-async def _all_clients(server: Server) -> list[int | None]:
-    async with AsyncOpenAI(
-        base_url=f"{server.url}/v1", api_key="unused", max_retries=0, timeout=300
-    ) as client:
-        # Lengths are mixed over the kinds: neighbours differ in kind.
-        kinds = (_whole, _streamed, _left_while_streaming, _left_while_waiting)
-        return await asyncio.gather(
-            *(
-                kinds[i % len(kinds)](
-                    client, {"prompt": prompt(length, i), **greedy(server, NUM_TOKENS)}
-                )
-                for i, length in enumerate(LENGTHS)
-            )
-        )
+@pytest.mark.parametrize(
+    ("token_ids", "is_finished", "gap", "num_differences", "num_near_ties"),
+    [
+        pytest.param([1, 2, 3], True, 1.0, 0, 0, id="right"),
+        pytest.param([1, 2], False, 1.0, 0, 0, id="right until the client left"),
+        pytest.param([1, 5, 3], True, 1.0, 1, 0, id="wrong"),
+        pytest.param([1, 5], False, 1.0, 1, 0, id="wrong until the client left"),
+        pytest.param([1, 5, 3], True, NEAR_TIE / 2, 1, 1, id="either is right"),
+    ],
+)
+def test_a_wrong_answer_is_noticed(
+    token_ids: list[int], is_finished: bool, gap: float, num_differences: int, num_near_ties: int
+) -> None:
+    alone = Answer([1, 2, 3], [1.0, gap, 1.0], is_finished=True)
+    answered = [(Job(0), Answer(token_ids, is_finished=is_finished))]
+    differences = compare([Case([7, 8], 3, None)], [alone], answered)
+    assert len(differences) == num_differences
+    assert sum(difference.is_near_tie for difference in differences) == num_near_ties
 
 
-async def _whole(client: AsyncOpenAI, arguments: dict[str, Any]) -> int:
-    answer = await client.completions.create(**arguments)
-    return answer.usage.completion_tokens
-
-
-async def _streamed(client: AsyncOpenAI, arguments: dict[str, Any]) -> int:
-    options = {"include_usage": True}
-    stream = await client.completions.create(stream=True, stream_options=options, **arguments)
-    return [chunk async for chunk in stream][-1].usage.completion_tokens
-
-
-async def _left_while_streaming(client: AsyncOpenAI, arguments: dict[str, Any]) -> None:
-    async with await client.completions.create(stream=True, **arguments) as stream:
-        for _ in range(5):
-            await anext(stream)
-
-
-async def _left_while_waiting(client: AsyncOpenAI, arguments: dict[str, Any]) -> None:
-    # Many times longer than the client waits, on any machine.
-    long = {**arguments, "max_tokens": 4000}
-    with pytest.raises(TimeoutError):
-        await asyncio.wait_for(client.completions.create(**long), timeout=0.15)
+@pytest.fixture(scope="module", params=("knorm", "ems"))
+def configuration(request: Any) -> Configuration:
+    (found,) = (c for c in CONFIGURATIONS if c.name == request.param)
+    return found
 
 
 @pytest.fixture(scope="module")
-def small_server(start_server: Any) -> Iterator[Server]:
-    """A server that has to preempt: eight requests do not fit, compressed or not."""
-    args = (
-        *("--max-model-len", "1024", "--num-gpu-blocks-override", "72"),
-        *("--kv-compression", "ems", "--kv-compression-config"),
-        '{"budget": 64, "recent_window": 32, "recompress_interval": 64}',
-    )
-    with start_server("ems-tiny-qwen3", *args) as running:
+def small_server(start_server: Any, configuration: Configuration) -> Iterator[Server]:
+    """A server that has to preempt: its pool holds little more than the longest request."""
+    with start_server("ems-tiny", *configuration.arguments(MAX_LEN)) as running:
         yield running
 
 
-def test_preemption_ends_clean(small_server: Server) -> None:
-    prompts = [prompt(100 + 40 * i, seed=30 + i) for i in range(8)]
-
-    async def all_clients() -> list[int]:
-        async with AsyncOpenAI(
-            base_url=f"{small_server.url}/v1", api_key="unused", max_retries=0, timeout=300
-        ) as client:
-            return await asyncio.gather(
-                *(_whole(client, {"prompt": p, **greedy(small_server, 150)}) for p in prompts)
-            )
-
-    assert asyncio.run(all_clients()) == [150] * len(prompts)
-    assert pool.read(small_server.url).num_preemptions > 0
-    assert wait_until_idle(small_server).num_used_blocks == 0
+def test_every_answer_is_the_one_the_request_gets_alone(
+    small_server: Server, configuration: Configuration
+) -> None:
+    """Whatever was preempted, hit a prefix, or lost its neighbours in the batch."""
+    alone = answers_alone(small_server, CASES)
+    expectation = configuration.expectation(CASES)
+    result = measure(
+        small_server,
+        configuration.name,
+        expectation,
+        CASES,
+        alone,
+        JOBS,
+        NUM_CLIENTS,
+        is_salted=configuration.is_salted,
+    )
+    assert result.violations() == []
+    assert result.num_left_streaming > 0
     # The pool is whole: a request that needs nearly all of it is served.
-    assert complete(small_server, prompt(1000, seed=40), 16)
+    assert complete(small_server, prompt(MAX_LEN, seed=40), 16)
