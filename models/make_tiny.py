@@ -96,9 +96,11 @@ def build(name: str) -> PreTrainedModel:
     if not name.endswith("qwen3"):
         return LlamaForCausalLM(LlamaConfig(**settings))
     model = Qwen3ForCausalLM(Qwen3Config(**settings))
-    # Normalised queries and keys give nearly uniform attention; trained weights are larger too.
+    # Normalised queries and keys give nearly uniform attention; trained weights are larger too, and
+    # uneven. With even ones all keys would have one norm, and a choice by norm would be noise.
     for layer in model.model.layers:
         layer.self_attn.q_norm.weight.data.fill_(4.0)
+        layer.self_attn.k_norm.weight.data.uniform_(0.25, 1.75)
     return model
 
 

@@ -98,6 +98,10 @@ class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetad
         m = common_attn_metadata
         if m.causal is not True:
             raise NotImplementedError("CPU_REFERENCE attention is causal only")
+        if m.mm_req_doc_ranges:
+            raise NotImplementedError(
+                "CPU_REFERENCE attention is causal only; this model's image tokens see each other"
+            )
         batch = BatchShape(
             query_start_loc=m.query_start_loc_cpu.tolist(),
             seq_lens=m.seq_lens.tolist(),
@@ -132,7 +136,6 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
     ) -> None:
-        _refuse("logits soft cap", logits_soft_cap)
         _refuse("ALiBi", alibi_slopes)
         _refuse("attention type", attn_type if attn_type != AttentionType.DECODER else None)
         supported = ReferenceAttentionBackend.supports_kv_cache_dtype(kv_cache_dtype)
@@ -145,6 +148,8 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        # 0 means none, as in vLLM's other backends.
+        self.logits_soft_cap = logits_soft_cap or None
         self.sinks = sinks
 
     def do_kv_cache_update(
@@ -219,18 +224,38 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
     def _sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
     ) -> torch.Tensor:
-        if self.sinks is None:
+        if self.sinks is None and self.logits_soft_cap is None:
             return F.scaled_dot_product_attention(
                 q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
             )
+        if self.logits_soft_cap is None:
+            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
+            )
+        else:
+            logits = (q.float() @ k.float().transpose(-1, -2)) * self.scale
+            out, lse = _soft_capped(logits, v, call, self.logits_soft_cap)
+        if self.sinks is None:
+            return out
         # A sink adds exp(sink) to the softmax's denominator, which is exp(lse) without it.
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
-        )
         sinks = self.sinks.view(self.num_kv_heads, self.num_queries_per_kv)
         if call.query_len > 1:
             sinks = sinks[..., None]
         return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
+
+
+def _soft_capped(
+    logits: torch.Tensor, v: torch.Tensor, call: AttentionCall, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with logits cap * tanh(logit / cap), and the log of its denominators."""
+    logits = torch.tanh(logits / cap) * cap
+    if call.mask is not None:
+        logits += call.mask
+    elif call.is_causal:
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool).triu(1)
+        logits.masked_fill_(future, float("-inf"))
+    lse = logits.logsumexp(-1)
+    return ((logits - lse[..., None]).exp() @ v.float()).to(v.dtype), lse
 
 
 def _refuse(what: str, value: Any) -> None:

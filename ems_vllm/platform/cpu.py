@@ -97,6 +97,10 @@ class ReferenceCPUPlatform(CpuPlatform):
         return backend.get_path()
 
     @classmethod
+    def get_punica_wrapper(cls) -> str:
+        return "ems_vllm.platform.lora.ReferencePunicaWrapper"
+
+    @classmethod
     def register_triton_kernel_overrides(cls) -> None:
         from vllm.triton_utils import HAS_TRITON
 

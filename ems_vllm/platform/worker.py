@@ -11,6 +11,8 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from ems_vllm.platform.generators import make_generators_rewindable
+
 
 class ReferenceCPUWorker(CPUWorker):
     """Either model runner on PyTorch operators."""
@@ -35,6 +37,8 @@ class ReferenceCPUWorker(CPUWorker):
             super().init_device()
         # CPUWorker takes this away from the whole process; nothing is bound to cores here.
         torch.set_num_threads = set_num_threads
+        if not self.use_v2_model_runner:
+            make_generators_rewindable(self.model_runner)
 
     def _maybe_get_memory_pool_context(self, tag: str) -> AbstractContextManager:
         return nullcontext()

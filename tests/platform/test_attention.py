@@ -42,6 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     slots_before_heads: bool = True
     sinks: bool = False
+    soft_cap: float | None = None
 
 
 CASES = {
@@ -56,6 +57,12 @@ CASES = {
     "bfloat16": Case(dtype=torch.bfloat16),
     "float16": Case(dtype=torch.float16),
     "sinks": Case(sinks=True),
+    "sinks_and_window": Case(sinks=True, sliding_window=20),
+    "sinks_bfloat16": Case(sinks=True, dtype=torch.bfloat16),
+    "soft_cap": Case(soft_cap=0.5),
+    "soft_cap_and_window": Case(soft_cap=0.5, sliding_window=20),
+    "soft_cap_bfloat16": Case(soft_cap=0.5, dtype=torch.bfloat16),
+    "soft_cap_and_sinks": Case(soft_cap=0.5, sinks=True),
 }
 
 
@@ -81,6 +88,7 @@ def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor,
         scale=HEAD_SIZE**-0.5,
         num_kv_heads=case.num_kv_heads,
         sliding_window=case.sliding_window,
+        logits_soft_cap=case.soft_cap,
         sinks=sinks,
     )
     query = torch.randn(num_tokens, case.num_heads, HEAD_SIZE, dtype=case.dtype)
@@ -139,6 +147,8 @@ def naive(
         k = keys[first : position + 1, kv_head].double()
         v = values[first : position + 1, kv_head].double()
         logits = k @ query[head].double() * HEAD_SIZE**-0.5
+        if case.soft_cap is not None:
+            logits = case.soft_cap * (logits / case.soft_cap).tanh()
         weights = logits.exp()
         denominator = weights.sum() + (sinks[head].double().exp() if sinks is not None else 0)
         out[head] = weights @ v / denominator
@@ -193,7 +203,6 @@ def test_profiling_run_has_defined_output() -> None:
 @pytest.mark.parametrize(
     "unsupported",
     [
-        {"logits_soft_cap": 30.0},
         {"alibi_slopes": [0.5, 0.25]},
         {"attn_type": "encoder_only"},
         {"kv_cache_dtype": "fp8"},
@@ -203,3 +212,30 @@ def test_profiling_run_has_defined_output() -> None:
 def test_unsupported_attention_is_refused(unsupported: dict[str, object]) -> None:
     with pytest.raises(NotImplementedError, match="CPU_REFERENCE attention does not support"):
         ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, **unsupported)
+
+
+@pytest.mark.parametrize(
+    "unsupported", [{"causal": False}, {"mm_req_doc_ranges": {0: [(1, 3)]}}], ids=["mask", "images"]
+)
+def test_attention_to_later_tokens_is_refused(unsupported: dict[str, object]) -> None:
+    lengths = torch.tensor([0, 4], dtype=torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=lengths,
+        query_start_loc_cpu=lengths,
+        seq_lens=lengths[1:],
+        num_reqs=1,
+        num_actual_tokens=4,
+        max_query_len=4,
+        max_seq_len=4,
+        block_table_tensor=torch.ones(1, 1, dtype=torch.int32),
+        slot_mapping=torch.arange(16, 20),
+        **unsupported,
+    )
+    builder = ReferenceAttentionBackend.get_builder_cls()(
+        SimpleNamespace(block_size=16),
+        ["layer"],
+        SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32)),
+        torch.device("cpu"),
+    )
+    with pytest.raises(NotImplementedError, match="causal only"):
+        builder.build(0, common)

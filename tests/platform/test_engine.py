@@ -13,6 +13,7 @@ from typing import Any
 import interpreter
 import pytest
 import torch
+from engine.harness import engine
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(
@@ -78,3 +79,16 @@ def test_greedy_tokens_of_the_second_model_runner() -> None:
     lengths = (90, 7)
     tokens = generated("ems-tiny", lengths, interpreter.environment(), max_num_batched_tokens=64)
     assert tokens == expected("ems-tiny", *lengths)
+
+
+@pytest.mark.slow
+def test_seeded_tokens_do_not_depend_on_the_chunks_of_the_prompt() -> None:
+    """What is sampled at the end of a partial chunk is thrown away, and the draw taken back."""
+    (prompt,) = prompts(300)
+    answers = []
+    for chunk in (64, 512):
+        with engine(None, str(MODELS / "ems-tiny-qwen3"), max_num_batched_tokens=chunk) as probe:
+            both = probe.generate([prompt, prompt[:40]], 12, temperature=1.0, seed=5)
+            assert probe.generate([prompt], 12, temperature=1.0, seed=6) != both[:1]
+            answers.append(both)
+    assert answers[0] == answers[1]
