@@ -6,14 +6,12 @@ tests/test_docs.py fails when a page is not what this script would write.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 from pathlib import Path
 
-import ems_vllm.patches
 from ems_vllm.config import recipes
 from ems_vllm.config.schema import KVCompressionConfig
-from ems_vllm.engine.compatibility import RULES
+from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, Refusal
+from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
 
 DOCS = Path(__file__).resolve().parent
@@ -30,8 +28,28 @@ def compatibility() -> str:
         "| setting | why | instead |",
         "|---|---|---|",
     ]
-    lines += [f"| `{rule.key}` | {rule.reason} | {rule.remedy} |" for rule in RULES]
+    lines += [_row(rule) for rule in RULES]
+    lines += [
+        "",
+        "And, once the model is loaded, from its layers and their attention backend:",
+        "",
+        "| setting | why | instead |",
+        "|---|---|---|",
+    ]
+    lines += [_row(refusal) for refusal in LAYER_REFUSALS]
+    lines += [
+        "",
+        "A request with a wrong `vllm_xargs`, with more than the server keeps, or with a prompt "
+        "that is still being streamed is an HTTP 400 ([settings](configuration.md#per-request)). "
+        "What is known to work, and by which test, is in [reliability.md](reliability.md).",
+    ]
     return "\n".join(lines) + "\n"
+
+
+def _row(refusal: Refusal) -> str:
+    # Braces name what only the running engine knows.
+    cells = (f"`{refusal.key}`", refusal.reason, refusal.remedy)
+    return f"| {' | '.join(cells)} |".replace("{", "").replace("}", "")
 
 
 def patches() -> str:
@@ -39,21 +57,19 @@ def patches() -> str:
         "# Patches of vLLM",
         "",
         "Everything else goes through vLLM's extension points. A patch wraps one function, checks "
-        "the version and the source it was written for, and raises when either differs.",
+        "the version and the source it was written for, and raises when either differs. On such a "
+        "vLLM everything runs as without this package, and compression is refused with what to do.",
         "",
     ]
-    for module in pkgutil.iter_modules(ems_vllm.patches.__path__):
-        if module.name == "record":
-            continue
-        for patch in importlib.import_module(f"ems_vllm.patches.{module.name}").PATCHES:
-            lines += [
-                f"## `{patch.target}`",
-                "",
-                f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
-                f"* Why: {patch.reason}",
-                f"* Goes when: {patch.remove_when}",
-                "",
-            ]
+    for patch in PATCHES:
+        lines += [
+            f"## `{patch.target}`",
+            "",
+            f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
+            f"* Why: {patch.reason}",
+            f"* Goes when: {patch.remove_when}",
+            "",
+        ]
     return "\n".join(lines)
 
 
@@ -97,6 +113,8 @@ def configuration() -> str:
         "it is offered where torch has no accelerator build.",
         "* `EMS_CPU_VARIANT`: `avx512`, `avx2` or `portable` forces the instruction set of the CPU "
         "kernels; unset, the best one that the processor has.",
+        "* `VLLM_PLUGINS`: vLLM's list of plugins to load; where it is set, it must name "
+        "`ems_vllm`.",
         "",
     ]
     return "\n".join(lines)

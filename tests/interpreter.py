@@ -13,8 +13,12 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[1] / ".triton"
 
 
-def environment() -> dict[str, str]:
-    """Environment of a process that runs vLLM's second model runner through the interpreter."""
+def environment(model_runner: int = 2) -> dict[str, str]:
+    """Environment of a process that runs vLLM's kernels through the interpreter.
+
+    Args:
+        model_runner: Version of vLLM's model runner, 1 or 2.
+    """
     if not FOLDER.is_dir():
         pytest.skip("Triton's interpreter is not installed: run `make .triton`")
     return os.environ | {
@@ -22,6 +26,6 @@ def environment() -> dict[str, str]:
         "TRITON_INTERPRET": "1",
         # Empty rather than unset: vLLM then keeps Triton although it finds no driver.
         "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
+        "VLLM_USE_V2_MODEL_RUNNER": str(model_runner - 1),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }

@@ -6,21 +6,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
-from ems_vllm.engine.compatibility import check_compatibility
+from ems_vllm.engine.compatibility import WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import async_llm, input_processor
+from ems_vllm.patches import async_llm, catalogue, input_processor
+from ems_vllm.patches.record import PatchError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
-
-# The compressing twin of each worker class; the name travels to every worker process.
-WORKERS = {
-    "vllm.v1.worker.gpu_worker.Worker": "ems_vllm.engine.workers.gpu.CompressedGPUWorker",
-    "ems_vllm.platform.worker.ReferenceCPUWorker": (
-        "ems_vllm.engine.workers.cpu.CompressedCPUWorker"
-    ),
-}
 
 
 def normalize(engine_args: EngineArgs) -> KVCompressionConfig | None:
@@ -43,17 +36,22 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     a compressed KV-cache spec, which brings its manager to the scheduler.
 
     Raises:
-        ConfigError: a feature in use cannot work with compression.
+        ConfigError: a feature in use cannot work with compression, or this vLLM is not one that
+            the patches were written for.
     """
     check_compatibility(vllm_config, config)
+    try:
+        # All of them, also those that other processes will apply: it is now that one sentence
+        # reaches the operator.
+        catalogue.verify()
+    except PatchError as error:
+        raise ConfigError(str(error)) from None
+    cache_config = vllm_config.cache_config
+    if cache_config.prefix_cache_retention_interval == 0:
+        # By default vLLM keeps sliding windows where it expects the next hit, at the end of a
+        # prompt. Here hits end where a compaction begins to write.
+        cache_config.prefix_cache_retention_interval = None
     parallel = vllm_config.parallel_config
-    if parallel.worker_cls not in WORKERS.values():
-        worker_cls = WORKERS.get(parallel.worker_cls)
-        if worker_cls is None:
-            raise ConfigError(
-                f"worker_cls={parallel.worker_cls!r} is not supported with KV-cache compression: "
-                f"use {' or '.join(WORKERS)}, or switch compression off."
-            )
-        parallel.worker_cls = worker_cls
+    parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
         patch.apply()

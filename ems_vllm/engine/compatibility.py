@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What compression cannot be combined with: one table, checked at start-up.
 
-A combination that is not in this table works or has a test that says so.
+docs/compatibility.md is written from it, and a test walks it.
 """
 
 from __future__ import annotations
@@ -18,25 +18,74 @@ if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig
 
 
+# The compressing twin of each worker class; the name travels to every worker process.
+WORKERS = {
+    "vllm.v1.worker.gpu_worker.Worker": "ems_vllm.engine.workers.gpu.CompressedGPUWorker",
+    "ems_vllm.platform.worker.ReferenceCPUWorker": (
+        "ems_vllm.engine.workers.cpu.CompressedCPUWorker"
+    ),
+}
+
+
 @dataclass(frozen=True)
-class Rule:
-    """One combination that is refused.
+class Refusal:
+    """Something that compression cannot work with.
 
     Attributes:
         key: The setting, as the operator knows it.
-        value: Its value when it is in the way, else None.
         reason: Why it cannot work.
         remedy: What to do.
     """
 
     key: str
-    value: Callable[[VllmConfig], Any]
     reason: str
     remedy: str
+
+    def error(self, value: Any, recipe: str, **details: Any) -> ConfigError:
+        """The one sentence: setting, value, reason and remedy.
+
+        Args:
+            value: What the setting is.
+            recipe: The recipe in use.
+            details: Fill the names in braces of `reason` and `remedy`.
+        """
+        return ConfigError(
+            f"{self.key}={value!r} cannot be combined with kv_compression={recipe!r}: "
+            f"{self.reason.format(**details)}; {self.remedy.format(**details)}, or set "
+            "kv_compression to off."
+        )
+
+
+@dataclass(frozen=True)
+class Rule(Refusal):
+    """A refusal that the configuration alone decides.
+
+    Attributes:
+        value: The setting's value when it is in the way, else None.
+    """
+
+    value: Callable[[VllmConfig], Any]
 
 
 def _more_than_one(value: int) -> int | None:
     return value if value > 1 else None
+
+
+def _drafted_by_a_model(config: VllmConfig) -> str | None:
+    method = config.speculative_config.method if config.speculative_config else None
+    return None if method == "ngram" else method
+
+
+def _unknown_worker(config: VllmConfig) -> str | None:
+    worker_cls = config.parallel_config.worker_cls
+    return None if worker_cls in (*WORKERS, *WORKERS.values()) else worker_cls
+
+
+def _device_without_kernels(config: VllmConfig) -> str | None:
+    import ems_vllm
+
+    device = config.device_config.device_type
+    return device if device == "cuda" and not ems_vllm.build_info()["cuda_archs"] else None
 
 
 def _mixed_full_graphs(config: VllmConfig) -> str | None:
@@ -47,84 +96,139 @@ def _mixed_full_graphs(config: VllmConfig) -> str | None:
     return None if mode.separate_routine() else mode.name
 
 
+# Decided by the configuration, before anything is loaded.
 RULES = (
     Rule(
         "model",
-        lambda c: c.model_config.model if c.model_config.use_mla else None,
         "its latent attention (MLA) has no keys and values per head",
         "use a model with multi-head or grouped-query attention",
+        lambda c: c.model_config.model if c.model_config.use_mla else None,
     ),
     Rule(
         "model",
-        lambda c: c.model_config.model if c.model_config.is_encoder_decoder else None,
         "it is an encoder-decoder model",
         "use a decoder-only model",
+        lambda c: c.model_config.model if c.model_config.is_encoder_decoder else None,
+    ),
+    Rule(
+        "model",
+        "it denoises several tokens at a time and revises them",
+        "use an autoregressive model",
+        lambda c: c.model_config.model if c.model_config.is_diffusion else None,
     ),
     Rule(
         "runner",
-        lambda c: c.model_config.runner_type if c.model_config.runner_type != "generate" else None,
         "only generation keeps a cache across steps",
         "serve a generative model",
+        lambda c: c.model_config.runner_type if c.model_config.runner_type != "generate" else None,
     ),
     Rule(
         "speculative_config",
-        lambda c: c.speculative_config.method if c.speculative_config else None,
-        "rejected draft tokens would have to be taken back from compressed columns",
-        "drop --speculative-config",
+        "the drafting model keeps a cache of its own in the same pool",
+        "draft with the method 'ngram'",
+        _drafted_by_a_model,
     ),
     Rule(
         "kv_transfer_config",
+        "connectors and offloading expect every column to hold its own tokens",
+        "drop --kv-transfer-config and --kv-offloading-size",
         lambda c: c.kv_transfer_config.kv_connector if c.kv_transfer_config else None,
-        "connectors expect every column to hold its own tokens",
-        "drop --kv-transfer-config",
     ),
     Rule(
         "decode_context_parallel_size",
-        lambda c: _more_than_one(c.parallel_config.decode_context_parallel_size),
         "columns would be spread over ranks",
         "set it to 1",
+        lambda c: _more_than_one(c.parallel_config.decode_context_parallel_size),
     ),
     Rule(
         "prefill_context_parallel_size",
-        lambda c: _more_than_one(c.parallel_config.prefill_context_parallel_size),
         "columns would be spread over ranks",
         "set it to 1",
+        lambda c: _more_than_one(c.parallel_config.prefill_context_parallel_size),
     ),
     Rule(
-        "enable_dbo",
-        lambda c: c.parallel_config.enable_dbo or None,
+        "ubatch_size",
         "microbatches build their metadata concurrently",
-        "drop --enable-dbo",
+        "drop --enable-dbo and --ubatch-size",
+        lambda c: c.parallel_config.num_ubatches if c.parallel_config.use_ubatching else None,
+    ),
+    Rule(
+        "scheduler_cls",
+        "only vLLM's own schedulers are known to ask how long a chunk may be",
+        "drop --scheduler-cls",
+        lambda c: c.scheduler_config.scheduler_cls,
     ),
     Rule(
         "kv_cache_dtype",
+        "quantised entries cannot be merged yet",
+        "use --kv-cache-dtype auto",
         lambda c: (
             c.cache_config.cache_dtype
             if c.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
             else None
         ),
-        "quantised entries cannot be merged yet",
-        "use --kv-cache-dtype auto",
     ),
     Rule(
         "kv_sharing_fast_prefill",
-        lambda c: c.cache_config.kv_sharing_fast_prefill or None,
         "skipped layers record no queries",
         "drop --kv-sharing-fast-prefill",
+        lambda c: c.cache_config.kv_sharing_fast_prefill or None,
     ),
     Rule(
         "hisparse_config",
-        lambda c: c.attention_config.hisparse_config,
         "it moves blocks on its own",
         "drop it",
+        lambda c: c.attention_config.hisparse_config,
     ),
     Rule(
         "compilation_config.cudagraph_mode",
-        _mixed_full_graphs,
         "prompt chunks inside a full CUDA graph could not be scored",
         "use FULL_AND_PIECEWISE (vLLM's default), FULL_DECODE_ONLY or PIECEWISE",
+        _mixed_full_graphs,
+    ),
+    Rule(
+        "worker_cls",
+        "compression extends vLLM's GPU worker and this package's CPU worker only",
+        "drop --worker-cls",
+        _unknown_worker,
+    ),
+    Rule(
+        "device",
+        "this build of ems-vllm holds no CUDA kernels",
+        "rebuild it where nvcc is installed",
+        _device_without_kernels,
     ),
 )
+
+# Decided by the model's layers and their attention backend, once the model is loaded.
+NO_FULL_ATTENTION = Refusal(
+    "model",
+    "it has no layer that can be compressed ({layers})",
+    "serve a model with full-attention layers",
+)
+SPLIT_BLOCKS = Refusal(
+    "block_size",
+    "the attention backend splits it into blocks of {native}",
+    "choose FLASH_ATTN or TRITON_ATTN with --attention-backend, or start with --block-size "
+    "{native}",
+)
+UNKNOWN_BACKEND = Refusal(
+    "attention_backend",
+    "compression knows how to observe {known} only",
+    "choose one of them with --attention-backend",
+)
+MIXED_SCALES = Refusal(
+    "model",
+    "layers of one KV-cache group have different softmax scales ({scales})",
+    "serve another model",
+)
+MIXED_GROUP = Refusal(
+    "model",
+    "compressed layers need block tables of their own, but vLLM put {name} into one KV-cache "
+    "group with layers of another kind",
+    "drop --disable-hybrid-kv-cache-manager and VLLM_KV_CACHE_LAYOUT",
+)
+LAYER_REFUSALS = (NO_FULL_ATTENTION, MIXED_GROUP, SPLIT_BLOCKS, UNKNOWN_BACKEND, MIXED_SCALES)
 
 
 def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
@@ -136,19 +240,4 @@ def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) ->
     for rule in RULES:
         value = rule.value(vllm_config)
         if value is not None:
-            raise ConfigError(
-                f"{rule.key}={value!r} cannot be combined with kv_compression="
-                f"{config.recipe!r}: {rule.reason}; {rule.remedy}, or set kv_compression to off."
-            )
-    _check_kernels(vllm_config)
-
-
-def _check_kernels(vllm_config: VllmConfig) -> None:
-    import ems_vllm
-
-    device = vllm_config.device_config.device_type
-    if device == "cuda" and not ems_vllm.build_info()["cuda_archs"]:
-        raise ConfigError(
-            "kv_compression cannot run on device='cuda': this build of ems-vllm holds no CUDA "
-            "kernels; rebuild it where nvcc is installed, or set kv_compression to off."
-        )
+            raise rule.error(value, config.recipe)

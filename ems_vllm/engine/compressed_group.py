@@ -34,9 +34,9 @@ class GroupTensors:
         stacks: Its caches, in layer order.
         scores: [num_layers, num_blocks + private pages, num_kv_heads, block_size], float32 -
             accumulated attention by block; None when the policy accumulates none.
-        query_ring: [num_layers, max_num_seqs, obs_window, num_heads, head_size] - last queries of
-            every request; None when the policy records none.
-        obs_window: Recorded queries per request.
+        query_ring: [num_layers, max_num_seqs, ring_columns, num_heads, head_size] - last queries
+            of every request; None when the policy records none.
+        obs_window: Queries per request that score.
         scale: Softmax scale of the layers.
     """
 
@@ -59,6 +59,7 @@ class GroupTensors:
         num_heads: int,
         scale: float,
         obs_window: int,
+        ring_columns: int,
         max_num_seqs: int,
         query_dtype: torch.dtype,
     ) -> GroupTensors:
@@ -67,6 +68,7 @@ class GroupTensors:
         Args:
             caches: One per layer, in layer order, each [num_blocks, ...].
             num_heads: Query heads of a layer on this rank.
+            ring_columns: Queries per request that the ring holds, at least `obs_window`.
             max_num_seqs: Rows of the ring.
             query_dtype: dtype of the queries.
         """
@@ -81,7 +83,7 @@ class GroupTensors:
             )
         if policy.scorer.uses_window:
             ring = torch.zeros(
-                (len(caches), max_num_seqs, obs_window, num_heads, spec.head_size),
+                (len(caches), max_num_seqs, ring_columns, num_heads, spec.head_size),
                 dtype=query_dtype,
                 device=device,
             )
@@ -193,10 +195,15 @@ class CompressedGroup:
         if upper_bound is not None:
             removed = torch.tensor(padded, dtype=upper_bound.dtype) * self.tensors.spec.block_size
             upper_bound = upper_bound - removed
+        # Image tokens that see each other are counted from the first live column too; where there
+        # is one, they have been compressed.
+        images = metadata.mm_req_doc_ranges or {}
         return metadata.replace(
             block_table_tensor=block_table,
             seq_lens=seq_lens,
             max_seq_len=metadata.max_seq_len if max_seq_len is None else max_seq_len,
             seq_lens_cpu_upper_bound=upper_bound,
             _num_computed_tokens_cache=None,
+            mm_req_doc_ranges={row: spans for row, spans in images.items() if not padded[row]}
+            or None,
         )

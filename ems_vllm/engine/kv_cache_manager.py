@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
 
@@ -58,6 +59,8 @@ class CompressedAttentionManager(FullAttentionManager):
         self._settings = kv_cache_spec.settings
         self._free_score_pages = kv_cache_spec.num_prefix_score_pages
         self._tracked: dict[str, _Tracked] = {}
+        # Kept through preemptions, for as long as the request exists.
+        self._first_hits: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
 
     # -- admission -----------------------------------------------------------------------------
 
@@ -74,6 +77,9 @@ class CompressedAttentionManager(FullAttentionManager):
         limit = plan.max_shared_tokens
         if limit is not None and self._free_score_pages is not None and plan.compresses_prompt:
             limit = min(limit, self._free_score_pages * self.block_size)
+            # A preempted request finds its own prompt in the cache. Queries that scored at first
+            # have to score again, or the preemption would change the answer.
+            limit = min(limit, self._first_hits.get(request, limit))
         return limit
 
     @classmethod
@@ -146,6 +152,7 @@ class CompressedAttentionManager(FullAttentionManager):
         blocks = super().allocate_new_blocks(request_id, *args, **kwargs)
         tracked = self._tracked[request_id]
         tracked.ledger.step_scheduled(tracked.next_start)
+        self._first_hits.setdefault(tracked.request, tracked.next_start)
         return blocks
 
     def remove_skipped_blocks(

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
@@ -40,8 +40,20 @@ class CompressedAttentionSpec(FullAttentionSpec):
             spec, cls, settings=settings, num_prefix_score_pages=num_prefix_score_pages
         )
 
+    def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
+        # Layers of different sizes get groups of their own: a plan depends on the block size, and
+        # the score pages of a group are all alike. (A mixture with plain full attention is let
+        # through and refused in layer_choice.check_groups, where there are words for it.)
+        if all(isinstance(spec, CompressedAttentionSpec) for spec in kv_cache_specs.values()):
+            return all(spec == self for spec in kv_cache_specs.values())
+        return super().is_uniform_with_collection(kv_cache_specs)
+
     @classmethod
     def merge(cls, specs: Sequence[Self]) -> Self:
+        # vLLM tries to merge any two specs, and takes an AssertionError for a no.
+        assert all(isinstance(spec, cls) for spec in specs), (
+            "Compressed layers share no KV-cache group with others."
+        )
         own = {name: {getattr(spec, name) for spec in specs} for name in _OWN_FIELDS}
         assert all(len(values) == 1 for values in own.values()), (
             "Layers of one KV-cache group must be compressed alike."

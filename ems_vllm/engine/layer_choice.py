@@ -6,12 +6,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+
 if TYPE_CHECKING:
-    from vllm.v1.kv_cache_interface import KVCacheSpec
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+
+    from ems_vllm.policies.base import Scorer
 
 
 @dataclass(frozen=True)
@@ -32,13 +36,53 @@ class LayerChoice:
         return ", ".join(f"{count} layers: {reason}" for reason, count in counts.items()) or "none"
 
 
-def choose_layers(specs: Mapping[str, KVCacheSpec]) -> LayerChoice:
-    """Full-attention layers are compressed; whatever is bounded or recurrent already stays."""
-    reasons = {name: _reason_to_keep(spec) for name, spec in specs.items()}
+def choose_layers(
+    specs: Mapping[str, KVCacheSpec],
+    layers: Mapping[str, Any] | None = None,
+    scorer: Scorer | None = None,
+) -> LayerChoice:
+    """Full-attention layers are compressed; whatever is bounded or recurrent already stays.
+
+    Scores are softmax(scale * q.k) over the entries of the cache. An attention sink (a learned
+    logit in the denominator, as in gpt-oss) is left out: it would scale every score of one query
+    by the same factor below 1, so the order of the entries within a query is exact, and a query
+    that mostly attends to the sink counts for as much as any other.
+
+    Args:
+        specs: KV-cache spec by layer.
+        layers: vLLM's attention layers by name, where they are known.
+        scorer: Of the policy in use, where it is known.
+    """
+    layers = layers or {}
+    reasons = {
+        name: _reason_to_keep(spec) or _reason_in_layer(layers.get(name), scorer)
+        for name, spec in specs.items()
+    }
     return LayerChoice(
         compressed=frozenset(name for name, reason in reasons.items() if reason is None),
         kept={name: reason for name, reason in reasons.items() if reason is not None},
     )
+
+
+def mixed_layer(kv_cache_config: KVCacheConfig, specs: Mapping[str, KVCacheSpec]) -> str | None:
+    """A layer that shares its KV-cache group with layers of another kind, if there is one.
+
+    vLLM merges the specs of the layers of a group. Where it merges a compressed one with another
+    kind of full attention, the result is either plain, and then nothing is compressed, or
+    scheduler and worker see different kinds, and blocks are freed that the worker still reads.
+
+    Args:
+        kv_cache_config: What vLLM made of the specs.
+        specs: What the worker declared.
+    """
+    for group in kv_cache_config.kv_cache_groups:
+        is_compressed = isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+        for name in group.layer_names:
+            # Layers that share another one's cache have no spec of their own.
+            spec = specs.get(name)
+            if spec is not None and isinstance(spec, CompressedAttentionSpec) != is_compressed:
+                return name
+    return None
 
 
 def _reason_to_keep(spec: KVCacheSpec) -> str | None:
@@ -52,4 +96,19 @@ def _reason_to_keep(spec: KVCacheSpec) -> str | None:
         return "chunked local attention"
     if spec.non_causal:
         return "not causal"
+    if spec.head_size_v != spec.head_size:
+        return "keys and values differ in size"
+    return None
+
+
+def _reason_in_layer(layer: Any, scorer: Scorer | None) -> str | None:
+    """What the spec does not tell."""
+    impl = getattr(layer, "impl", None)
+    if getattr(impl, "alibi_slopes", None) is not None:
+        # The bias depends on the column, and compression moves entries to other columns.
+        return "ALiBi"
+    reads_queries = scorer is not None and (scorer.uses_global or scorer.uses_window)
+    if reads_queries and getattr(impl, "logits_soft_cap", None):
+        # Scores without the cap are off by a factor that grows exponentially with the logit.
+        return "soft-capped attention logits, which a scorer that reads queries cannot follow"
     return None

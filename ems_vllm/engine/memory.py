@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,12 +25,14 @@ class Footprint:
     Attributes:
         config: Settings of the server.
         max_num_seqs: Rows of the query ring.
+        ring_columns: Queries in a row of the ring.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
     """
 
     config: KVCompressionConfig
     max_num_seqs: int
+    ring_columns: int
     query_itemsize: int
     num_heads: Mapping[str, int]
 
@@ -38,7 +41,7 @@ class Footprint:
         total = self.config.workspace_mib << 20
         for name, spec in _compressed(specs).items():
             if self.config.scorer.uses_window:
-                row = self.config.obs_window * self.num_heads[name] * spec.head_size
+                row = self.ring_columns * self.num_heads[name] * spec.head_size
                 total += self.max_num_seqs * row * self.query_itemsize
             total += (spec.num_prefix_score_pages or 0) * _score_page_bytes(spec)
         return total
@@ -46,10 +49,15 @@ class Footprint:
     def reduce(self, available: int, specs: Mapping[str, KVCacheSpec]) -> int:
         """Bytes left for the KV cache of `available`, so that everything together fits.
 
-        Every block of a layer that accumulates scores brings a page of scores, so the variable
-        part is a fixed share of the cache.
+        Every block id brings a page of scores in each layer that accumulates them, so the variable
+        part is a fixed share of the cache. The groups of a hybrid model lie on top of each other:
+        a block id has the bytes of one group, which holds at least as many layers as the rarest
+        kind has.
         """
-        pages = sum(spec.page_size_bytes for spec in specs.values())
+        kinds: dict[KVCacheSpec, int] = defaultdict(int)
+        for spec in specs.values():
+            kinds[spec] += spec.page_size_bytes
+        pages = min(kinds.values())
         scores = sum(_score_page_bytes(spec) for spec in _compressed(specs).values())
         left = max(0, available - self.fixed_bytes(specs))
         return left * pages // (pages + scores)

@@ -13,16 +13,25 @@ from typing import TYPE_CHECKING
 from ems_vllm.config.request import RequestOptions
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 
 
 @dataclass(frozen=True)
 class RequestInfo:
-    """What does not change while a request lives, preemptions included."""
+    """What does not change while a request lives, preemptions included.
+
+    Attributes:
+        req_id: vLLM's.
+        prompt_len: Tokens of the prompt.
+        options: What the request asked for.
+        num_first_hit: Tokens that came from the prefix cache when it was first admitted. The
+            queries after them are the ones that score, also when it is computed again.
+    """
 
     req_id: str
     prompt_len: int
     options: RequestOptions
+    num_first_hit: int
 
 
 @dataclass
@@ -32,7 +41,7 @@ class RunningRequest:
     Attributes:
         block_ids: Per KV-cache group, the block of every column ever allocated. Columns that the
             scheduler has freed keep their stale id and must not be read.
-        num_cached: Tokens that came from the prefix cache at admission.
+        num_cached: Tokens that came from the prefix cache at the latest admission.
         num_computed: Tokens processed before the current step.
         num_scheduled: Tokens of the current step; 0 when it is not part of it.
         ring_row: Row of the query ring.
@@ -92,13 +101,10 @@ class RequestTable:
 
         admitted = []
         for new in output.scheduled_new_reqs:
-            params = new.sampling_params
-            info = RequestInfo(
-                new.req_id,
-                new.prompt_len,
-                RequestOptions.parse_admitted(params.extra_args if params else None),
-            )
-            self._infos[new.req_id] = info
+            info = self._infos.get(new.req_id)
+            # Model runner V2 is told of a resumed request as of a new one.
+            if info is None:
+                info = self._infos[new.req_id] = _info(new)
             admitted.append(self._admit(info, new.block_ids, new.num_computed_tokens))
         for req_id, num_computed, block_ids in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
@@ -138,3 +144,9 @@ class RequestTable:
             return []
         self._free_ring_rows.append(request.ring_row)
         return [req_id]
+
+
+def _info(new: NewRequestData) -> RequestInfo:
+    params = new.sampling_params
+    options = RequestOptions.parse_admitted(params.extra_args if params else None)
+    return RequestInfo(new.req_id, new.prompt_len, options, new.num_computed_tokens)

@@ -28,6 +28,41 @@ class ScoreRows:
     score_table: torch.Tensor
 
 
+@dataclass(frozen=True)
+class _Chunk:
+    """The prompt queries of a request in a step that score.
+
+    Attributes:
+        request: Whose they are.
+        query_start: Index of the first of them in the batch.
+        first_query: Its position.
+        seq_len: Position after the last of them.
+        num_scored: Leading entries that have a score to add to.
+    """
+
+    request: RunningRequest
+    query_start: int
+    first_query: int
+    seq_len: int
+    num_scored: int
+
+
+def _prompt_chunk(request: RunningRequest, query_start: int) -> _Chunk:
+    # A request that was preempted may hit less than at first, and it computes generated tokens
+    # again too: the queries that scored at first are the ones that count.
+    num_first_hit = request.info.num_first_hit
+    first_query = max(request.num_computed, num_first_hit)
+    end = request.num_computed + request.num_scheduled
+    return _Chunk(
+        request,
+        query_start + first_query - request.num_computed,
+        first_query,
+        min(end, request.info.prompt_len),
+        # The first chunk that scores overwrites what an earlier owner of a page left behind.
+        0 if request.num_computed <= num_first_hit else request.num_computed,
+    )
+
+
 def score_rows(
     rows: Sequence[tuple[RunningRequest, int]],
     states: GroupStates,
@@ -47,37 +82,23 @@ def score_rows(
     Returns:
         None when there is no such chunk.
     """
-    chosen = [
-        (request, query_start)
-        for request, query_start in rows
-        if states[request].plan.compresses_prompt and request.num_computed < request.info.prompt_len
-    ]
+    chosen: list[_Chunk] = []
+    for request, query_start in rows:
+        if states[request].plan.compresses_prompt:
+            chunk = _prompt_chunk(request, query_start)
+            if chunk.first_query < chunk.seq_len:
+                chosen.append(chunk)
     if not chosen:
         return None
-    # A resumed request computes generated tokens again too; only prompt queries count.
-    seq_lens = [
-        min(request.num_computed + request.num_scheduled, request.info.prompt_len)
-        for request, _ in chosen
-    ]
     columns = [
-        request.block_ids[group_id][: -(-seq_len // block_size)]
-        for (request, _), seq_len in zip(chosen, seq_lens, strict=True)
+        chunk.request.block_ids[group_id][: -(-chunk.seq_len // block_size)] for chunk in chosen
     ]
-    pages = [states[request].pages(ids) for (request, _), ids in zip(chosen, columns, strict=True)]
-    query_lens = [
-        seq_len - request.num_computed
-        for (request, _), seq_len in zip(chosen, seq_lens, strict=True)
-    ]
-    # The first chunk overwrites what an earlier owner of a page left behind.
-    accumulate_lens = [
-        0 if request.num_computed == request.num_cached else request.num_computed
-        for request, _ in chosen
-    ]
+    pages = [states[c.request].pages(ids) for c, ids in zip(chosen, columns, strict=True)]
     return ScoreRows(
         block_table=pad_rows(columns, device),
-        query_starts=to_device([start for _, start in chosen], device),
-        query_lens=to_device(query_lens, device),
-        seq_lens=to_device(seq_lens, device),
-        accumulate_lens=to_device(accumulate_lens, device),
+        query_starts=to_device([chunk.query_start for chunk in chosen], device),
+        query_lens=to_device([chunk.seq_len - chunk.first_query for chunk in chosen], device),
+        seq_lens=to_device([chunk.seq_len for chunk in chosen], device),
+        accumulate_lens=to_device([chunk.num_scored for chunk in chosen], device),
         score_table=pad_rows(pages, device),
     )

@@ -45,31 +45,50 @@ class Patch:
 
         Raises:
             PatchError: the vLLM version is outside `vllm`, the target is missing, or its source is
-                not the one that was tested.
+                none of those that were tested.
         """
-        from vllm import __version__ as version
-
+        if self.is_applied():
+            return
+        self.verify()
         owner, name = self._resolve()
         raw = inspect.getattr_static(owner, name)
-        original = raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
-        if getattr(original, _MARK, None) == self.target:
-            return
-        self._check(version, original)
+        original = _function(owner, name)
         wrapped = functools.wraps(original)(self.wrap(original))
         setattr(wrapped, _MARK, self.target)
         kind = type(raw) if isinstance(raw, staticmethod | classmethod) else (lambda fn: fn)
         setattr(owner, name, kind(wrapped))
 
     def is_applied(self) -> bool:
+        return getattr(_function(*self._resolve()), _MARK, None) == self.target
+
+    def verify(self) -> None:
+        """Check that the patch fits the installed vLLM; nothing is changed.
+
+        Raises:
+            PatchError: as `apply`.
+        """
+        from vllm import __version__ as version
+
+        base = version.split("+")[0]
+        if base not in SpecifierSet(self.vllm):
+            raise PatchError(
+                f"vllm=={version} is not supported by this version of ems-vllm: {self.target} was "
+                f"patched for vllm{self.vllm}; install one of those versions, or a newer ems-vllm."
+            )
         owner, name = self._resolve()
-        raw = inspect.getattr_static(owner, name)
-        return getattr(getattr(raw, "__func__", raw), _MARK, None) == self.target
+        if self.is_applied() or not self.source_sha256:
+            return
+        # A release that was not tested is taken when it left this function as it was.
+        if source_sha256(_function(owner, name)) not in self.source_sha256.values():
+            raise PatchError(
+                f"{self.target} of vllm=={version} is not the code that was tested: another "
+                "extension may have patched it first; uninstall that one or disable it through "
+                "VLLM_PLUGINS."
+            )
 
     def current_sha256(self) -> str:
         """Hash of the target's source in the installed vLLM, patched or not."""
-        owner, name = self._resolve()
-        raw = inspect.getattr_static(owner, name)
-        return source_sha256(inspect.unwrap(getattr(raw, "__func__", raw)))
+        return source_sha256(inspect.unwrap(_function(*self._resolve())))
 
     def _resolve(self) -> tuple[Any, str]:
         module, _, path = self.target.partition(":")
@@ -85,20 +104,11 @@ class Patch:
             ) from error
         return owner, name
 
-    def _check(self, version: str, original: Callable[..., Any]) -> None:
-        base = version.split("+")[0]
-        if base not in SpecifierSet(self.vllm):
-            raise PatchError(
-                f"vllm=={version} is not supported: {self.target} was patched for vllm{self.vllm}; "
-                "install one of those versions, or a newer ems-vllm."
-            )
-        expected = self.source_sha256.get(base)
-        if expected is not None and source_sha256(original) != expected:
-            raise PatchError(
-                f"{self.target} of vllm=={version} is not the code that was tested: another "
-                "extension may have patched it first; uninstall that one or disable it through "
-                "VLLM_PLUGINS."
-            )
+
+def _function(owner: Any, name: str) -> Callable[..., Any]:
+    """The plain function behind an attribute of a class, of whatever kind of method."""
+    raw = inspect.getattr_static(owner, name)
+    return raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
 
 
 def source_sha256(function: Callable[..., Any]) -> str:

@@ -73,11 +73,12 @@ class EngineProbe:
         prompts: Sequence[list[int]],
         max_tokens: int | Sequence[int] = 24,
         extra_args: dict[str, Any] | None = None,
+        **sampling: Any,
     ) -> list[list[int]]:
         """Greedy answers to prompts of token ids, as token ids."""
         return [
             list(output.outputs[0].token_ids)
-            for output in self.generate_outputs(prompts, max_tokens, extra_args)
+            for output in self.generate_outputs(prompts, max_tokens, extra_args, **sampling)
         ]
 
     def generate_outputs(
@@ -85,14 +86,14 @@ class EngineProbe:
         prompts: Sequence[list[int]],
         max_tokens: int | Sequence[int] = 24,
         extra_args: dict[str, Any] | None = None,
+        **sampling: Any,
     ) -> list[Any]:
+        """vLLM's outputs of greedy requests; `sampling` overrides what makes them so."""
         from vllm import SamplingParams
 
         lengths = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-        params = [
-            SamplingParams(temperature=0, max_tokens=length, ignore_eos=True, extra_args=extra_args)
-            for length in lengths
-        ]
+        common = {"temperature": 0, "ignore_eos": True, "extra_args": extra_args, **sampling}
+        params = [SamplingParams(max_tokens=length, **common) for length in lengths]
         inputs = [{"prompt_token_ids": prompt} for prompt in prompts]
         return self.llm.generate(inputs, params, use_tqdm=False)
 

@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """I3 by simulation: no leak, no double free, no shared write, no block handed out too early."""
 
+from dataclasses import replace
+
 import pytest
-from engine.simulator import Simulator, SymbolicWorker
+from engine.simulator import Simulator
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from ems_vllm.engine import score_rows as scoring
 from ems_vllm.engine.compaction_ledger import CompactionLedger
+from ems_vllm.engine.group_state import GroupStates, RequestState
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 
 SETTINGS = {
@@ -35,15 +39,14 @@ class SchedulingMachine(RuleBasedStateMachine):
     """Arrivals, steps, aborts, preemptions and cache resets in any order."""
 
     @initialize(
-        async_scheduling=st.booleans(),
+        # vLLM schedules synchronously where n-grams are drafted.
+        mode=st.sampled_from(["sync", "async", "drafts"]),
         recompress_interval=st.sampled_from([0, 4, 8]),
         num_blocks=st.sampled_from([32, 48, 80]),
         max_num_batched_tokens=st.sampled_from([8, 24, 64]),
         recipe=st.sampled_from(["ems", "knorm"]),
     )
-    def start(
-        self, async_scheduling, recompress_interval, num_blocks, max_num_batched_tokens, recipe
-    ):
+    def start(self, mode, recompress_interval, num_blocks, max_num_batched_tokens, recipe):
         self.compression = {
             **SETTINGS,
             "recipe": recipe,
@@ -53,7 +56,8 @@ class SchedulingMachine(RuleBasedStateMachine):
         self.simulator = Simulator(
             self.compression,
             num_blocks=num_blocks,
-            async_scheduling=async_scheduling,
+            async_scheduling=mode == "async",
+            num_drafts=3 if mode == "drafts" else 0,
             **self.options,
         )
         self.asked = {}
@@ -108,14 +112,19 @@ SchedulingMachine.TestCase.settings = settings(max_examples=15, stateful_step_co
 TestScheduling = SchedulingMachine.TestCase
 
 
+def busy_runs():
+    for mode in MODES:
+        busy_run(**mode)
+
+
 def busy_run(**options):
     """A fixed load in which everything happens: hits, preemptions, recompressions, late ones."""
-    simulator = Simulator({**SETTINGS, "recipe": "knorm"}, num_blocks=40, **options)
+    simulator = Simulator(SETTINGS, num_blocks=40, **options)
     for round_ in range(6):
         for index in range(5):
             prompt = [*BASE[: 10 * index + 5], 200 + index, 300 + round_ % 2]
             simulator.add(prompt, 12 + 6 * index)
-        for _ in range(25):
+        for _ in range(25 // (1 + options.get("num_drafts", 0))):
             if simulator.unfinished:
                 simulator.step()
         simulator.preempt(round_)
@@ -123,12 +132,46 @@ def busy_run(**options):
     return simulator
 
 
-@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
-def test_busy_run_exercises_what_the_planted_bugs_break(async_scheduling):
-    simulator = busy_run(async_scheduling=async_scheduling)
+MODES = ({}, {"async_scheduling": True}, {"num_drafts": 3})
+
+
+@pytest.mark.parametrize("mode", MODES, ids=["sync", "async", "drafts"])
+def test_busy_run_exercises_what_the_planted_bugs_break(mode):
+    simulator = busy_run(**mode)
     assert simulator.worker.num_compactions > 30
     assert simulator.num_preemptions > 6
     assert simulator.worker.num_checked_slots > 10_000
+    assert (simulator.worker.num_accepted_drafts > 100) == ("num_drafts" in mode)
+
+
+def test_two_hundred_requests_at_once():
+    """Long and short ones, shared prefixes, a pool that preempts: each answers as it does alone."""
+    settings = {**SETTINGS, "budget": 64, "recent_window": 32, "recompress_interval": 32}
+    settings["prefix_score_tokens"] = 4096
+    options = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "async_scheduling": True}
+    # 10 to 3,000 tokens, each step the same factor; every other one begins like the others.
+    lengths = [round(10 * 300 ** (index / 199)) for index in range(200)]
+    prompts = [
+        [*(range(length // 2) if index % 2 else ()), *range(10**6 + index, 10**6 + index + length)]
+        for index, length in enumerate(lengths)
+    ]
+    simulator = Simulator(settings, num_blocks=2000, **options)
+    names = [simulator.add(prompt, 40) for prompt in prompts]
+    for index, name in enumerate(names):
+        simulator.step()
+        if index % 5 == 4:
+            simulator.abort(name)
+    simulator.drain(limit=50_000)
+    assert simulator.num_preemptions > 0
+    assert simulator.worker.num_compactions > 200
+    assert simulator.pool.get_num_free_blocks() == 1999
+    # The same, one after the other.
+    alone = Simulator(settings, num_blocks=2000, **options)
+    for index in range(0, 200, 10):
+        assert len(simulator.answers[names[index]]) == 40
+        name = alone.add(prompts[index], 40)
+        alone.drain()
+        assert alone.answers[name] == simulator.answers[names[index]]
 
 
 def _freed_one_step_early(monkeypatch):
@@ -139,18 +182,15 @@ def _freed_one_step_early(monkeypatch):
     )
 
 
-def _hit_runs_into_the_targets(monkeypatch):
+def _hit_ends_a_block_too_late(monkeypatch):
     admit = CompressedAttentionManager.admit
-    monkeypatch.setattr(
-        CompressedAttentionManager,
-        "admit",
-        lambda self, request: None if admit(self, request) is None else 10**9,
-    )
-    monkeypatch.setattr(
-        CompressedAttentionManager,
-        "cache_blocks",
-        super(CompressedAttentionManager, CompressedAttentionManager).cache_blocks,
-    )
+
+    def admit_more(self, request):
+        limit = admit(self, request)
+        return None if limit is None else limit + self.block_size
+
+    monkeypatch.setattr(CompressedAttentionManager, "admit", admit_more)
+    _compressed_columns_are_hashed(monkeypatch)
 
 
 def _compressed_columns_are_hashed(monkeypatch):
@@ -162,37 +202,68 @@ def _compressed_columns_are_hashed(monkeypatch):
 
 
 def _worker_state_survives_a_preemption(monkeypatch):
-    admit = SymbolicWorker._admit
+    admit, kept = GroupStates.admit, {}
 
-    def keeping(self, request):
-        old = self.kept.get(request.info.req_id)
+    def admit_again(self, request):
+        old = kept.get((id(self), request.info.req_id))
         admit(self, request)
+        state = self[request]
         if old is not None:
-            self.states[request.info.req_id].first = old.first
-            self.states[request.info.req_id].tail = old.tail
-        self.kept[request.info.req_id] = self.states[request.info.req_id]
+            state.first, state.tail = old.first, old.tail
+        kept[id(self), request.info.req_id] = state
 
-    monkeypatch.setattr(SymbolicWorker, "kept", {}, raising=False)
-    monkeypatch.setattr(SymbolicWorker, "_admit", keeping)
+    monkeypatch.setattr(GroupStates, "admit", admit_again)
 
 
 def _chunk_runs_across_a_compaction(monkeypatch):
     monkeypatch.setattr(CompressedAttentionManager, "chunk_limit", lambda *args: 10**9)
 
 
-def busy_runs():
-    for async_scheduling in (False, True):
-        busy_run(async_scheduling=async_scheduling)
+def _scores_of_an_earlier_owner_are_added_to(monkeypatch):
+    chunk = scoring._prompt_chunk
+
+    def never_first(request, query_start):
+        return replace(chunk(request, query_start), num_scored=request.num_computed)
+
+    monkeypatch.setattr(scoring, "_prompt_chunk", never_first)
+
+
+def _preempted_request_hits_its_own_prompt(monkeypatch):
+    admit = CompressedAttentionManager.admit
+
+    def forgetful(self, request):
+        self._first_hits.clear()
+        return admit(self, request)
+
+    monkeypatch.setattr(CompressedAttentionManager, "admit", forgetful)
+
+
+def _preempted_request_scores_more_than_at_first(monkeypatch):
+    monkeypatch.setattr(
+        scoring,
+        "_prompt_chunk",
+        lambda request, start, chunk=scoring._prompt_chunk: chunk(
+            replace(request, info=replace(request.info, num_first_hit=request.num_cached)), start
+        ),
+    )
+
+
+def _private_score_pages_are_shared(monkeypatch):
+    monkeypatch.setattr(RequestState, "pages", lambda self, block_ids: list(block_ids))
 
 
 @pytest.mark.parametrize(
     "plant",
     [
         _freed_one_step_early,
-        _hit_runs_into_the_targets,
+        _hit_ends_a_block_too_late,
         _compressed_columns_are_hashed,
         _worker_state_survives_a_preemption,
         _chunk_runs_across_a_compaction,
+        _scores_of_an_earlier_owner_are_added_to,
+        _preempted_request_hits_its_own_prompt,
+        _preempted_request_scores_more_than_at_first,
+        _private_score_pages_are_shared,
     ],
     ids=lambda plant: plant.__name__.strip("_"),
 )

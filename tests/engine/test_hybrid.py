@@ -1,76 +1,284 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models that mix attention kinds: sliding-window layers stay as they are, full ones compress."""
+"""Models that mix attention kinds: full-attention layers compress, the others stay as they are."""
 
-import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
-from engine.harness import LLAMA, engine, tokens
+from engine import tiny_models
+from engine.harness import engine, tokens
+from engine.tiny_models import MAX_MODEL_LEN
 
-PROMPTS = [tokens(length, seed=length) for length in (5, 300, 900, 64)]
-MAX_TOKENS = 60
+from ems_vllm.config import ConfigError, load_config
+
+LONG = tokens(500)
+# One is the beginning of another: a hit that went too far would be compressed in place.
+PROMPTS = [tokens(5, seed=5), LONG[:300], LONG]
+MAX_TOKENS = 32
+# CPU_REFERENCE: for some of these models vLLM would choose a backend that needs an accelerator.
+OPTIONS = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
+# Models, and the managers of their other layers.
+MODELS = {
+    "gemma2": "SlidingWindowManager",
+    "gemma3": "SlidingWindowManager",
+    "gemma4": "SlidingWindowManager",
+    "gpt_oss": "SlidingWindowManager",
+    "llama4": "ChunkedLocalAttentionManager",
+    "lfm2": "MambaManager",
+}
 
 
-def settings(budget: int, recipe: str = "ems") -> dict[str, object]:
+def settings(budget: int, recipe: str = "ems", **more: object) -> dict[str, object]:
     return {
         "recipe": recipe,
         "budget": budget,
         "recent_window": 32,
         "recompress_interval": 64,
         "min_blocks_saved": 1,
+        **more,
     }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def stand_ins():
+    with tiny_models.stand_ins():
+        yield
+
+
 @pytest.fixture(scope="module")
-def gemma(tmp_path_factory):
-    """A tiny Gemma-3-like model: two sliding-window layers, then a full one, twice."""
-    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+def folder(tmp_path_factory):
+    """Gives the folder of a model by its name; each is made once."""
+    folders = {}
 
-    folder = tmp_path_factory.mktemp("gemma3")
-    torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=2048,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        max_position_embeddings=4096,
-        sliding_window=128,
-        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * 2,
-        query_pre_attn_scalar=64,
-        initializer_range=0.08,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
+    def find(name):
+        if name not in folders:
+            build = getattr(tiny_models, name)
+            folders[name] = tiny_models.save(build, tmp_path_factory.mktemp(name))
+        return folders[name]
+
+    return find
+
+
+def hugging_face(folder, prompt, num_tokens):
+    from transformers import AutoModelForCausalLM
+
+    # The other implementations leave the soft cap and the sinks out.
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    answer = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        max_new_tokens=num_tokens,
+        do_sample=False,
+        eos_token_id=None,
     )
-    Gemma3ForCausalLM(config).float().eval().save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(f"{LLAMA}/{name}", folder)
-    return str(folder)
+    return answer[0, len(prompt) :].tolist()
 
 
-def test_unlimited_budget_is_identical_to_plain_vllm(gemma):
-    with engine(None, gemma, max_model_len=2048) as probe:
-        expected = [probe.generate(PROMPTS, MAX_TOKENS) for _ in range(2)]
-    with engine(settings(4096), gemma, max_model_len=2048) as probe:
-        assert [probe.generate(PROMPTS, MAX_TOKENS) for _ in range(2)] == expected
+@pytest.mark.parametrize("model", MODELS)
+def test_unlimited_budget_is_identical_to_plain_vllm(model, folder):
+    with engine(None, folder(model), **OPTIONS) as probe:
+        expected = probe.generate(PROMPTS, MAX_TOKENS)
+    assert expected[1][:8] == hugging_face(folder(model), PROMPTS[1], 8)
+    # A scorer that reads queries is refused where they are soft-capped.
+    recipe = "knorm" if model == "gemma2" else "ems"
+    with engine(settings(4096, recipe), folder(model), **OPTIONS) as probe:
+        assert [probe.generate(PROMPTS, MAX_TOKENS) for _ in range(2)] == [expected] * 2
         assert probe.stats()["num_compactions"] == 0
 
 
-def test_only_full_attention_layers_are_compressed(gemma):
-    with engine(settings(64, "knorm"), gemma, max_model_len=2048) as probe:
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "gemma2"])
+def test_only_full_attention_layers_are_compressed(model, folder):
+    with engine(settings(64, "knorm"), folder(model), **OPTIONS) as probe:
+        managers = {type(manager).__name__ for manager in probe.managers}
+        assert managers == {"CompressedAttentionManager", MODELS[model]}
         answers = probe.generate(PROMPTS, MAX_TOKENS)
-        again = probe.generate(PROMPTS, MAX_TOKENS)
         stats = probe.stats()
         assert stats["num_layers"] == 2
-        assert stats["num_compactions"] >= 4
-        assert [type(manager).__name__ for manager in probe.managers].count(
-            "CompressedAttentionManager"
-        ) == 1
+        assert stats["num_compactions"] >= 2
+        assert stats["num_entries_kept"] < stats["num_entries_in"]
+        again = probe.generate_outputs(PROMPTS, MAX_TOKENS)
+        # Of 500 tokens, the budget and the recent window are never hit, nor are partial blocks;
+        # and a state is kept only where a chunk ended.
+        assert again[-1].num_cached_tokens >= 256
+        assert [list(output.outputs[0].token_ids) for output in again] == answers
+        assert probe.generate(PROMPTS, MAX_TOKENS) == answers
         probe.assert_pool_is_empty()
-    with engine(
-        settings(64, "knorm"), gemma, max_model_len=2048, enable_prefix_caching=False
-    ) as off:
-        assert off.generate(PROMPTS, MAX_TOKENS) == answers == again
+
+
+def test_preempted_requests_of_a_model_with_states_give_the_same_answers(folder):
+    prompts = [tokens(length, seed=length) for length in (420, 380, 300)]
+    options = {**OPTIONS, "max_model_len": 640}
+    with engine(settings(64, "knorm"), folder("lfm2"), **options) as probe:
+        expected = probe.generate(prompts, 80)
+        assert probe.num_preemptions == 0
+    with engine(settings(64, "knorm"), folder("lfm2"), num_blocks=15, **options) as probe:
+        assert probe.generate(prompts, 80) == expected
+        assert probe.num_preemptions > 0
+        probe.assert_pool_is_empty()
+
+
+def test_scores_and_cache_together_fit_the_memory(folder):
+    memory = 48 << 20
+    options = {**OPTIONS, "kv_cache_memory_bytes": memory, "max_num_seqs": 4}
+    with engine(settings(64, workspace_mib=8), folder("gemma3"), **options) as probe:
+        tensors = probe.worker.compression.groups[0].tensors
+        caches = {
+            cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes()
+            for cache in probe.worker.model_runner.kv_caches
+        }
+        taken = sum(caches.values()) + tensors.scores.nbytes + tensors.query_ring.nbytes
+        assert 0.95 * memory < taken + (8 << 20) <= memory
+        probe.generate(PROMPTS, MAX_TOKENS)
+        assert probe.stats()["num_compactions"] >= 2
+        probe.assert_pool_is_empty()
+
+
+@pytest.fixture
+def refused_start():
+    """An engine that fails while it starts does not shut down its worker, which would do this."""
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    from ems_vllm.engine.backends import restore_backends
+
+    yield
+    restore_backends()
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.usefixtures("refused_start")
+def test_layers_that_vllm_would_put_into_one_group_are_refused(folder):
+    options = {**OPTIONS, "disable_hybrid_kv_cache_manager": True}
+    with (
+        pytest.raises(ConfigError, match=r"block tables of their own.*--disable-hybrid"),
+        engine(settings(64, "knorm"), folder("gemma3"), **options),
+    ):
+        pass
+
+
+@pytest.mark.usefixtures("refused_start")
+def test_soft_capped_logits_are_refused_where_queries_are_scored(folder):
+    with (
+        pytest.raises(ConfigError, match="soft-capped attention logits"),
+        engine(settings(64, "ems"), folder("gemma2"), **OPTIONS),
+    ):
+        pass
+
+
+class TestLayerChoice:
+    """Kinds of layers that no model here has."""
+
+    @staticmethod
+    def spec(**fields):
+        from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+        defaults = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+        return FullAttentionSpec(**{**defaults, **fields})
+
+    @pytest.mark.parametrize(
+        ("fields", "reason"),
+        [
+            ({"head_size_v": 16}, "differ in size"),
+            ({"non_causal": True}, "not causal"),
+            ({"sliding_window": 64}, "sliding window"),
+            ({"attention_chunk_size": 64}, "chunked"),
+        ],
+    )
+    def test_special_full_attention_is_kept(self, fields, reason):
+        from ems_vllm.engine.layer_choice import choose_layers
+
+        choice = choose_layers({"plain": self.spec(), "special": self.spec(**fields)})
+        assert choice.compressed == {"plain"}
+        assert reason in choice.describe_kept()
+
+    @pytest.mark.parametrize(
+        ("recipe", "impl", "is_compressed"),
+        [
+            ("knorm", {"alibi_slopes": torch.ones(4)}, False),
+            ("knorm", {"alibi_slopes": None, "logits_soft_cap": 0}, True),
+            ("knorm", {"logits_soft_cap": 50.0}, True),
+            ("ems", {"logits_soft_cap": 50.0}, False),
+            ("snapkv", {"logits_soft_cap": 50.0}, False),
+            ("h2o", {"logits_soft_cap": 50.0}, False),
+            ("ems", {"logits_soft_cap": 0}, True),
+        ],
+    )
+    def test_biased_and_soft_capped_logits(self, recipe, impl, is_compressed):
+        from ems_vllm.engine.layer_choice import choose_layers
+
+        layers = {"layer": SimpleNamespace(impl=SimpleNamespace(**impl))}
+        scorer = load_config({"recipe": recipe, "budget": 64}).scorer
+        choice = choose_layers({"layer": self.spec()}, layers, scorer)
+        assert choice.compressed == ({"layer"} if is_compressed else set())
+
+
+class TestGrouping:
+    """How vLLM groups layers whose specs are compressed."""
+
+    @staticmethod
+    def compressed(**fields):
+        from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+
+        plan_settings = load_config(settings(64)).plan_settings
+        plain = TestLayerChoice.spec(**fields)
+        return CompressedAttentionSpec.compress(plain, plan_settings, None)
+
+    @staticmethod
+    def config(specs, disable_hybrid=False):
+        """The KV-cache configuration that vLLM makes of specs by layer name."""
+        from engine.harness import LLAMA
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+        vllm_config = EngineArgs(
+            LLAMA, block_size=16, disable_hybrid_kv_cache_manager=disable_hybrid
+        ).create_engine_config()
+        vllm_config.cache_config.kv_cache_layout = "LBNHC"
+        return get_kv_cache_configs(vllm_config, [dict(specs)], [256 << 20])[0]
+
+    def test_layers_of_different_sizes_get_groups_of_their_own(self):
+        specs = {"small": self.compressed(), "large": self.compressed(head_size=64)}
+        groups = self.config(specs).kv_cache_groups
+        assert {
+            (type(group.kv_cache_spec).__name__, group.kv_cache_spec.block_size, *group.layer_names)
+            for group in groups
+        } == {
+            ("CompressedAttentionSpec", 32, "small"),
+            ("CompressedAttentionSpec", 16, "large"),
+        }
+
+    @pytest.mark.parametrize("compressed_first", [True, False])
+    @pytest.mark.parametrize("other_kind", ["sliding", "plain"])
+    def test_a_compressed_layer_beside_a_plain_one_is_noticed(self, compressed_first, other_kind):
+        from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
+
+        from ems_vllm.engine.layer_choice import mixed_layer
+
+        other = TestLayerChoice.spec()
+        if other_kind == "sliding":
+            other = replace_as(
+                other,
+                SlidingWindowSpec,
+                drop=("attention_chunk_size", "non_causal"),
+                sliding_window=64,
+            )
+        specs = {"full": self.compressed(), "other": other}
+        if not compressed_first:
+            specs = dict(reversed(specs.items()))
+        config = self.config(specs, disable_hybrid=True)
+        assert mixed_layer(config, specs) in specs
+
+    def test_a_compressed_layer_beside_a_sliding_window_is_right_by_default(self):
+        from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
+
+        from ems_vllm.engine.layer_choice import mixed_layer
+
+        sliding = replace_as(
+            TestLayerChoice.spec(),
+            SlidingWindowSpec,
+            drop=("attention_chunk_size", "non_causal"),
+            sliding_window=64,
+        )
+        specs = {"full": self.compressed(), "sliding": sliding}
+        config = self.config(specs)
+        assert len(config.kv_cache_groups) == 2
+        assert mixed_layer(config, specs) is None

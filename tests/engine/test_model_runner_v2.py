@@ -4,15 +4,11 @@
 Each case runs in a process of its own: the interpreter must be chosen before vLLM is imported.
 """
 
-import json
-import os
-import subprocess
-import sys
-
+import interpreter
 import pytest
-from engine.harness import BLOCK_SIZE, LLAMA, QWEN3, ROOT, engine, tokens
+from engine.harness import BLOCK_SIZE, LLAMA, QWEN3, engine, tokens
+from processes import run_script
 
-TRITON = ROOT / ".triton"
 UNLIMITED = {"recipe": "ems", "budget": 8192}
 LIMITED = {
     "recipe": "ems",
@@ -34,7 +30,6 @@ case = json.loads(sys.argv[1])
 prompts = [tokens(length, seed=length) for length in case["lengths"]]
 with engine(case["compression"], case["model"], **case["options"]) as probe:
     answers = probe.generate(prompts, case["max_tokens"])
-    builder = probe.worker.model_runner.attn_groups[0][0].metadata_builders[0]
     print(json.dumps({
         "answers": answers,
         "runner": type(probe.worker.model_runner).__module__,
@@ -49,7 +44,6 @@ pytestmark = pytest.mark.interpreter
 
 def run_v2(compression, model, lengths, max_tokens, chunk, **options):
     """Greedy answers of the V2 runner, with what ran."""
-    assert TRITON.is_dir(), "Triton is missing: run `make test`, which installs it"
     case = {
         "compression": compression,
         "model": model,
@@ -57,23 +51,7 @@ def run_v2(compression, model, lengths, max_tokens, chunk, **options):
         "lengths": lengths,
         "options": {"max_num_batched_tokens": chunk, **options},
     }
-    environment = {
-        **os.environ,
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_USE_V2_MODEL_RUNNER": "1",
-        "PYTHONPATH": str(TRITON),
-    }
-    result = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, json.dumps(case)],
-        cwd=ROOT / "tests",
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = run_script(_SCRIPT, case, interpreter.environment())
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert found["used_at_end"] == 0
     return found

@@ -1,17 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """I2: with compression off, no object of vLLM's engine is touched."""
 
-import json
 import subprocess
 import sys
 
-from engine.harness import LLAMA, ROOT
+from engine.harness import LLAMA
+from processes import run_script
 
 # In a process of its own: other tests switch compression on in this one.
 _SCRIPT = """
 import json, sys
 from engine.harness import engine, tokens
-with engine(None, sys.argv[1]) as dense:
+with engine(None, json.loads(sys.argv[1])) as dense:
     dense.generate([tokens(300)], 4)
     from vllm.v1.attention.backends import registry
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -47,16 +47,7 @@ with engine(None, sys.argv[1]) as dense:
 
 
 def test_engine_without_compression_is_vllm_alone():
-    result = subprocess.run(
-        [sys.executable, "-c", _SCRIPT, LLAMA],
-        cwd=ROOT / "tests",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    found = json.loads(result.stdout.strip().splitlines()[-1])
-    assert found == {
+    assert run_script(_SCRIPT, LLAMA) == {
         "patched": [],
         "overridden_backends": [],
         "specs": [],

@@ -1,12 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor and pipeline parallelism over gloo: answers equal to one process."""
 
-import json
-import subprocess
-import sys
-
 import pytest
-from engine.harness import LLAMA, ROOT, engine, tokens
+from engine.harness import LLAMA, engine, tokens
+from processes import run_script
 
 COMPRESSION = {
     "recipe": "ems",
@@ -59,10 +56,8 @@ def expected():
     [({"tensor_parallel_size": 2}, [4, 4]), ({"pipeline_parallel_size": 2}, [2, 2])],
     ids=["tensor", "pipeline"],
 )
-def test_two_workers_answer_as_one(parallel, layers, expected, tmp_path):
+def test_two_workers_answer_as_one(parallel, layers, expected):
     prompts, answers, stats = expected
-    script = tmp_path / "parallel.py"
-    script.write_text(_SCRIPT)
     case = {
         "model": LLAMA,
         "compression": COMPRESSION,
@@ -70,15 +65,7 @@ def test_two_workers_answer_as_one(parallel, layers, expected, tmp_path):
         "prompts": prompts,
         "max_tokens": MAX_TOKENS,
     }
-    result = subprocess.run(
-        [sys.executable, str(script), json.dumps(case)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-4000:]
-    found = json.loads(result.stdout.strip().splitlines()[-1])
+    found = run_script(_SCRIPT, case)
     assert found["answers"] == answers
     assert found["layers"] == layers
     assert found["compactions"] == [stats["num_compactions"]] * 2

@@ -7,14 +7,18 @@ import pkgutil
 import pytest
 
 import ems_vllm.patches
+from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.record import Patch, PatchError
 
-PATCHES = [
-    patch
-    for module in pkgutil.iter_modules(ems_vllm.patches.__path__)
-    if module.name != "record"
-    for patch in importlib.import_module(f"ems_vllm.patches.{module.name}").PATCHES
-]
+
+def test_catalogue_is_complete():
+    modules = (
+        importlib.import_module(f"ems_vllm.patches.{module.name}")
+        for module in pkgutil.iter_modules(ems_vllm.patches.__path__)
+        if module.name != "catalogue"
+    )
+    found = [patch for module in modules for patch in getattr(module, "PATCHES", ())]
+    assert sorted(p.target for p in found) == sorted(p.target for p in PATCHES)
 
 
 class Target:
@@ -99,10 +103,16 @@ def test_unknown_vllm_is_refused_and_left_alone(changes, message):
     assert Target().method(1) == 2
 
 
-def test_source_that_was_not_tested_is_refused():
-    from vllm import __version__
-
-    patch = make("method", source_sha256={__version__.split("+")[0]: "0" * 64})
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7"])
+def test_source_that_was_not_tested_is_refused(version, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
+    patch = make("method", source_sha256={version: "0" * 64})
     with pytest.raises(PatchError, match="not the code that was tested"):
         patch.apply()
     assert Target().method(1) == 2
+
+
+def test_release_that_left_a_function_as_it_was_is_taken(monkeypatch):
+    monkeypatch.setattr("vllm.__version__", "0.32.7")
+    for patch in PATCHES:
+        patch.verify()

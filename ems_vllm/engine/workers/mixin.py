@@ -9,13 +9,20 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from ems_vllm.config import ConfigError, KVCompressionConfig
+from ems_vllm.config import KVCompressionConfig
 from ems_vllm.engine import capacity
 from ems_vllm.engine.active_config import active_config
-from ems_vllm.engine.backends import override_backends, restore_backends
+from ems_vllm.engine.backends import OVERRIDES, override_backends, restore_backends
+from ems_vllm.engine.compatibility import (
+    MIXED_GROUP,
+    MIXED_SCALES,
+    NO_FULL_ATTENTION,
+    SPLIT_BLOCKS,
+    UNKNOWN_BACKEND,
+)
 from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.layer_choice import choose_layers
+from ems_vllm.engine.layer_choice import choose_layers, mixed_layer
 from ems_vllm.engine.memory import Footprint
 from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
@@ -57,11 +64,12 @@ class CompressionWorkerMixin(_Base):
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
         """Specs in which the layers that will be compressed say so."""
         specs = super().get_kv_cache_spec()
-        choice = choose_layers(specs)
+        choice = choose_layers(specs, self._attention_layers(), self._policy.scorer)
         if not choice.compressed and not self.parallel_config.pipeline_parallel_size > 1:
-            raise ConfigError(
-                f"kv_compression={self._compression_config.recipe!r} has nothing to do: the model "
-                f"has no full-attention layer ({choice.describe_kept()}); switch compression off."
+            raise NO_FULL_ATTENTION.error(
+                self.model_config.model,
+                self._compression_config.recipe,
+                layers=choice.describe_kept(),
             )
         settings = self._policy.allocator.settings(self._compression_config.plan_settings)
         return {
@@ -89,6 +97,7 @@ class CompressionWorkerMixin(_Base):
         return Footprint(
             config=self._compression_config,
             max_num_seqs=self.scheduler_config.max_num_seqs,
+            ring_columns=self._ring_columns,
             query_itemsize=self.model_config.dtype.itemsize,
             num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},
         )
@@ -96,12 +105,17 @@ class CompressionWorkerMixin(_Base):
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then bind scores, rings and metadata builders to it."""
         super().initialize_from_config(kv_cache_config)
+        name = mixed_layer(kv_cache_config, self.get_kv_cache_spec())
+        if name is not None:
+            recipe = self._compression_config.recipe
+            raise MIXED_GROUP.error(self.model_config.model, recipe, name=name)
         runner = self.model_runner
         layers = self._attention_layers()
         groups = [
             self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
             for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
-            if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+            # A pipeline stage may have no layer of a group.
+            if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
         ]
         self.compression = CompressionRuntime(
             groups, self.scheduler_config.max_num_seqs, batch_order(runner)
@@ -129,24 +143,17 @@ class CompressionWorkerMixin(_Base):
         # Layers that share another layer's cache are listed too; they own none.
         owners = [name for name in layer_names if not layers[name].kv_sharing_target_layer_name]
         caches = [layers[name].kv_cache for name in owners]
-        if caches[0].shape[2] != spec.block_size:
-            raise ConfigError(
-                f"block_size={spec.block_size} is not supported with KV-cache compression: the "
-                f"attention backend splits it into blocks of {caches[0].shape[2]}; start with "
-                f"--block-size {caches[0].shape[2]}."
-            )
+        recipe = self._compression_config.recipe
+        native = caches[0].shape[2]
+        if native != spec.block_size:
+            raise SPLIT_BLOCKS.error(spec.block_size, recipe, native=native)
         for name in layer_names:
             if not hasattr(layers[name].impl, "compression"):
-                raise ConfigError(
-                    f"attention_backend={layers[name].attn_backend.get_name()!r} is not supported "
-                    "with KV-cache compression: choose another --attention-backend."
-                )
+                backend = layers[name].attn_backend.get_name()
+                raise UNKNOWN_BACKEND.error(backend, recipe, known=", ".join(OVERRIDES))
         scales = {float(layers[name].impl.scale) for name in owners}
         if len(scales) > 1:
-            raise ConfigError(
-                f"layers with different softmax scales ({sorted(scales)}) in one KV-cache group "
-                "are not supported with KV-cache compression: switch compression off."
-            )
+            raise MIXED_SCALES.error(self.model_config.model, recipe, scales=sorted(scales))
         scheduler = self.scheduler_config
         capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
@@ -158,6 +165,7 @@ class CompressionWorkerMixin(_Base):
             num_heads=layers[owners[0]].num_heads,
             scale=scales.pop(),
             obs_window=self._compression_config.obs_window,
+            ring_columns=self._ring_columns,
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
         )
@@ -170,6 +178,11 @@ class CompressionWorkerMixin(_Base):
             max_num_tokens=max(scheduler.max_num_batched_tokens, *capture_sizes),
             max_num_columns=_aligned_columns(columns, spec.block_size),
         )
+
+    @property
+    def _ring_columns(self) -> int:
+        # A rejected draft has taken the place of the oldest query that it would push out.
+        return self._compression_config.obs_window + self.vllm_config.num_speculative_tokens
 
     def _attention_layers(self) -> dict[str, Attention]:
         context = self.vllm_config.compilation_config.static_forward_context

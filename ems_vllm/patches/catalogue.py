@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All patches of vLLM, and whether they fit the one that is installed."""
+
+from collections.abc import Iterable
+
+from ems_vllm.patches import async_llm, engine_args, input_processor, kv_cache_manager, scheduler
+from ems_vllm.patches.record import Patch
+
+PATCHES: tuple[Patch, ...] = (
+    *engine_args.PATCHES,
+    *input_processor.PATCHES,
+    *async_llm.PATCHES,
+    *kv_cache_manager.PATCHES,
+    *scheduler.PATCHES,
+)
+
+
+def verify(patches: Iterable[Patch] = PATCHES) -> None:
+    """Check patches against the installed vLLM; nothing is changed.
+
+    Raises:
+        PatchError: the first patch that does not fit.
+    """
+    for patch in patches:
+        patch.verify()

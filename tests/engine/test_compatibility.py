@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Walks the table of what compression cannot be combined with: every row is refused, clearly."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cached_property
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+from engine.harness import LLAMA
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+
+from ems_vllm.config import ConfigError, load_config
+from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility
+
+CONFIG = load_config({"recipe": "ems"})
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    return EngineArgs(model=LLAMA).create_engine_config()
+
+
+@contextmanager
+def changed(vllm_config: Any, changes: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Fields of a configuration, or of a section of it, set for the length of a `with`."""
+    with ExitStack() as stack:
+        for section, fields in changes.items():
+            owner = getattr(vllm_config, section) if section else vllm_config
+            for name, value in fields.items():
+                stack.enter_context(set_to(owner, name, value))
+        yield
+
+
+def set_to(owner: Any, name: str, value: Any) -> AbstractContextManager[Any]:
+    # What is derived from the model's files is a property, and has no setter.
+    if isinstance(inspect.getattr_static(owner, name), property | cached_property):
+        return mock.patch.object(type(owner), name, value)
+    return mock.patch.object(owner, name, value)
+
+
+def with_property(name: str, value: Any = True) -> dict[str, Any]:
+    """A model configuration that has another nature than the tiny model's."""
+    return {"model_config": {name: value}}
+
+
+# What trips each rule, in the order of the table: section of the configuration, field, value.
+TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
+    ("model", with_property("use_mla")),
+    ("model", with_property("is_encoder_decoder")),
+    ("model", with_property("is_diffusion")),
+    ("runner", with_property("runner_type", "pooling")),
+    ("speculative_config", {"": {"speculative_config": SimpleNamespace(method="eagle3")}}),
+    (
+        "kv_transfer_config",
+        {"": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")}},
+    ),
+    ("decode_context_parallel_size", {"parallel_config": {"decode_context_parallel_size": 2}}),
+    ("prefill_context_parallel_size", {"parallel_config": {"prefill_context_parallel_size": 2}}),
+    ("ubatch_size", {"parallel_config": {"ubatch_size": 4}}),
+    ("scheduler_cls", {"scheduler_config": {"scheduler_cls": "mine.Scheduler"}}),
+    ("kv_cache_dtype", {"cache_config": {"cache_dtype": "fp8"}}),
+    ("kv_sharing_fast_prefill", {"cache_config": {"kv_sharing_fast_prefill": True}}),
+    ("hisparse_config", {"attention_config": {"hisparse_config": "a HiSparseConfig"}}),
+    (
+        "compilation_config.cudagraph_mode",
+        {"compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL}},
+    ),
+    ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
+    ("device", {"device_config": {"device_type": "cuda"}}),
+]
+
+
+def test_every_rule_has_a_case():
+    assert [key for key, _ in TRIPS] == [rule.key for rule in RULES]
+
+
+@pytest.mark.parametrize(
+    "index", range(len(TRIPS)), ids=[f"{i}-{t[0]}" for i, t in enumerate(TRIPS)]
+)
+def test_every_combination_is_refused_with_one_sentence(vllm_config, index):
+    key, changes = TRIPS[index]
+    rule = RULES[index]
+    with changed(vllm_config, changes), pytest.raises(ConfigError) as refusal:
+        check_compatibility(vllm_config, CONFIG)
+    (sentence,) = str(refusal.value).splitlines()
+    assert sentence.startswith(f"{key}=")
+    assert "kv_compression='ems'" in sentence
+    assert rule.reason in sentence
+    assert rule.remedy in sentence
+    assert sentence.endswith("or set kv_compression to off.")
+
+
+def test_nothing_else_is_refused(vllm_config):
+    check_compatibility(vllm_config, CONFIG)
+    fine = {
+        "": {"speculative_config": SimpleNamespace(method="ngram")},
+        "compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
+        "cache_config": {"cache_dtype": "bfloat16", "enable_prefix_caching": True},
+        "parallel_config": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
+        "scheduler_config": {"async_scheduling": True},
+    }
+    with changed(vllm_config, fine):
+        check_compatibility(vllm_config, CONFIG)
+
+
+def test_refusals_of_layers_name_key_value_and_remedy():
+    details = {
+        "layers": "2 layers: sliding window",
+        "native": 16,
+        "known": "A",
+        "scales": [1.0],
+        "name": "layers.0",
+    }
+    for refusal in LAYER_REFUSALS:
+        sentence = str(refusal.error("VALUE", "ems", **details))
+        assert sentence.startswith(f"{refusal.key}='VALUE' cannot be combined with")
+        assert "{" not in sentence
+        assert sentence.endswith("or set kv_compression to off.")
