@@ -1,14 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Many clients at once, some of which leave early: nothing is lost (at size: `make load`)."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from e2e.clients import complete, prompt
 from e2e.load import CONFIGURATIONS, Configuration, measure
 from e2e.load_clients import Answer, Case, Job, answers_alone, make_cases, make_jobs
-from e2e.load_result import NEAR_TIE, compare
+from e2e.load_result import (
+    MAX_GROWTH_MIB,
+    NEAR_TIE,
+    MemorySample,
+    compare,
+    steady_growth_mib,
+)
 from serving.server import Server
 
 NUM_CLIENTS = 24
@@ -46,6 +52,21 @@ def test_a_wrong_answer_is_noticed(
     differences = compare([Case([7, 8], 3, None)], [alone], answered)
     assert len(differences) == num_differences
     assert sum(difference.is_near_tie for difference in differences) == num_near_ties
+
+
+@pytest.mark.parametrize(
+    ("memory", "is_lost"),
+    [
+        pytest.param(lambda part: 1100, False, id="flat"),
+        pytest.param(lambda part: 1100 + 20 * (part > 0.5), False, id="one step"),
+        pytest.param(lambda part: 1100 + 20 * part, True, id="a little with every request"),
+    ],
+)
+def test_memory_that_is_lost_with_every_request_is_noticed(
+    memory: Callable[[float], float], is_lost: bool
+) -> None:
+    samples = [MemorySample(50 * i, 500, memory(i / 40) - 500) for i in range(40)]
+    assert (steady_growth_mib(samples) > MAX_GROWTH_MIB) == is_lost
 
 
 @pytest.fixture(scope="module", params=("knorm", "ems"))

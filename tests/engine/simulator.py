@@ -108,6 +108,10 @@ class SymbolicWorker:
         update = self.table.update(output)
         for new in output.scheduled_new_reqs:
             self.tokens.setdefault(new.req_id, list(new.prompt_token_ids))
+        for req_id, tokens in output.scheduled_cached_reqs.all_token_ids.items():
+            # A resumed request: what it sampled in a step that was in flight may have been dropped.
+            self.tokens[req_id] = list(tokens)
+            self._prefixes.pop(req_id, None)
         for request in update.admitted:
             self.first_hits.setdefault(request.info.req_id, request.num_cached)
         if self.states is not None:

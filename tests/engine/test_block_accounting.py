@@ -85,9 +85,9 @@ class SchedulingMachine(RuleBasedStateMachine):
     def preempt(self, index):
         self.simulator.preempt(index)
 
-    @rule()
-    def reset_prefix_cache(self):
-        self.simulator.scheduler.reset_prefix_cache()
+    @rule(preempts=st.booleans())
+    def reset_prefix_cache(self, preempts):
+        self.simulator.scheduler.reset_prefix_cache(reset_running_requests=preempts)
 
     @invariant()
     def accounts_balance(self):
