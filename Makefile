@@ -60,7 +60,8 @@ lint: setup ## formatting, style, types
 	@$(BIN)/yamllint --strict .
 
 bench: setup ## the benchmarks that this machine can run, into benchmarks/results/
-	@$(BIN)/python benchmarks/bench_serving.py
+	@$(BIN)/python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json
+	@$(BIN)/python benchmarks/bench_prefix_hits.py --out benchmarks/results/prefix-hits-cpu.json
 
 clean: ## remove what was built; .venv/ stays
 	rm -rf build dist *.egg-info .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis

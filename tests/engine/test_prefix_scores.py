@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a prefix-cache hit changes for scorers that need queries: which queries scored, no more.
+
+A hit leaves `budget + recent_window` tokens or more to compute, and `obs_window` is at most
+`recent_window`. So the recorded queries are the same with and without a hit, and a scorer that
+uses no others (snapkv) gives identical answers. Accumulated scores (ems, h2o) lack the attention
+of the queries that were not computed again.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from unittest import mock
+
+import pytest
+import torch
+from engine.block_guard import guarded
+from engine.harness import engine, tokens
+
+from ems_vllm import ops
+
+PREFIX = tokens(640, seed=99)
+PROMPTS = [PREFIX + tokens(length, seed=length) for length in (100, 260)]
+PRIMER = PREFIX + tokens(120, seed=8)
+CHUNK = 320
+
+
+def settings(recipe: str, **more: object) -> dict[str, object]:
+    return {
+        "recipe": recipe,
+        "budget": 64,
+        "recent_window": 32,
+        "recompress_interval": 64,
+        "min_blocks_saved": 1,
+        **more,
+    }
+
+
+def answer(probe, prompt, num_cached, max_tokens=24):
+    """Answer to a prompt of which `num_cached` tokens must be hit."""
+    with guarded(probe):
+        (output,) = probe.generate_outputs([prompt], max_tokens)
+    assert output.num_cached_tokens == num_cached
+    return list(output.outputs[0].token_ids)
+
+
+def answers_without_hits(probe):
+    answers = []
+    for prompt in PROMPTS:
+        assert probe.llm.reset_prefix_cache()
+        answers.append(answer(probe, prompt, 0))
+    return answers
+
+
+def answers_with_hits(probe):
+    assert probe.llm.reset_prefix_cache()
+    answer(probe, PRIMER, 0, max_tokens=4)
+    return [answer(probe, prompt, len(PREFIX)) for prompt in PROMPTS]
+
+
+@contextmanager
+def only_late_queries_accumulated(start):
+    """Accumulate the queries from position `start` on, the beginning of a chunk."""
+    score_queries = ops.score_queries
+
+    def late(query, key_cache, table, query_starts, query_lens, seq_lens, accumulated, *others):
+        (position,) = (seq_lens - query_lens).tolist()
+        if position < start:
+            return
+        if position == start:
+            # These are the first ones now; what earlier owners left in the pages does not count.
+            accumulated = torch.zeros_like(accumulated)
+        score_queries(
+            query, key_cache, table, query_starts, query_lens, seq_lens, accumulated, *others
+        )
+
+    with mock.patch.object(ops, "score_queries", late):
+        yield
+
+
+def test_scores_of_the_last_queries_do_not_depend_on_hits():
+    with engine(settings("snapkv"), max_num_batched_tokens=CHUNK) as probe:
+        assert answers_with_hits(probe) == answers_without_hits(probe)
+        # A hit as long as possible leaves just enough queries.
+        prompt = PREFIX + tokens(7, seed=7)
+        assert probe.llm.reset_prefix_cache()
+        cold = answer(probe, prompt, 0)
+        assert answer(probe, prompt, (647 - 32) // 16 * 16 - 64) == cold
+        probe.assert_pool_is_empty()
+
+
+@pytest.mark.parametrize("recipe", ["ems", "h2o"])
+def test_accumulated_scores_lack_the_queries_of_the_hit_and_nothing_else(recipe):
+    with engine(settings(recipe), max_num_batched_tokens=CHUNK) as probe:
+        cold = answers_without_hits(probe)
+        warm = answers_with_hits(probe)
+        with only_late_queries_accumulated(len(PREFIX)):
+            assert answers_without_hits(probe) == warm
+        # The first token comes before the compaction; the scores decide about the other ones.
+        assert [tokens[0] for tokens in warm] == [tokens[0] for tokens in cold]
+        assert warm != cold
+        probe.assert_pool_is_empty()
+
+
+@pytest.mark.parametrize("recipe", ["ems", "h2o"])
+def test_hits_are_scored_in_private(recipe):
+    """A request's result must not depend on who shares its prefix at the same time."""
+    prompt = PROMPTS[1]
+    others = [PREFIX + tokens(length, seed=length) for length in (333, 150)]
+    with engine(settings(recipe)) as probe:
+        answer(probe, PRIMER, 0, max_tokens=4)
+        alone = answer(probe, prompt, len(PREFIX))
+        assert probe.llm.reset_prefix_cache()
+        answer(probe, PRIMER, 0, max_tokens=4)
+        with guarded(probe):
+            outputs = probe.generate_outputs([others[0], prompt, others[1]], 24)
+        assert [output.num_cached_tokens for output in outputs] == [len(PREFIX)] * 3
+        assert list(outputs[1].outputs[0].token_ids) == alone
+        probe.assert_pool_is_empty()
+
+
+@pytest.mark.parametrize(("num_tokens", "expected"), [(160, 160), (0, 0)])
+def test_hit_is_shortened_when_no_private_score_pages_are_left(num_tokens, expected):
+    """Never wrong, only slower: the hit ends where the private pages do."""
+    with engine(settings("ems", prefix_score_tokens=num_tokens)) as probe:
+        answer(probe, PRIMER, 0, max_tokens=4)
+        answer(probe, PROMPTS[0], expected, max_tokens=4)
+        probe.assert_pool_is_empty()
