@@ -34,9 +34,9 @@ class GroupTensors:
         stacks: Its caches, in layer order.
         scores: [num_layers, num_blocks + private pages, num_kv_heads, block_size], float32 -
             accumulated attention by block; None when the policy accumulates none.
-        query_ring: [num_layers, max_num_seqs, ring_columns, num_heads, head_size] - last queries
-            of every request; None when the policy records none.
-        obs_window: Queries per request that score.
+        query_ring: [num_layers, max_num_seqs, obs_window, num_heads, head_size] - last queries of
+            every request; None when the policy records none.
+        obs_window: Recorded queries per request.
         scale: Softmax scale of the layers.
     """
 
@@ -59,7 +59,6 @@ class GroupTensors:
         num_heads: int,
         scale: float,
         obs_window: int,
-        ring_columns: int,
         max_num_seqs: int,
         query_dtype: torch.dtype,
     ) -> GroupTensors:
@@ -68,7 +67,6 @@ class GroupTensors:
         Args:
             caches: One per layer, in layer order, each [num_blocks, ...].
             num_heads: Query heads of a layer on this rank.
-            ring_columns: Queries per request that the ring holds, at least `obs_window`.
             max_num_seqs: Rows of the ring.
             query_dtype: dtype of the queries.
         """
@@ -83,7 +81,7 @@ class GroupTensors:
             )
         if policy.scorer.uses_window:
             ring = torch.zeros(
-                (len(caches), max_num_seqs, ring_columns, num_heads, spec.head_size),
+                (len(caches), max_num_seqs, obs_window, num_heads, spec.head_size),
                 dtype=query_dtype,
                 device=device,
             )

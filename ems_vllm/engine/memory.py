@@ -25,14 +25,12 @@ class Footprint:
     Attributes:
         config: Settings of the server.
         max_num_seqs: Rows of the query ring.
-        ring_columns: Queries in a row of the ring.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
     """
 
     config: KVCompressionConfig
     max_num_seqs: int
-    ring_columns: int
     query_itemsize: int
     num_heads: Mapping[str, int]
 
@@ -41,7 +39,7 @@ class Footprint:
         total = self.config.workspace_mib << 20
         for name, spec in _compressed(specs).items():
             if self.config.scorer.uses_window:
-                row = self.ring_columns * self.num_heads[name] * spec.head_size
+                row = self.config.obs_window * self.num_heads[name] * spec.head_size
                 total += self.max_num_seqs * row * self.query_itemsize
             total += (spec.num_prefix_score_pages or 0) * _score_page_bytes(spec)
         return total

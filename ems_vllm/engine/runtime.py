@@ -89,8 +89,7 @@ class GroupBinding:
         self.score_rows = group.score_rows(rows)
         tensors = group.tensors
         if tensors.query_ring is not None:
-            columns = tensors.query_ring.shape[2]
-            slots = ring_slots(rows, metadata.num_actual_tokens, columns)
+            slots = ring_slots(rows, metadata.num_actual_tokens, tensors.obs_window)
             group.ring_slots[: len(slots)].copy_(
                 to_device(slots, tensors.device, torch.int64), non_blocking=True
             )
@@ -149,21 +148,22 @@ class LayerBinding:
 
 
 def ring_slots(
-    rows: Sequence[tuple[RunningRequest, int]], num_tokens: int, num_columns: int
+    rows: Sequence[tuple[RunningRequest, int]], num_tokens: int, obs_window: int
 ) -> list[int]:
     """Slot of the query ring for every token of a batch, -1 for the ones that are not recorded.
 
-    Of a chunk only as many queries as the ring has columns are recorded, the last ones; the query
-    at position p goes to column p % num_columns of the request's row.
+    Of a chunk only the last `obs_window` queries are recorded; the query at position p goes to
+    column p % obs_window of the request's row. No step reaches past a compaction, so when queries
+    score, a rejected draft's has been overwritten by the token that came in its place.
     """
     slots = [-1] * num_tokens
     for request, start in rows:
-        num_recorded = min(request.num_scheduled, num_columns)
+        num_recorded = min(request.num_scheduled, obs_window)
         stop = start + request.num_scheduled
         position = request.num_computed + request.num_scheduled - num_recorded
-        base = request.ring_row * num_columns
+        base = request.ring_row * obs_window
         for token in range(stop - num_recorded, stop):
-            slots[token] = base + position % num_columns
+            slots[token] = base + position % obs_window
             position += 1
     return slots
 

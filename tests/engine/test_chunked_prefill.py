@@ -5,10 +5,10 @@ import pytest
 from engine.harness import engine, tokens
 
 BUDGET, RECENT_WINDOW, OBS_WINDOW = 64, 32, 16
-PROMPTS = [tokens(length, seed=length) for length in (700, 95, 333, 40)]
+PROMPTS = [tokens(length, seed=length) for length in (350, 95, 190, 40)]
 # Smaller than the observation window, the recent window and the budget; larger than each of them;
 # larger than every prompt.
-CHUNKS = (8, 24, 80, 1024)
+CHUNKS = (12, 24, 80, 1024)
 
 
 @pytest.mark.parametrize("recipe", ["knorm", "ems"])
@@ -24,7 +24,7 @@ def test_answers_do_not_depend_on_the_chunks(recipe):
     answers = []
     for chunk in CHUNKS:
         # As many requests at a time as a chunk has tokens, or vLLM refuses the configuration.
-        options = {"max_num_batched_tokens": chunk, "max_num_seqs": 8, "max_model_len": 1024}
+        options = {"max_num_batched_tokens": chunk, "max_num_seqs": 8, "max_model_len": 512}
         with engine(compression, **options) as probe:
             answers.append(probe.generate(PROMPTS, 60))
             assert probe.stats()["num_compactions"] > len(PROMPTS)

@@ -97,7 +97,6 @@ class CompressionWorkerMixin(_Base):
         return Footprint(
             config=self._compression_config,
             max_num_seqs=self.scheduler_config.max_num_seqs,
-            ring_columns=self._ring_columns,
             query_itemsize=self.model_config.dtype.itemsize,
             num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},
         )
@@ -165,7 +164,6 @@ class CompressionWorkerMixin(_Base):
             num_heads=layers[owners[0]].num_heads,
             scale=scales.pop(),
             obs_window=self._compression_config.obs_window,
-            ring_columns=self._ring_columns,
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
         )
@@ -178,11 +176,6 @@ class CompressionWorkerMixin(_Base):
             max_num_tokens=max(scheduler.max_num_batched_tokens, *capture_sizes),
             max_num_columns=_aligned_columns(columns, spec.block_size),
         )
-
-    @property
-    def _ring_columns(self) -> int:
-        # A rejected draft has taken the place of the oldest query that it would push out.
-        return self._compression_config.obs_window + self.vllm_config.num_speculative_tokens
 
     def _attention_layers(self) -> dict[str, Attention]:
         context = self.vllm_config.compilation_config.static_forward_context
