@@ -43,7 +43,7 @@ class CompressedAttentionSpec(FullAttentionSpec):
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:
         # Layers of different sizes get groups of their own: a plan depends on the block size, and
         # the score pages of a group are all alike. (A mixture with plain full attention is let
-        # through and refused in layer_choice.check_groups, where there are words for it.)
+        # through, noticed by layer_choice.mixed_layer, and refused where there are words for it.)
         if all(isinstance(spec, CompressedAttentionSpec) for spec in kv_cache_specs.values()):
             return all(spec == self for spec in kv_cache_specs.values())
         return super().is_uniform_with_collection(kv_cache_specs)
