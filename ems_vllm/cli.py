@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `ems-vllm`: look before you serve."""
+"""The command `ems-vllm`: look before you serve, and measure what you get."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from rich.table import Table
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config, recipes
 from ems_vllm.config.schema import KVCompressionConfig
+from ems_vllm.eval import command as eval_command
 
 app = typer.Typer(
     name="ems-vllm",
-    help="KV-cache compression for vLLM: plan capacities and inspect recipes.",
+    help="KV-cache compression for vLLM: plan capacities, inspect recipes, evaluate.",
     no_args_is_help=True,
     add_completion=False,
 )
+eval_command.register(app)
 
 _DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COUNT = Annotated[int, typer.Option(min=1)]

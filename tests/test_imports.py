@@ -14,6 +14,7 @@ LAYERS = (
     ("ops",),
     ("policies",),
     ("config",),
+    ("eval",),
     ("patches",),
     ("platform",),
     ("engine",),

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One question to a model, complete with what is needed to send it and to score the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Key:
+    """What determines a sample, for a given model and given options."""
+
+    task: str
+    length: int
+    seed: int
+    index: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes:
+        task: Name in the registry of tasks.
+        length: Nominal context length in tokens: the prompt and `max_tokens` fit into it.
+        depth: Where the asked fact lies, 0 (start) to 1 (end); None where that has no meaning.
+        seed, index: With task and length they determine everything else.
+        prompt: Text as the model sees it, its special tokens and answer prefix included; empty
+            for a conversation.
+        prompt_token_ids: The same as token ids, which is what is sent; empty for a conversation.
+        max_tokens: Tokens to generate at most.
+        references: Right answers; which of them count is up to the metric.
+        stop: Texts that end the answer.
+        choices: Classes to choose from, for metrics that need them.
+        turns: What the user says in each turn of a conversation; the answer to the last one is
+            scored.
+        continuation_token_ids: For teacher forcing, the tokens that follow the prompt.
+        continuation_bytes: Length of their text in UTF-8.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    seed: int
+    index: int
+    prompt: str
+    prompt_token_ids: tuple[int, ...]
+    max_tokens: int
+    references: tuple[str, ...]
+    stop: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
+    continuation_token_ids: tuple[int, ...] = ()
+    continuation_bytes: int = 0
+
+    @property
+    def key(self) -> Key:
+        return Key(self.task, self.length, self.seed, self.index)
+
+
+def generator(key: Key, purpose: str = "") -> random.Random:
+    """Random numbers of one sample, the same whatever else is drawn, and in whichever order.
+
+    Args:
+        key: Of the sample.
+        purpose: Tells several generators of one sample apart.
+    """
+    text = f"{key.task}|{key.length}|{key.seed}|{key.index}|{purpose}"
+    digest = hashlib.sha256(text.encode()).digest()
+    return random.Random(int.from_bytes(digest[:8], "big"))

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Needles in a haystack, written as RULER writes them (arXiv 2404.06654).
+
+Deviations from RULER's own generator: words for keys come from our lists; the essay haystack is a
+public-domain novel, or the user's text, and each sample starts at a word of its own instead of the
+first one.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from ems_vllm.eval import words
+from ems_vllm.eval.haystack import NOISE, essay, essay_words, insert_at_depths
+from ems_vllm.eval.sample import Key, Sample, generator
+from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tokenizer import Tokenizer
+
+Kind = Literal["words", "numbers", "uuids"]
+_MAKE = {"words": words.pair, "numbers": words.number, "uuids": words.identifier}
+
+
+class NeedleTask(Task):
+    """Asks for the values of some keys, each stated once somewhere in the haystack.
+
+    Attributes:
+        haystack: "noise" repeats one phrase, "essay" is prose, "needle" is other needles.
+        key_kind, value_kind: What keys and values look like.
+        num_keys: Keys in the haystack, the asked ones included.
+        num_values: Values of every key.
+        num_queries: Keys that are asked.
+        is_grid: Take the depth from the options in turn, instead of a random one.
+    """
+
+    max_tokens = 128
+    haystack: ClassVar[Literal["noise", "essay", "needle"]] = "essay"
+    key_kind: ClassVar[Kind] = "words"
+    value_kind: ClassVar[Kind] = "numbers"
+    num_keys: ClassVar[int] = 1
+    num_values: ClassVar[int] = 1
+    num_queries: ClassVar[int] = 1
+    is_grid: ClassVar[bool] = False
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        rng = generator(key)
+        facts = self._facts(rng)
+        queried = rng.sample(list(facts), self.num_queries)
+        needles = [self._needle(name, v) for name, values in facts.items() for v in values]
+        rng.shuffle(needles)
+        depths = self._depths(key, rng, len(needles))
+        start = rng.randrange(2**30)
+
+        def build(size: int) -> Question:
+            units, separator = self._haystack(key, start, size)
+            context = separator.join(insert_at_depths(units, needles, depths))
+            answers = tuple(v for name in queried for v in facts[name])
+            return self._question(context, queried, answers, depths[0] if self.is_grid else None)
+
+        return self.fitted(key, tokenizer, build, minimum=1)
+
+    def _facts(self, rng: random.Random) -> dict[str, list[str]]:
+        facts: dict[str, list[str]] = {}
+        while len(facts) < self.num_keys:
+            values = [_MAKE[self.value_kind](rng) for _ in range(self.num_values)]
+            facts[_MAKE[self.key_kind](rng)] = values
+        return facts
+
+    def _needle(self, key: str, value: str) -> str:
+        return f"One of the special magic {self.value_kind} for {key} is: {value}."
+
+    def _depths(self, key: Key, rng: random.Random, count: int) -> list[float]:
+        if self.is_grid:
+            return [self.options.depths[key.index % len(self.options.depths)]]
+        # RULER's 40 depths; no two needles share one as long as there are enough.
+        grid = [i / 39 for i in range(40)]
+        return rng.sample(grid, count) if count <= len(grid) else rng.choices(grid, k=count)
+
+    def _haystack(self, key: Key, start: int, size: int) -> tuple[list[str], str]:
+        if self.haystack == "noise":
+            return [NOISE] * size, "\n"
+        if self.haystack == "essay":
+            text = essay_words(self.options.text_path)
+            return essay(text, start % len(text), size), " "
+        rng = generator(key, "haystack")
+        make_key, make_value = _MAKE[self.key_kind], _MAKE[self.value_kind]
+        return [self._needle(make_key(rng), make_value(rng)) for _ in range(size)], "\n"
+
+    def _question(
+        self, context: str, keys: Sequence[str], answers: tuple[str, ...], depth: float | None
+    ) -> Question:
+        query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
+        kinds: str = self.value_kind
+        if len(answers) == 1:
+            kind = kinds.removesuffix("s")
+            body = (
+                f"A special magic {kind} is hidden within the following text. Make sure to "
+                f"memorize it. I will quiz you about the {kind} afterwards.\n{context}\nWhat is "
+                f"the special magic {kind} for {query} mentioned in the provided text?"
+            )
+            prefix = f" The special magic {kind} for {query} mentioned in the provided text is"
+        else:
+            body = (
+                f"Some special magic {kinds} are hidden within the following text. Make sure to "
+                f"memorize it. I will quiz you about the {kinds} afterwards.\n{context}\nWhat are "
+                f"all the special magic {kinds} for {query} mentioned in the provided text?"
+            )
+            prefix = f" The special magic {kinds} for {query} mentioned in the provided text are"
+        return Question(body, prefix, answers, depth=depth)
+
+
+@TASKS.register("niah")
+class NeedleGrid(NeedleTask):
+    """One needle at a chosen depth: the grid of depth and length that heat maps show."""
+
+    is_grid = True
+
+
+@TASKS.register("niah_single_1")
+class NiahSingle1(NeedleTask):
+    haystack = "noise"
+
+
+@TASKS.register("niah_single_2")
+class NiahSingle2(NeedleTask):
+    pass
+
+
+@TASKS.register("niah_single_3")
+class NiahSingle3(NeedleTask):
+    value_kind = "uuids"
+
+
+@TASKS.register("niah_multikey_1")
+class NiahMultikey1(NeedleTask):
+    num_keys = 4
+
+
+@TASKS.register("niah_multikey_2")
+class NiahMultikey2(NeedleTask):
+    haystack = "needle"
+
+
+@TASKS.register("niah_multikey_3")
+class NiahMultikey3(NeedleTask):
+    haystack = "needle"
+    key_kind = "uuids"
+    value_kind = "uuids"
+
+
+@TASKS.register("niah_multivalue")
+class NiahMultivalue(NeedleTask):
+    num_values = 4
+
+
+@TASKS.register("niah_multiquery")
+class NiahMultiquery(NeedleTask):
+    num_keys = 4
+    num_queries = 4

@@ -1,0 +1,94 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The served model's tokenizer: prompts are measured, and sent, in its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from ems_vllm.config.errors import ConfigError, shown
+
+PromptFormat = Literal["completion", "chat"]
+Message = dict[str, str]
+
+
+class Tokenizer(Protocol):
+    """What tasks need of a tokenizer."""
+
+    def render(self, body: str, answer_prefix: str = "") -> str:
+        """A prompt as the model sees it; the answer goes on from `answer_prefix`."""
+        ...
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        """A conversation as the model's chat template writes it, up to the next answer."""
+        ...
+
+    def encode(self, prompt: str) -> list[int]:
+        """Token ids of a rendered prompt."""
+        ...
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Token ids of a piece of text, without any special tokens."""
+        ...
+
+    def decode(self, token_ids: Sequence[int]) -> str: ...
+
+
+class HubTokenizer:
+    """A tokenizer in Hugging Face's format, from a folder or the Hub.
+
+    Args:
+        name: Folder or name on the Hub.
+        prompt_format: "completion" sends a task's text as it is; "chat" makes it the user's
+            message in the model's chat template, and the answer prefix the beginning of the
+            assistant's answer, as RULER does.
+
+    Raises:
+        ConfigError: there is no such tokenizer, or no chat template where one is needed.
+    """
+
+    def __init__(self, name: str, prompt_format: PromptFormat = "completion") -> None:
+        # Imported here: it takes seconds, and scoring answers needs no tokenizer.
+        from transformers import AutoTokenizer
+
+        try:
+            self._tokenizer = AutoTokenizer.from_pretrained(name)
+        # transformers raises whatever the loader of the day raises.
+        except Exception as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ConfigError(
+                f"tokenizer={shown(name)} cannot be loaded ({type(error).__name__}: {reason}): "
+                "give the folder or the Hub's name of the served model with --tokenizer."
+            ) from None
+        self._name = name
+        self._prompt_format = prompt_format
+        if prompt_format == "chat":
+            self.render("")
+
+    def render(self, body: str, answer_prefix: str = "") -> str:
+        if self._prompt_format == "completion":
+            return body + answer_prefix
+        return self.render_chat([{"role": "user", "content": body}]) + answer_prefix
+
+    def render_chat(self, messages: Sequence[Message]) -> str:
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except ValueError as error:
+            raise ConfigError(
+                f"tokenizer={shown(self._name)} cannot write a conversation ({error}): use "
+                "prompt_format=completion and tasks without turns."
+            ) from None
+        return str(text)
+
+    def encode(self, prompt: str) -> list[int]:
+        # A chat template writes the special tokens itself.
+        special = self._prompt_format == "completion"
+        return list(self._tokenizer.encode(prompt, add_special_tokens=special))
+
+    def encode_plain(self, text: str) -> list[int]:
+        return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
