@@ -24,9 +24,10 @@ from unittest import mock
 import typer
 from rich.console import Console
 from rich.table import Table
-from serving import environment
 from serving.load import random_prompts
 from serving.report import write
+
+from ems_vllm.eval import environment
 
 # The selection is read in this process, where the engine must run, too.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -18,12 +18,13 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from serving import environment, pool
 from serving.load import random_prompts
 from serving.load import run as run_load
 from serving.report import DENSE, Run, print_tables, ratios, write
-from serving.server import Server
 from serving.summary import summarize
+
+from ems_vllm.eval import environment, pool
+from ems_vllm.eval.server import Server
 
 BLOCK_SIZE = 16
 CASES = ("ample", "tight")

@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config, recipes
+from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
 
@@ -23,34 +23,7 @@ app = typer.Typer(
 )
 eval_command.register(app)
 
-_DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _COUNT = Annotated[int, typer.Option(min=1)]
-
-
-class _ModelShape:
-    """What the size of a KV cache depends on, from a Hugging Face config.json."""
-
-    def __init__(self, path: Path) -> None:
-        file = path / "config.json" if path.is_dir() else path
-        try:
-            data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            data = data.get("text_config", data)
-            self.num_layers = int(data["num_hidden_layers"])
-            num_heads = int(data["num_attention_heads"])
-            self.num_kv_heads = int(data.get("num_key_value_heads") or num_heads)
-            self.head_size = int(data.get("head_dim") or data["hidden_size"] // num_heads)
-            dtype = str(data.get("dtype") or data.get("torch_dtype") or "bfloat16")
-            self.itemsize = _DTYPE_BYTES[dtype]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"model={str(path)!r} gives no cache shape ({type(error).__name__}: {error}): name "
-                "a folder with a config.json of a decoder-only model."
-            ) from None
-
-    def column_bytes(self, block_size: int) -> int:
-        """Bytes of one block-table column over all layers, keys and values."""
-        per_token = 2 * self.num_layers * self.num_kv_heads * self.head_size * self.itemsize
-        return per_token * block_size
 
 
 @app.command()
@@ -78,7 +51,7 @@ def plan(
     config = load_config({"recipe": recipe, **given})
     if config is None:
         raise ConfigError(f"recipe={recipe!r} compresses nothing: name a recipe.")
-    column_bytes = _ModelShape(model).column_bytes(block_size) if model else None
+    column_bytes = CacheShape.read(model).column_bytes(block_size) if model else None
     size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
     table = Table(
         title=f"Columns of {block_size} tokens: {recipe}, {size}, {output_len} generated tokens"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from serving import pool
+from ems_vllm.eval import pool
 
 
 @dataclass

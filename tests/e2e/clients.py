@@ -7,9 +7,10 @@ import time
 from typing import Any
 
 from openai import OpenAI
-from serving import pool
-from serving.pool import PoolState
-from serving.server import Server
+
+from ems_vllm.eval import pool
+from ems_vllm.eval.pool import PoolState
+from ems_vllm.eval.server import Server
 
 VOCAB_SIZE = 2048
 _salts = itertools.count()

@@ -11,7 +11,7 @@ import pytest
 from openai import OpenAI
 
 # The launcher is the serving benchmark's.
-from serving.server import Server
+from ems_vllm.eval.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("ems-tiny", "ems-tiny-qwen3")

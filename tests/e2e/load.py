@@ -39,9 +39,10 @@ from e2e.load_clients import (
 )
 from e2e.load_result import Difference, Expectation, MemorySample, Result, compare, table
 from rich.console import Console
-from serving import environment
 from serving.report import write
-from serving.server import Server
+
+from ems_vllm.eval import environment
+from ems_vllm.eval.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 16

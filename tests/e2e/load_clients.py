@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import aiohttp
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 MIN_LEN, MAX_LEN = 10, 6000
 MAX_NEW_TOKENS = 96

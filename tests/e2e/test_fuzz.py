@@ -9,7 +9,8 @@ import pytest
 from e2e.clients import complete, prompt, wait_until_idle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 # Of the `server` fixture.
 BUDGET = 128

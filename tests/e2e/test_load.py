@@ -15,7 +15,8 @@ from e2e.load_result import (
     compare,
     steady_growth_mib,
 )
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 NUM_CLIENTS = 24
 MAX_LEN = 800

@@ -4,7 +4,8 @@
 import pytest
 from e2e.clients import greedy, prompt
 from openai import OpenAI
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 # The first is never compressed, the second is.
 LENGTHS = (60, 900)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from e2e.clients import complete, prompt
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from e2e.clients import blocks_held, client_of, complete, greedy, prompt, wait_until_idle
 from openai import BadRequestError, OpenAI
-from serving.server import Server
+
+from ems_vllm.eval.server import Server
 
 OFF = {"kv_compression": "off"}
 LONG = prompt(1500, seed=11)

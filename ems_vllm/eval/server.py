@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A `vllm serve` process of its own; the end-to-end tests start their servers here too."""
+"""A `vllm serve` process: of the evaluation, the serving benchmark and the end-to-end tests."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-VLLM = Path(sys.executable).with_name("vllm")
+# Beside this Python first: a PATH may lead to another installation.
+VLLM = shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm"
 _TAIL = 6000
 
 
@@ -33,7 +35,7 @@ class Server:
     ) -> None:
         self.model = model
         self.port = _free_port()
-        self.command = [str(VLLM), "serve", model, "--port", str(self.port), *args]
+        self.command = [VLLM, "serve", model, "--port", str(self.port), *args]
         self.url = f"http://127.0.0.1:{self.port}"
         self._log_path = log_path
         self._timeout = timeout
