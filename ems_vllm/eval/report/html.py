@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One HTML file with everything in it: no script, no font and no picture from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from ems_vllm.eval.report import heatmaps, panels, samples, wording
+from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, Report, Series
+from ems_vllm.eval.report.compare import Table
+from ems_vllm.eval.report.figures import with_own_ids
+from ems_vllm.eval.report.stats import RESAMPLES
+from ems_vllm.eval.report.style import PALETTE, styles
+from ems_vllm.eval.report.verdict import focus, headline_column, tiles, verdict
+from ems_vllm.eval.results import Serving
+
+# More curves than this cannot be told apart; tables show every method.
+MAX_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What runs have in common, told once: peers write a file for every budget."""
+
+    names: list[str]
+    model: str
+    preset: str | None
+    created: str
+    environment: dict[str, Any]
+
+
+def html(report: Report, mean: Table, tables: Sequence[Table]) -> str:
+    """The page.
+
+    Args:
+        mean: Over the tasks compared.
+        tables: One for every task.
+    """
+    series = shown_series(report, mean)
+    shown = panels.Shown(series, styles(series))
+    ours = focus(report, mean)
+    headline = headline_column(report, mean, ours) if ours else None
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("ems_vllm.eval.report"),
+        # Answers and names are foreign text; only our own SVG is markup.
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.globals.update(percent=wording.percent, count=wording.count, svg=_Embedder())
+    environment.filters.update(
+        printable=wording.printable,
+        value=wording.value,
+        bounds=wording.bounds,
+        size=wording.size,
+        duration=wording.duration,
+    )
+    return environment.get_template("report.html.j2").render(
+        report=report,
+        models=list(dict.fromkeys(run.model or "unnamed model" for run in report.runs)),
+        runs=run_facts(report),
+        verdict=verdict(report, mean),
+        tiles=tiles(report, mean),
+        focus=ours,
+        headline=headline,
+        entries=_entries(report),
+        mean=mean,
+        tables=tables,
+        legend=list(shown),
+        served=[(each, style) for each, style in shown if _has_figures(each)],
+        num_hidden=len(report.series) - len(series),
+        mean_panel=panels.mean_panel(report, mean, shown),
+        task_panels=panels.task_panels(report, tables, shown),
+        memory_panel=panels.memory_panel(report, mean, shown),
+        speed_panels=panels.speed_panels(report, mean, shown),
+        heat_tasks=heatmaps.heat_tasks(report, series),
+        heat_colors=heatmaps.palette(),
+        palette=PALETTE,
+        worst=samples.worst_samples(report, series),
+        failures=samples.failures(report),
+        num_errors=sum(p.num_errors for s in report.series for p in s.points.values()),
+        num_samples=sum(len(p.samples) for s in report.series for p in s.points.values()),
+        min_full_score=MIN_FULL_SCORE,
+        resamples=RESAMPLES,
+    )
+
+
+def shown_series(report: Report, mean: Table) -> list[Series]:
+    """The series that figures show: full caches, those in focus, and the best of the others."""
+
+    def rank(series: Series) -> tuple[bool, float]:
+        cells = [mean.cell(series, column) for column in series.points]
+        values = [cell.interval.value for cell in cells if cell is not None]
+        return not series.in_focus, -sum(values) / len(values) if values else 0.0
+
+    chosen = {id(series) for series in sorted(report.compressed, key=rank)[:MAX_SHOWN]}
+    chosen |= {id(series) for series in report.fulls[:MAX_SHOWN]}
+    return [series for series in report.series if id(series) in chosen]
+
+
+def run_facts(report: Report) -> list[RunFacts]:
+    """Runs, those that differ only in their time together."""
+    found: dict[str, RunFacts] = {}
+    for run in report.runs:
+        key = repr((run.model, run.preset, sorted(run.environment.items(), key=repr)))
+        facts = RunFacts([], run.model, run.preset, run.created, run.environment)
+        found.setdefault(key, facts).names.append(run.name)
+    return list(found.values())
+
+
+class _Embedder:
+    """Puts figures into a page as markup, counting them."""
+
+    def __init__(self) -> None:
+        self._number = 0
+
+    def __call__(self, svg: str) -> Markup:
+        self._number += 1
+        return Markup(with_own_ids(svg, self._number))
+
+
+def _entries(report: Report) -> dict[float, int]:
+    """Budgets in entries, where all methods agree."""
+    counts: dict[float, set[int | None]] = {column: set() for column in report.columns}
+    for series in report.compressed:
+        for column, point in series.points.items():
+            if column is not None:
+                counts[column].add(point.budget)
+    return {c: only for c, found in counts.items() if len(found) == 1 for only in found if only}
+
+
+def _has_figures(series: Series) -> bool:
+    return any(point.serving != Serving() for point in series.points.values())

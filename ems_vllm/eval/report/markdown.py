@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of a report in Markdown, for pull requests and documents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ems_vllm.eval.report.aggregate import Report
+from ems_vllm.eval.report.compare import Cell, Table
+from ems_vllm.eval.report.verdict import verdict
+from ems_vllm.eval.report.wording import bounds, count, percent, printable, value
+
+
+def markdown(report: Report, mean: Table, tables: Sequence[Table]) -> str:
+    """The document.
+
+    Args:
+        mean: Over the tasks compared.
+        tables: One for every task.
+    """
+    models = dict.fromkeys(run.model or "unnamed model" for run in report.runs)
+    parts = [
+        f"# Evaluation of {escape(', '.join(models))}",
+        escape(" ".join(verdict(report, mean))),
+    ]
+    parts += ["## Mean over tasks", _mean_caption(report, mean), _table(report, mean)]
+    for table in tables:
+        task = table.task
+        assert task is not None
+        caption = count(task.num_prompts, "prompt")
+        if table.is_difference:
+            caption += ", difference to the full cache, less is better"
+        if task.excluded:
+            caption += f". Not in the mean: {task.excluded}"
+        parts += [f"## {escape(task.name)}", f"{caption}.", _table(report, table)]
+    parts.append(
+        "Intervals: 95 %. **Bold**: the best estimate at this budget; `~`: not told from the best "
+        "by a paired bootstrap over prompts."
+    )
+    return "\n\n".join(parts) + "\n"
+
+
+def escape(text: str) -> str:
+    """Foreign text inside a table's cell or a heading: nothing of it is markup."""
+    text = printable(text).replace("\n", " ").replace("\\", "\\\\")
+    for char in "|*_`[]":
+        text = text.replace(char, f"\\{char}")
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _mean_caption(report: Report, mean: Table) -> str:
+    unit = "Percent of the full cache's score" if mean.relative else "Score"
+    names = ", ".join(escape(task.name) for task in report.compared) or "no task"
+    return f"{unit}, mean over {names}."
+
+
+def _table(report: Report, table: Table) -> str:
+    with_full = bool(report.fulls)
+    head = ["method", *(["full cache"] if with_full else []), *map(percent, report.columns)]
+    lines = [_line(head), _line(["---", *["---:"] * (len(head) - 1)])]
+    for row in table.rows:
+        if row.cells:
+            keys = [*([None] if with_full else []), *report.columns]
+            cells = [_cell(table, row.cells.get(key), key) for key in keys]
+            lines.append(_line([escape(row.series.label), *cells]))
+    return "\n".join(lines)
+
+
+def _cell(table: Table, cell: Cell | None, column: float | None) -> str:
+    if cell is None:
+        return ""
+    # The full cache's own score is absolute in every table.
+    relative = table.relative and column is not None
+    signed = table.is_difference and column is not None
+    text = value(cell.interval, relative=relative, signed=signed)
+    if cell.is_best:
+        text = f"**{text}**"
+    elif cell.is_tied:
+        text = f"~ {text}"
+    interval = bounds(cell.interval, relative=relative, signed=signed)
+    return f"{text} ({interval})" if interval else text
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pages: well-formed, self-contained, safe with foreign text, and true to the data."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+from eval.report_results import BITS, BUDGETS, KVPRESS, VLLM, results
+
+from ems_vllm.config.errors import ConfigError
+from ems_vllm.eval.report import write_report
+from ems_vllm.eval.report.aggregate import aggregate
+from ems_vllm.eval.report.compare import mean_table
+from ems_vllm.eval.report.verdict import verdict
+from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
+
+VOID = {"meta", "br", "input", "link", "img", "hr"}
+HOSTILE = "</pre></td></table><script>alert('x')</script><img src=http://evil.example/a.png>&\"'"
+
+
+class Page(HTMLParser):
+    """What a page holds; every element must be closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.errors = [], [], [], []
+        self.ids, self.text = [], []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value for key, value in attrs if key == "id"]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        self.ids += [value for key, value in attrs if key == "id"]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.errors.append((tag, self.getpos()))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def pages(found, tmp_path):
+    """HTML, parsed and checked, and Markdown."""
+    write_report(found, tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not page.errors
+    assert not page.open
+    assert len(page.ids) == len(set(page.ids))
+    assert "script" not in page.tags
+    for key, value in page.attributes:
+        if key in ("src", "href", "xlink:href", "srcset", "action", "data"):
+            assert value.startswith("#"), (key, value)
+        assert not key.startswith("on")
+    # Nothing is loaded by the style sheets either.
+    assert "@import" not in html
+    assert all(match.startswith("#") for match in re.findall(r"url\(([^)]*)\)", html))
+    return page, html, (tmp_path / "results.md").read_text(encoding="utf-8")
+
+
+def sentences(*found):
+    report = aggregate(found)
+    return " ".join(verdict(report, mean_table(report))).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    found = [results(), results(KVPRESS, "kvpress", serving=False)]
+    return pages(found, tmp_path_factory.mktemp("report"))
+
+
+def test_the_page_shows_every_part(compared):
+    page, html, _ = compared
+    text = " ".join(page.text)
+    for heading in (
+        "Quality against budget",
+        "Where the needle is found",
+        "All numbers",
+        "Quality against memory and speed",
+        "Answers that compression broke",
+    ):
+        assert heading in text
+    # The mean, six tasks, memory and three of speed; all but the tasks in a second, wide form.
+    assert html.count('<div class="narrow"><svg') == 11
+    assert html.count('<div class="wide"><svg') == 5
+    # Two tasks with a depth, six budgets, ten methods and two full caches.
+    assert page.attributes.count(("class", "heat")) == 2 * 6 * 12
+    assert all(name in text for name in [*VLLM, *KVPRESS])
+
+
+def test_an_excluded_task_is_greyed_and_named(compared):
+    _, html, markdown = compared
+    assert re.search(r'<figure class=" ?excluded">\s*<figcaption><b>vt', html)
+    assert "the full cache itself scores" in html
+    assert "Left out of every mean, because the full cache itself scores below 0.5: vt" in markdown
+    assert "## vt\n\n45 prompts. Not in the mean: the full cache itself scores" in markdown
+
+
+def test_the_same_results_give_the_same_pages(tmp_path):
+    found = [results({"ems": 2.0, "random": -1.0})]
+    first = pages(found, tmp_path / "a")[1:]
+    assert pages(found, tmp_path / "b")[1:] == first
+
+
+def test_the_json_beside_it_stays_as_it_is(tmp_path):
+    (tmp_path / "results.json").write_text("{}")
+    pages([results({"ems": 1.0})], tmp_path)
+    assert (tmp_path / "results.json").read_text() == "{}"
+
+
+def flat(name, share, fraction=None, n=100):
+    """A method that is right on the first part of the prompts."""
+    samples = [
+        SampleResult(task="t", length=100, seed=0, index=i, score=float(i < share * n))
+        for i in range(n)
+    ]
+    return MethodResult(method=name, budget_fraction=fraction, samples=samples)
+
+
+def flat_run(*methods):
+    return EvalResult(model="m", created="now", methods=list(methods))
+
+
+def test_the_verdict_says_what_the_data_say():
+    text = sentences(
+        flat_run(
+            flat("full", 1.0),
+            flat("ems", 0.93, 0.06),
+            flat("snapkv", 0.70, 0.06),
+            flat("ems", 0.96, 0.25),
+            flat("snapkv", 0.97, 0.25),
+            flat("ems", 0.50, 0.5),
+            flat("snapkv", 1.00, 0.5),
+        )
+    )
+    assert "At a budget of 6 %, EMS keeps 93.0 % of the full cache's score" in text
+    assert "best or within noise of the best at 2 of 3 budgets, and clearly the best at 6 %" in text
+    assert "At 50 %, snapkv (vllm) is ahead by 50.0 points" in text
+    assert "The smallest budget at which it keeps 95 % is 25 %." in text
+
+
+def test_the_verdict_is_about_the_best_where_there_is_no_ems():
+    text = sentences(flat_run(flat("full", 1), flat("a", 0.5, 0.06), flat("b", 0.8, 0.06)))
+    assert "At a budget of 6 %, b (vllm) keeps 80.0 %" in text
+    assert "It keeps 95 % at no budget measured." in text
+
+
+def test_markdown_has_the_right_cells(tmp_path):
+    found = flat_run(
+        flat("full", 0.9), flat("ems", 0.9, 0.06), flat("a|b", 0.45, 0.06), flat("ems", 0.9, 0.5)
+    )
+    _, _, markdown = pages([found], tmp_path)
+    lines = markdown.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    table = lines[lines.index("| method | full cache | 6 % | 50 % |") :][:5]
+    assert table[1] == "| --- | ---: | ---: | ---: |"
+    # Wilson's interval of 90 of 100.
+    assert table[2] == "| full (vllm) | 0.900 (0.826 to 0.945) |  |  |"
+    assert table[3] == "| ems (vllm) |  | **100.0** (100.0 to 100.0) | 100.0 (100.0 to 100.0) |"
+    assert table[4].startswith("| a\\|b (vllm) |  | 50.0 (")
+
+
+def test_foreign_text_is_shown_and_never_obeyed(tmp_path):
+    bad = [
+        SampleResult(task="t", length=9, depth=0.5, seed=0, index=0, score=0, output=HOSTILE),
+        SampleResult(
+            task="t",
+            length=9,
+            depth=0.5,
+            seed=0,
+            index=1,
+            score=0,
+            output="\x00\ud800\u202e\x1b[0m",
+        ),
+        SampleResult(
+            task="t", length=9, depth=0.5, seed=0, index=2, score=0, output="", error=HOSTILE
+        ),
+        SampleResult(task=f"$x_${HOSTILE}", length=9, seed=0, index=0, score=1),
+    ]
+    full = [s.model_copy(update={"score": 1.0, "error": None}) for s in bad]
+    found = EvalResult(
+        model=HOSTILE,
+        preset=HOSTILE,
+        created=HOSTILE,
+        environment={HOSTILE: HOSTILE},
+        methods=[
+            MethodResult(method="full", samples=full),
+            MethodResult(method=HOSTILE, engine=HOSTILE, budget_fraction=0.1, samples=bad),
+        ],
+    )
+    page, html, markdown = pages([found], tmp_path)
+    assert "<script" not in html
+    assert "<script" not in markdown
+    assert HOSTILE in "".join(page.text)
+    assert "\\u0000\\ud800\\u202e\\u001b[0m" in "".join(page.text)
+
+
+ONE = {"ems": 2.0}
+INCOMPLETE = {
+    "one method": [results(ONE)],
+    "no full cache": [results(full=False)],
+    "no serving figures": [results(ONE, serving=False)],
+    "only the full cache": [results({})],
+    "no method": [EvalResult(model="m", created="now")],
+    "no samples": [
+        flat_run(MethodResult(method="full"), MethodResult(method="ems", budget_fraction=0.1))
+    ],
+    "one sample": [flat_run(flat("full", 1, n=1), flat("ems", 1, 0.1, n=1))],
+    "nothing right": [flat_run(flat("full", 1), flat("ems", 0, 0.1), flat("a", 0, 0.1))],
+    "the full cache fails all": [flat_run(flat("full", 0.1), flat("ems", 0.1, 0.1))],
+    "an empty cache": [flat_run(flat("full", 1), flat("ems", 0, 0.0), flat("ems", 1, 0.1))],
+    "only bits per byte": [
+        results(ONE).model_copy(
+            update={
+                "methods": [
+                    m.model_copy(update={"samples": [s for s in m.samples if s.task == BITS]})
+                    for m in results(ONE).methods
+                ]
+            }
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("found", INCOMPLETE.values(), ids=INCOMPLETE)
+def test_missing_pieces_leave_a_page(found, tmp_path):
+    page, _, markdown = pages(found, tmp_path)
+    assert "svg" in page.tags or len(markdown) > 50
+    assert "nan" not in " ".join(page.text).lower().split()
+    assert "nan" not in markdown
+
+
+def test_hundreds_of_methods_are_all_in_the_tables(tmp_path):
+    names = [f"method{i}" for i in range(200)]
+    found = flat_run(
+        flat("full", 1, n=10),
+        *(flat(name, i / 200, b, n=10) for i, name in enumerate(names) for b in BUDGETS[:2]),
+    )
+    page, _, markdown = pages([found], tmp_path)
+    text = " ".join(page.text)
+    assert "Figures show the 13 best of 201 methods" in text
+    assert all(f"| {name} (vllm) |" in markdown for name in names)
+
+
+def test_nothing_to_report_is_an_operators_mistake(tmp_path):
+    with pytest.raises(ConfigError, match="nothing to report"):
+        write_report([], tmp_path)
