@@ -11,14 +11,21 @@ TESTS ?= tests
 EVENTS ?= 100000
 CLIENTS ?= 200
 REQUESTS ?= 2000
+# Of peers-run: the prompts that `ems-vllm eval --export-prompts` wrote, and where answers go.
+PROMPTS ?= prompts.jsonl
+OUT ?= answers
+PEERS_ARGS ?=
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
 VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
+PEERS := .venv-peers
 # Not compiled to byte code: of torch and vLLM, Python does that for the part it imports.
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
+PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
+  --no-deps
 TARGET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
 CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.inl" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
@@ -27,10 +34,10 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build serve test soak load lint bench clean
+.PHONY: help setup build serve test soak load lint bench peers peers-run clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE)/models ## everything needed to run and test, into .venv/
 	@echo "Ready ($(TARGET)). Try: make serve"
@@ -62,6 +69,13 @@ lint: setup ## formatting, style, types
 bench: setup ## the benchmarks that this machine can run, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json
 	@$(BIN)/python benchmarks/bench_prefix_hits.py --out benchmarks/results/prefix-hits-cpu.json
+
+peers: $(PEERS)/.done ## NVIDIA kvpress, into an environment of its own, and a check of it
+	@PYTHONPATH=.:benchmarks $(PEERS)/bin/python -m peers.run_kvpress --model $(MODEL) --self-check
+
+peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PEERS_ARGS=
+	@PYTHONPATH=.:benchmarks $(PEERS)/bin/python -m peers.run_kvpress --model $(MODEL) \
+	  --prompts $(PROMPTS) --out $(OUT) $(PEERS_ARGS)
 
 clean: ## remove what was built; .venv/ stays
 	rm -rf build dist *.egg-info .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
@@ -113,4 +127,11 @@ $(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.t
 	@echo "Triton's interpreter, for tests"
 	@rm -rf $@
 	@$(INSTALL) --no-deps --target $@ -r $<
+	@touch $@
+
+$(PEERS)/.done: requirements/peers.txt
+	@echo "kvpress in $(PEERS)/"
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $<)
+	@$(PEERS_INSTALL) -r $<
 	@touch $@

@@ -1,0 +1,37 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From entries per kv_head, as docs/evaluation.md counts them, to the options of kvpress.
+
+kvpress takes a ratio, keeps `int(prompt_len * (1 - ratio))` entries and counts its window among
+them. Everywhere here, `entries` is None where all entries of a prompt stay.
+"""
+
+from __future__ import annotations
+
+# Queries that score, and newest entries that always stay; obs_window of our recipes.
+WINDOW = 16
+# Put between two whole numbers of entries, so that neither truncation nor rounding moves it.
+_MARGIN = 0.01
+
+
+def compression_ratio(entries: int | None, prompt_len: int) -> float:
+    """The ratio at which kvpress keeps exactly so many entries."""
+    return 0.0 if entries is None else 1 - (entries + _MARGIN) / prompt_len
+
+
+def window_size(entries: int | None, prompt_len: int) -> int:
+    """The observation window: at most half of the entries, and less than the prompt.
+
+    A press keeps its whole window, so one as large as the budget would leave no entry to choose.
+    """
+    kept = prompt_len if entries is None else entries
+    return max(1, min(WINDOW, kept // 2, prompt_len - 1))
+
+
+def pyramid_beta(entries: int | None, prompt_len: int, default: int = 20) -> int:
+    """PyramidKV's slope: the default, or the steepest one that kvpress carries out.
+
+    The last layer gets entries / beta; where that is less than the window, kvpress would give all
+    layers the same.
+    """
+    kept = prompt_len if entries is None else entries
+    return max(1, min(default, kept // window_size(entries, prompt_len)))

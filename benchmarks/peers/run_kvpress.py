@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer the prompts of `ems-vllm eval --export-prompts` with NVIDIA kvpress on transformers.
+
+Usage: make peers-run MODEL=folder PROMPTS=prompts.jsonl OUT=folder [PEERS_ARGS="--budgets 0.06"]
+
+Writes one file of answers per press and budget, and all of them as one result, kvpress.json, for
+`ems-vllm report`. A run that was interrupted goes on where it stopped. `--self-check` shows
+instead that nothing is lost where nothing is dropped. Runs in .venv-peers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ems_vllm.config.errors import ConfigError
+from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.reference.files import (
+    AnswerFile,
+    check_manifest,
+    fingerprint,
+    read_prompts,
+    write_result,
+)
+from peers import presses
+from peers.budgets import WINDOW
+from peers.methods import methods
+
+DEFAULT_BUDGETS = ("0.02", "0.03", "0.06", "0.125", "0.25", "0.5")
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    everything = [presses.FULL, *presses.NAMES]
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", required=True, help="model folder")
+    parser.add_argument("--prompts", type=Path, help="JSON lines")
+    parser.add_argument("--out", type=Path, help="folder for the answers")
+    parser.add_argument(
+        "--presses",
+        nargs="+",
+        choices=everything,
+        default=everything,
+        metavar="PRESS",
+        help=f"from {', '.join(everything)}; default all of them",
+    )
+    parser.add_argument(
+        "--budgets",
+        nargs="+",
+        type=Budget.parse,
+        default=[Budget.parse(text) for text in DEFAULT_BUDGETS],
+        metavar="BUDGET",
+        help="entries per kv_head in all: a fraction of the context length, or a number above 1",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
+    parser.add_argument("--dtype", default="auto", help="auto (the model's), float32, bfloat16")
+    parser.add_argument("--seed", type=int, default=0, help="of the random press")
+    parser.add_argument("--limit", type=int, help="first prompts only; gives no result")
+    parser.add_argument("--self-check", action="store_true", help="compare with plain transformers")
+    arguments = parser.parse_args(argv)
+    if not arguments.self_check and (arguments.prompts is None or arguments.out is None):
+        parser.error("--prompts and --out are needed")
+    return arguments
+
+
+def run(arguments: argparse.Namespace) -> None:
+    prompts = read_prompts(arguments.prompts)[: arguments.limit]
+
+    # Imported here: --help and mistakes must not take the seconds that transformers takes.
+    from tqdm import tqdm
+
+    from peers.model import Model
+
+    model = Model(arguments.model, arguments.device, arguments.dtype)
+    environment: dict[str, Any] = {
+        "engine": "kvpress",
+        "model": arguments.model,
+        "dtype": model.dtype,
+        "obs_window": WINDOW,
+        "seed": arguments.seed,
+        "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
+    }
+    check_manifest(arguments.out, {**environment, "prompts_sha256": fingerprint(arguments.prompts)})
+    paths = {
+        method: arguments.out / method.file_name
+        for method in methods(arguments.presses, arguments.budgets)
+    }
+    with ExitStack() as stack:
+        files = {method: stack.enter_context(AnswerFile(path)) for method, path in paths.items()}
+        missing = sum(prompt.key not in file.done for file in files.values() for prompt in prompts)
+        bar = stack.enter_context(tqdm(total=missing, unit="answer", smoothing=0.02))
+        # Short prompts first: their cells are complete early.
+        for prompt in sorted(prompts, key=lambda prompt: len(prompt.prompt_token_ids)):
+            todo = [method for method, file in files.items() if prompt.key not in file.done]
+            bar.set_postfix_str(f"{prompt.task}, {len(prompt.prompt_token_ids)} tokens")
+            for method, line in model.answers(prompt, todo, arguments.seed):
+                files[method].write(line)
+                bar.update()
+    if arguments.limit is None:
+        result = arguments.out / "kvpress.json"
+        answers = {path: method.describe() for method, path in paths.items()}
+        hardware = {"device": str(model.model.device), "machine": platform.machine()}
+        write_result(
+            result, arguments.prompts, answers, arguments.model, {**environment, **hardware}
+        )
+        print(f"{len(prompts):,} prompts, {len(answers)} methods: {result}")
+
+
+def self_check(arguments: argparse.Namespace) -> bool:
+    from peers.self_check import check
+
+    failures = check(arguments.model, arguments.device, arguments.dtype)
+    for failure in failures:
+        print(failure)
+    print("Self-check failed." if failures else "Self-check passed: kvpress is ready.")
+    return not failures
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        arguments = parse_arguments(argv)
+        if arguments.self_check:
+            return 0 if self_check(arguments) else 1
+        run(arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A folder of answers that is filled bit by bit, and the result that comes of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval import exchange
+from ems_vllm.eval.exchange import AnswerLine, PromptLine
+from ems_vllm.eval.results import EvalResult, MethodResult
+from ems_vllm.eval.sample import Key
+
+
+def read_prompts(path: Path) -> list[PromptLine]:
+    """What `ems-vllm eval --export-prompts` wrote.
+
+    Raises:
+        ConfigError: the file or a line of it is not what it should be.
+    """
+    return list(exchange.read(path, PromptLine, "prompts"))
+
+
+class AnswerFile:
+    """Answers of one method at one budget, written as they come; a later run goes on from them.
+
+    Args:
+        path: JSON lines; created where missing. What follows the last complete line, left behind
+            by a run that was killed, is cut off.
+
+    Attributes:
+        done: Keys that have an answer.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        complete = content[: content.rfind(b"\n") + 1]
+        self.done: set[Key] = {
+            AnswerLine.model_validate_json(line).key for line in complete.splitlines()
+        }
+        self._file = path.open("ab")
+        self._file.truncate(len(complete))
+
+    def write(self, answer: AnswerLine) -> None:
+        line = answer.model_dump_json(exclude_defaults=True)
+        self._file.write(line.encode() + b"\n")
+        self._file.flush()
+        self.done.add(answer.key)
+
+    def __enter__(self) -> AnswerFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def check_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Note in a folder what its answers are answers to; a later run must say the same.
+
+    Raises:
+        ConfigError: the folder has answers to something else.
+    """
+    path = folder / "manifest.json"
+    if path.exists():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted(known.keys() | manifest.keys()):
+            if known.get(key) != manifest.get(key):
+                raise ConfigError(
+                    f"out={shown(str(folder))} holds answers with {key}={shown(known.get(key))}, "
+                    f"and this run has {shown(manifest.get(key))}: choose another folder."
+                )
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def fingerprint(path: Path) -> str:
+    """A digest of a file's content."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_result(
+    path: Path,
+    prompts: Path,
+    answers: Mapping[Path, MethodResult],
+    model: str,
+    environment: dict[str, Any],
+) -> EvalResult:
+    """Score every file of answers and write them as one result.
+
+    Args:
+        path: Of the result.
+        prompts: Of the prompts.
+        answers: What was run, without samples, by its file of answers.
+        model: Name of the model.
+        environment: For the result.
+
+    Raises:
+        ConfigError: a prompt has no answer.
+    """
+    scored = [
+        exchange.score(prompts, file, model=model, method=method)
+        for file, method in answers.items()
+    ]
+    merged = scored[0].model_copy(update={"methods": _methods(scored), "environment": environment})
+    merged.write(path)
+    return merged
+
+
+def _methods(results: Sequence[EvalResult]) -> list[MethodResult]:
+    return [method for result in results for method in result.methods]

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of answers that fill bit by bit, and where an answer ends."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from ems_vllm.config import ConfigError
+from ems_vllm.eval.exchange import PromptLine
+from ems_vllm.eval.reference.answer import Vocabulary, answer, answer_line
+from ems_vllm.eval.reference.files import AnswerFile, check_manifest, read_prompts, write_result
+from ems_vllm.eval.results import EvalResult, MethodResult
+
+
+def prompt_line(index=0, **fields):
+    values = {
+        "task": "niah",
+        "length": 64,
+        "depth": 0.5,
+        "seed": 3,
+        "prompt": "ab",
+        "prompt_token_ids": (5, 6),
+        "max_tokens": 8,
+        "stop": (),
+        "references": ("seven",),
+        **fields,
+    }
+    return PromptLine(index=index, **values)
+
+
+def write_prompts(path, *prompts):
+    path.write_text("".join(f"{prompt.model_dump_json()}\n" for prompt in prompts))
+    return path
+
+
+def test_answers_go_on_after_the_last_complete_line(tmp_path):
+    path = tmp_path / "folder" / "answers.jsonl"
+    first, second, third = (prompt_line(index) for index in range(3))
+    with AnswerFile(path) as answers:
+        answers.write(answer_line(first, output="one\ntwo"))
+        answers.write(answer_line(second, output="ä"))
+    with path.open("ab") as file:
+        file.write(b'{"task": "niah", "leng')
+    with AnswerFile(path) as answers:
+        assert answers.done == {first.key, second.key}
+        answers.write(answer_line(third, error="too long"))
+        assert third.key in answers.done
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert [line.get("output") for line in lines] == ["one\ntwo", "ä", None]
+    assert lines[2]["error"] == "too long"
+
+
+def test_answers_become_one_result(tmp_path):
+    prompts = write_prompts(tmp_path / "prompts.jsonl", prompt_line(0), prompt_line(1))
+    answers = {}
+    for name, output in (("good", "It is seven."), ("bad", "No idea.")):
+        path = tmp_path / f"{name}.jsonl"
+        with AnswerFile(path) as file:
+            for prompt in read_prompts(prompts):
+                file.write(answer_line(prompt, output=output))
+        answers[path] = MethodResult(method=name, engine="other", budget=32)
+    write_result(tmp_path / "result.json", prompts, answers, "model", {"dtype": "float32"})
+    result = EvalResult.read(tmp_path / "result.json")
+    scores = {m.method: [s.score for s in m.samples] for m in result.methods}
+    assert scores == {"good": [1, 1], "bad": [0, 0]}
+    assert result.environment == {"dtype": "float32"}
+
+
+def test_answers_of_different_runs_do_not_mix(tmp_path):
+    manifest = {"model": "a", "seed": 0}
+    check_manifest(tmp_path / "folder", manifest)
+    check_manifest(tmp_path / "folder", manifest)
+    with pytest.raises(ConfigError, match=r"model='a', and this run has 'b': choose another"):
+        check_manifest(tmp_path / "folder", {**manifest, "model": "b"})
+
+
+class Script:
+    """A model that says a text whatever it is told, and remembers what it was told."""
+
+    def __init__(self, text):
+        self._tokens = itertools.chain(map(ord, text), itertools.repeat(ord("~")))
+        self.told = []
+        self.first_logits = self._logits()
+
+    def _logits(self):
+        return torch.nn.functional.one_hot(torch.tensor(next(self._tokens)), 128).float()
+
+    def step(self, token_id):
+        self.told.append(token_id)
+        return self._logits()
+
+    def answer(self, eos="", **fields):
+        vocabulary = Vocabulary(lambda ids: "".join(map(chr, ids)), [ord(eos)] if eos else [])
+        return answer(prompt_line(**fields), self.first_logits, self.step, vocabulary)
+
+
+def test_answer_ends_at_max_tokens():
+    script = Script("abcdef")
+    line = script.answer(max_tokens=4)
+    assert (line.key, line.output, line.prompt_tokens) == (prompt_line().key, "abcd", 2)
+    # The last token is not worth a step.
+    assert script.told == [*map(ord, "abc")]
+
+
+def test_answer_ends_before_the_first_stop_text():
+    assert Script("ab--\ncd").answer(stop=("\n", "--")).output == "ab"
+    assert Script("ab-\ncd").answer(stop=("\n", "--")).output == "ab-"
+
+
+def test_answer_ends_with_an_eos_token():
+    assert Script("ab.cd").answer(eos=".").output == "ab."
+
+
+def test_a_continuation_is_predicted_token_by_token():
+    script = Script("abc")
+    line = script.answer(continuation_token_ids=tuple(map(ord, "axc")), continuation_bytes=3)
+    assert script.told == [*map(ord, "ax")]
+    # A one-hot row of 128 logits gives its token e / (e + 127), every other one 1 / (e + 127).
+    other = -math.log(math.e + 127)
+    assert line.logprobs == pytest.approx([1 + other, other, 1 + other], abs=1e-5)
