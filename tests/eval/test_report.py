@@ -2,7 +2,9 @@
 """The pages: well-formed, self-contained, safe with foreign text, and true to the data."""
 
 import re
+import tomllib
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from eval.report_results import BITS, BUDGETS, KVPRESS, VLLM, results
@@ -154,6 +156,16 @@ def test_the_verdict_is_about_the_best_where_there_is_no_ems():
     assert "It keeps 95 % at no budget measured." in text
 
 
+def test_the_verdict_compares_engines():
+    peer = flat("ems", 0.40, 0.06).model_copy(update={"engine": "transformers"})
+    found = [flat("full", 1), flat("ems", 0.90, 0.06), peer]
+    text = sentences(flat_run(*found))
+    assert "ems (transformers) agrees with ems (vllm) within noise at 0 of 1 budget; at 6 %" in text
+    assert "it differs by \N{MINUS SIGN}50.0." in text
+    same = flat("ems", 0.90, 0.06).model_copy(update={"engine": "transformers"})
+    assert "within noise at 1 of 1 budget." in sentences(flat_run(*found[:2], same))
+
+
 def test_markdown_has_the_right_cells(tmp_path):
     found = flat_run(
         flat("full", 0.9), flat("ems", 0.9, 0.06), flat("a|b", 0.45, 0.06), flat("ems", 0.9, 0.5)
@@ -206,7 +218,7 @@ def test_foreign_text_is_shown_and_never_obeyed(tmp_path):
 ONE = {"ems": 2.0}
 INCOMPLETE = {
     "one method": [results(ONE)],
-    "no full cache": [results(full=False)],
+    "no full cache": [results({"ems": 2.0, "random": -1.0}, full=False)],
     "no serving figures": [results(ONE, serving=False)],
     "only the full cache": [results({})],
     "no method": [EvalResult(model="m", created="now")],
@@ -248,6 +260,15 @@ def test_hundreds_of_methods_are_all_in_the_tables(tmp_path):
     text = " ".join(page.text)
     assert "Figures show the 13 best of 201 methods" in text
     assert all(f"| {name} (vllm) |" in markdown for name in names)
+
+
+def test_a_wheel_brings_the_templates():
+    root = Path(__file__).parents[2]
+    settings = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    package = root / "ems_vllm"
+    patterns = settings["tool"]["setuptools"]["package-data"]["ems_vllm"]
+    packed = {path for pattern in patterns for path in package.glob(pattern)}
+    assert set((package / "eval" / "report" / "templates").iterdir()) <= packed
 
 
 def test_nothing_to_report_is_an_operators_mistake(tmp_path):

@@ -107,6 +107,12 @@ class Run:
         """Without the folder, which differs between machines."""
         return Path(self.model).name
 
+    @property
+    def title(self) -> str:
+        """As a heading: a name of the Hub in full, a path on one machine without its folders."""
+        name = self.model_name if Path(self.model).is_absolute() else self.model
+        return name or "unnamed model"
+
 
 @dataclass
 class Report:

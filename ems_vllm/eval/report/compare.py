@@ -92,22 +92,22 @@ def mean_table(report: Report) -> Table:
             if cell is not None:
                 row.cells[column] = cell
 
-    def gap(best: tuple[Series, Point], other: tuple[Series, Point]) -> Interval | None:
-        points, statistic = [best[1], other[1]], difference
-        if relative:
-            references = [report.reference(series) for series, _ in (best, other)]
-            points = [
-                point
-                for pair in zip(points, references, strict=True)
-                for point in pair
-                if point is not None
-            ]
-            statistic = ratio_difference
-        strata = _strata(report.compared, points)
-        return bootstrap(strata, statistic) if strata else None
+    def gap(best: Series, other: Series, column: float) -> Interval | None:
+        return mean_gap(report, best, other, column)
 
     _mark(report, table, gap, higher_is_better=True)
     return table
+
+
+def mean_gap(report: Report, one: Series, other: Series, column: float) -> Interval | None:
+    """How far one method is ahead of another, in the mean table's terms; None without pairs."""
+    points: list[Point] = []
+    for series in (one, other):
+        reference = report.reference(series)
+        points += [series.points[column], *([reference] if reference else [])]
+    statistic = {2: difference, 4: ratio_difference}.get(len(points))
+    strata = _strata(report.compared, points)
+    return bootstrap(strata, statistic) if strata and statistic else None
 
 
 def task_table(report: Report, task: Task) -> Table:
@@ -126,9 +126,9 @@ def task_table(report: Report, task: Task) -> Table:
             if interval is not None:
                 row.cells[column] = Cell(interval)
 
-    def gap(best: tuple[Series, Point], other: tuple[Series, Point]) -> Interval | None:
-        pair = [best[1], other[1]] if task.higher_is_better else [other[1], best[1]]
-        rows = paired(task.name, pair)
+    def gap(best: Series, other: Series, column: float) -> Interval | None:
+        pair = [best.points[column], other.points[column]]
+        rows = paired(task.name, pair if task.higher_is_better else pair[::-1])
         return bootstrap([rows], difference) if len(rows) else None
 
     _mark(report, table, gap, task.higher_is_better)
@@ -168,7 +168,7 @@ def _strata(tasks: Sequence[Task], points: Sequence[Point]) -> list[Array]:
 def _mark(
     report: Report,
     table: Table,
-    gap: Callable[[tuple[Series, Point], tuple[Series, Point]], Interval | None],
+    gap: Callable[[Series, Series, float], Interval | None],
     higher_is_better: bool,
 ) -> None:
     """Mark the best of every column, and what the data do not tell from it."""
@@ -187,5 +187,5 @@ def _mark(
         for series, cell in rivals:
             if series is best:
                 continue
-            cell.behind = gap((best, best.points[column]), (series, series.points[column]))
+            cell.behind = gap(best, series, column)
             cell.is_tied = cell.behind is None or not cell.behind.excludes(0)

@@ -63,7 +63,7 @@ def html(report: Report, mean: Table, tables: Sequence[Table]) -> str:
     )
     return environment.get_template("report.html.j2").render(
         report=report,
-        models=list(dict.fromkeys(run.model or "unnamed model" for run in report.runs)),
+        models=list(dict.fromkeys(run.title for run in report.runs)),
         runs=run_facts(report),
         verdict=verdict(report, mean),
         tiles=tiles(report, mean),

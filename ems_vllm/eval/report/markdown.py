@@ -18,7 +18,7 @@ def markdown(report: Report, mean: Table, tables: Sequence[Table]) -> str:
         mean: Over the tasks compared.
         tables: One for every task.
     """
-    models = dict.fromkeys(run.model or "unnamed model" for run in report.runs)
+    models = dict.fromkeys(run.title for run in report.runs)
     parts = [
         f"# Evaluation of {escape(', '.join(models))}",
         escape(" ".join(verdict(report, mean))),

@@ -119,10 +119,10 @@ def _task_panel(report: Report, table: Table, shown: Shown) -> Panel:
     facts = [count(task.num_prompts, "prompt")]
     if task.full_score is not None:
         facts.append(f"full cache {task.full_score:.3f}")
-    if table.is_difference:
-        scale = Scale(
-            _BUDGET, "added to the full cache's", _ticks(report.columns), reference=0, y_floor=None
-        )
+    if not task.higher_is_better:
+        y_label = f"bits per byte{' above the full cache' if table.is_difference else ''}"
+        reference = 0 if table.is_difference else None
+        scale = Scale(_BUDGET, y_label, _ticks(report.columns), reference=reference, y_floor=None)
         facts.append("less is better")
     elif relative:
         scale = Scale(_BUDGET, _RELATIVE, _ticks(report.columns), reference=100)

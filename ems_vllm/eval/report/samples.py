@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,7 +34,7 @@ class Worst:
 @dataclass(frozen=True)
 class Failure:
     label: str
-    column: float | None
+    columns: list[float | None]
     message: str
     count: int
 
@@ -70,14 +70,20 @@ def worst_samples(report: Report, shown: Sequence[Series]) -> list[Worst]:
 
 
 def failures(report: Report) -> list[Failure]:
-    """Error messages by method and budget, the most frequent first."""
-    counts: Counter[tuple[str, float | None, str]] = Counter()
+    """Error messages by method, the most frequent first."""
+    counts: Counter[tuple[str, str]] = Counter()
+    columns: dict[tuple[str, str], dict[float | None, None]] = defaultdict(dict)
     for series in report.series:
         for column, point in series.points.items():
             for sample in point.samples.values():
                 if sample.error is not None:
-                    counts[series.label, column, sample.error] += 1
-    return [Failure(*key, count) for key, count in counts.most_common(MAX_ERRORS)]
+                    key = (series.label, sample.error)
+                    counts[key] += 1
+                    columns[key][column] = None
+    return [
+        Failure(key[0], list(columns[key]), key[1], count)
+        for key, count in counts.most_common(MAX_ERRORS)
+    ]
 
 
 def _place(sample: SampleResult) -> tuple[str, int, int, int]:

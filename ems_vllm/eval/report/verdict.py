@@ -7,13 +7,16 @@ import math
 from dataclasses import dataclass
 
 from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, Report, Series
-from ems_vllm.eval.report.compare import Cell, Table
+from ems_vllm.eval.report.compare import Cell, Table, mean_gap
+from ems_vllm.eval.report.stats import Interval
 from ems_vllm.eval.report.wording import bounds, count, listed, percent, printable, value
 
 # The budget the headline is about, if it was measured; else the nearest.
 HEADLINE_BUDGET = 0.06
 # What counts as keeping the full cache's quality.
 KEEPS = 0.95
+# Of the same method in other engines and runs.
+MAX_SIBLINGS = 3
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def _claims(report: Report, table: Table) -> list[str]:
         else f"{at}, {name} scores {estimate}{within}; no full cache was run to compare with."
     ]
     found += _rank_claims(report, table, series)
+    found += _agreement(report, table, series)
     if table.relative:
         kept = [
             c
@@ -141,6 +145,35 @@ def _rank_claims(report: Report, table: Table, series: Series) -> list[str]:
     return found
 
 
+def _agreement(report: Report, table: Table, series: Series) -> list[str]:
+    """Whether the method in focus does as well in other engines and runs."""
+    found = []
+    for other in report.compressed:
+        if other is series or other.method != series.method:
+            continue
+        gaps = [
+            (column, gap)
+            for column in report.columns
+            if {column} <= series.points.keys() & other.points.keys()
+            and (gap := mean_gap(report, series, other, column)) is not None
+        ]
+        same = [column for column, gap in gaps if not gap.excludes(0)]
+        if not gaps:
+            continue
+        found.append(
+            f"{printable(other.label)} agrees with {printable(series.label)} within noise at "
+            f"{len(same)} of {count(len(gaps), 'budget')}"
+            + "".join(
+                f"; at {percent(column)} it differs by "
+                f"{value(_negated(gap), relative=table.relative, signed=True)}"
+                for column, gap in gaps
+                if column not in same
+            )
+            + "."
+        )
+    return found[:MAX_SIBLINGS]
+
+
 def _caveats(report: Report, table: Table) -> list[str]:
     found = []
     failed = [
@@ -176,6 +209,10 @@ def _ranks(report: Report, table: Table, series: Series) -> list[tuple[float, Ce
         for column, cell in cells
         if cell is not None and (cell.is_best or cell.behind is not None or cell.is_tied)
     ]
+
+
+def _negated(gap: Interval) -> Interval:
+    return Interval(-gap.value, -gap.high, -gap.low, gap.n)
 
 
 def _name(series: Series) -> str:

@@ -19,9 +19,8 @@ def value(interval: Interval, *, relative: bool, signed: bool = False) -> str:
     """The estimate alone: percent of the full cache, or a score."""
     if math.isnan(interval.value):
         return "-"
-    if relative:
-        return f"{100 * interval.value:.1f}"
-    text = f"{interval.value:+.3f}" if signed else f"{interval.value:.3f}"
+    number = 100 * interval.value if relative else interval.value
+    text = f"{number:{'+' if signed else ''}.{1 if relative else 3}f}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
