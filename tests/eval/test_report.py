@@ -166,6 +166,13 @@ def test_the_verdict_compares_engines():
     assert "within noise at 1 of 1 budget." in sentences(flat_run(*found[:2], same))
 
 
+def test_the_verdict_says_who_answered_less():
+    full, ems = flat("full", 1), flat("ems", 0.9, 0.06)
+    assert "fewer prompts" not in sentences(flat_run(full, ems))
+    text = sentences(flat_run(full, ems, flat("a", 0.9, 0.06, n=50)))
+    assert "1 method answered fewer prompts than others" in text
+
+
 def test_markdown_has_the_right_cells(tmp_path):
     found = flat_run(
         flat("full", 0.9), flat("ems", 0.9, 0.06), flat("a|b", 0.45, 0.06), flat("ems", 0.9, 0.5)

@@ -128,17 +128,25 @@ def _draw(axes: Axes, line: Line, band: float) -> None:
 
 
 def _label(axes: Axes, line: Line) -> None:
-    """Write labels above their points, leaving out those that would cover one another."""
-    placed: list[tuple[float, float]] = []
-    color = PALETTE[line.style.color][0]
-    for x, y, label in zip(line.x, line.y, line.labels, strict=False):
-        across, up = axes.transData.transform((x, y)) * 72 / axes.figure.dpi
-        if all(abs(across - a) > _LABEL[0] or abs(up - u) > _LABEL[1] for a, u in placed):
-            placed.append((across, up))
-            offset = (0, 6)
-            axes.annotate(
-                label, (x, y), offset, textcoords="offset points", ha="center", color=color, size=8
-            )
+    """Write labels at their points, leaving out those that would cover one another."""
+    pixels = axes.transData.transform(list(zip(line.x, line.y, strict=True)))
+    places = [(float(x), float(y)) for x, y in pixels * 72 / axes.figure.dpi]
+    taken: list[tuple[float, float]] = []
+    for (across, up), x, y, label in zip(places, line.x, line.y, line.labels, strict=False):
+        if any(abs(across - a) < _LABEL[0] and abs(up - u) < _LABEL[1] for a, u in taken):
+            continue
+        taken.append((across, up))
+        # Above the point, unless the curve goes there: then to its left.
+        rising = any(abs(across - a) < _LABEL[0] / 2 and 0 < u - up < _LABEL[0] for a, u in places)
+        axes.annotate(
+            label,
+            (x, y),
+            (-6, -3) if rising else (0, 6),
+            textcoords="offset points",
+            ha="right" if rising else "center",
+            color=PALETTE[line.style.color][0],
+            size=8,
+        )
 
 
 def _finish(axes: Axes, scale: Scale) -> None:

@@ -198,6 +198,13 @@ def _caveats(report: Report, table: Table) -> list[str]:
         found.append(
             f"{count(len(partial), 'method')} did not run every task and cannot be the best."
         )
+    sizes = [{cell.interval.n for cell in row.cells.values()} for row in table.rows if row.cells]
+    fewer = [each for each in sizes if min(each) < max(map(max, sizes))]
+    if fewer and not partial:
+        found.append(
+            f"{count(len(fewer), 'method')} answered fewer prompts than others; differences are "
+            "taken on the prompts that both answered."
+        )
     return found
 
 
