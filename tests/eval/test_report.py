@@ -13,6 +13,7 @@ from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.report import write_report
 from ems_vllm.eval.report.aggregate import aggregate
 from ems_vllm.eval.report.compare import mean_table
+from ems_vllm.eval.report.samples import MAX_PER_SERIES, worst_samples
 from ems_vllm.eval.report.verdict import verdict
 from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 
@@ -147,6 +148,7 @@ def test_the_verdict_says_what_the_data_say():
     assert "At a budget of 6 %, EMS keeps 93.0 % of the full cache's score" in text
     assert "best or within noise of the best at 2 of 3 budgets, and clearly the best at 6 %" in text
     assert "At 50 %, snapkv (vllm) is ahead by 50.0 points" in text
+    assert text.count("ahead") == 1
     assert "The smallest budget at which it keeps 95 % is 25 %." in text
 
 
@@ -185,6 +187,37 @@ def test_markdown_has_the_right_cells(tmp_path):
     assert table[2] == "| full (vllm) | 0.900 (0.826 to 0.945) |  |  |"
     assert table[3] == "| ems (vllm) |  | **100.0** (100.0 to 100.0) | 100.0 (100.0 to 100.0) |"
     assert table[4].startswith("| a\\|b (vllm) |  | 50.0 (")
+
+
+def test_a_heat_map_shows_the_mean_of_its_cell(tmp_path):
+    samples = [
+        SampleResult(task="t", length=length, depth=depth, seed=0, index=i, score=score)
+        for i, (length, depth, score) in enumerate(
+            [(512, 0.0, 1), (512, 0.0, 0), (512, 1.0, 1), (1024, 0.0, 0.2)]
+        )
+    ]
+    method = MethodResult(method="ems", budget_fraction=0.1, samples=samples)
+    _, html, _ = pages([flat_run(method)], tmp_path)
+    [table] = re.findall(r'<table class="heat">.*?</table>', html, flags=re.DOTALL)
+    assert re.findall(r'<th scope="col">([^<]*)', table) == ["512", "1,024"]
+    rows = re.findall(r'<th scope="row">([^<]*)</th>(.*)</tr>', table)
+    assert rows == [
+        ("0", '<td class="h10">50</td><td class="h4">20</td>'),
+        ("1", '<td class="h20">100</td><td></td>'),
+    ]
+
+
+def test_worst_answers_are_the_largest_losses_of_tasks_compared():
+    report = aggregate([results({"ems": 1.0, "random": -1.5})])
+    worst = worst_samples(report, report.series)
+    assert {item.series.method for item in worst} == {"ems", "random"}
+    for series in report.compressed:
+        own = [item for item in worst if item.series is series]
+        prompts = {(i.sample.task, i.sample.length, i.sample.seed, i.sample.index) for i in own}
+        assert len(prompts) == len(own) == MAX_PER_SERIES
+        assert [item.column for item in own] == sorted((i.column for i in own), reverse=True)
+    assert all(item.drop == 1 and item.full.score == 1 for item in worst)
+    assert not {item.sample.task for item in worst} & {"vt", BITS}
 
 
 def test_foreign_text_is_shown_and_never_obeyed(tmp_path):

@@ -169,15 +169,10 @@ def _finish(axes: Axes, scale: Scale) -> None:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    # Without these four there is no <metadata>, which names foreign hosts.
-    figure.savefig(
-        buffer,
-        format="svg",
-        transparent=True,
-        metadata={"Date": None, "Creator": None, "Format": None, "Type": None},
-    )
+    figure.savefig(buffer, format="svg", transparent=True)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    # <metadata> names foreign hosts and the time, and <style> would hold for the whole page.
     text = re.sub(r"<(metadata|style)\b.*?</\1>\s*", "", text, flags=re.DOTALL)
     text = re.sub(r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1">', text)
     text = re.sub(r"font-family: [^;\"]*;? ?", "", text)
