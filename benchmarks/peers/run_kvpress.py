@@ -25,6 +25,7 @@ from ems_vllm.eval.reference.files import (
     AnswerFile,
     check_manifest,
     fingerprint,
+    missing,
     read_prompts,
     write_result,
 )
@@ -60,7 +61,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the model's), float32, bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="of the random press")
-    parser.add_argument("--limit", type=int, help="first prompts only; gives no result")
+    parser.add_argument("--limit", type=int, help="first prompts only")
     parser.add_argument("--self-check", action="store_true", help="compare with plain transformers")
     arguments = parser.parse_args(argv)
     if not arguments.self_check and (arguments.prompts is None or arguments.out is None):
@@ -92,23 +93,19 @@ def run(arguments: argparse.Namespace) -> None:
     }
     with ExitStack() as stack:
         files = {method: stack.enter_context(AnswerFile(path)) for method, path in paths.items()}
-        missing = sum(prompt.key not in file.done for file in files.values() for prompt in prompts)
-        bar = stack.enter_context(tqdm(total=missing, unit="answer", smoothing=0.02))
-        # Short prompts first: their cells are complete early.
-        for prompt in sorted(prompts, key=lambda prompt: len(prompt.prompt_token_ids)):
-            todo = [method for method, file in files.items() if prompt.key not in file.done]
-            bar.set_postfix_str(f"{prompt.task}, {len(prompt.prompt_token_ids)} tokens")
-            for method, line in model.answers(prompt, todo, arguments.seed):
+        todo = missing(prompts, files)
+        total = sum(len(item.methods) for item in todo)
+        bar = stack.enter_context(tqdm(total=total, unit="answer", smoothing=0.02))
+        for item in todo:
+            bar.set_postfix_str(f"{item.prompt.task}, {len(item.prompt.prompt_token_ids)} tokens")
+            for method, line in model.answers(item.prompt, item.methods, arguments.seed):
                 files[method].write(line)
                 bar.update()
-    if arguments.limit is None:
-        result = arguments.out / "kvpress.json"
-        answers = {path: method.describe() for method, path in paths.items()}
-        hardware = {"device": str(model.model.device), "machine": platform.machine()}
-        write_result(
-            result, arguments.prompts, answers, arguments.model, {**environment, **hardware}
-        )
-        print(f"{len(prompts):,} prompts, {len(answers)} methods: {result}")
+    result = arguments.out / "kvpress.json"
+    answers = {path: method.describe() for method, path in paths.items()}
+    hardware = {"device": str(model.model.device), "machine": platform.machine()}
+    write_result(result, prompts, answers, arguments.model, {**environment, **hardware})
+    print(f"{len(prompts):,} prompts, {len(answers)} methods: {result}")
 
 
 def self_check(arguments: argparse.Namespace) -> bool:

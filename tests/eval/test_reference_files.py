@@ -11,7 +11,13 @@ import torch
 from ems_vllm.config import ConfigError
 from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.reference.answer import Vocabulary, answer, answer_line
-from ems_vllm.eval.reference.files import AnswerFile, check_manifest, read_prompts, write_result
+from ems_vllm.eval.reference.files import (
+    AnswerFile,
+    check_manifest,
+    missing,
+    read_prompts,
+    write_result,
+)
 from ems_vllm.eval.results import EvalResult, MethodResult
 
 
@@ -62,11 +68,23 @@ def test_answers_become_one_result(tmp_path):
             for prompt in read_prompts(prompts):
                 file.write(answer_line(prompt, output=output))
         answers[path] = MethodResult(method=name, engine="other", budget=32)
-    write_result(tmp_path / "result.json", prompts, answers, "model", {"dtype": "float32"})
+    read = read_prompts(prompts)
+    write_result(tmp_path / "result.json", read, answers, "model", {"dtype": "float32"})
     result = EvalResult.read(tmp_path / "result.json")
     scores = {m.method: [s.score for s in m.samples] for m in result.methods}
     assert scores == {"good": [1, 1], "bad": [0, 0]}
     assert result.environment == {"dtype": "float32"}
+
+
+def test_what_is_left_to_do(tmp_path):
+    long, short = prompt_line(0, prompt_token_ids=(5, 6, 7)), prompt_line(1)
+    with AnswerFile(tmp_path / "a") as one, AnswerFile(tmp_path / "b") as other:
+        one.write(answer_line(long))
+        todo = missing([long, short], {"one": one, "other": other})
+        assert [(item.prompt, item.methods) for item in todo] == [
+            (short, ["one", "other"]),
+            (long, ["other"]),
+        ]
 
 
 def test_answers_of_different_runs_do_not_mix(tmp_path):

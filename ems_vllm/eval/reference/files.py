@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval import exchange
 from ems_vllm.eval.exchange import AnswerLine, PromptLine
 from ems_vllm.eval.results import EvalResult, MethodResult
 from ems_vllm.eval.sample import Key
+from ems_vllm.eval.tasks import TASKS
 
 
 def read_prompts(path: Path) -> list[PromptLine]:
@@ -92,31 +95,58 @@ def fingerprint(path: Path) -> str:
 
 def write_result(
     path: Path,
-    prompts: Path,
+    prompts: Sequence[PromptLine],
     answers: Mapping[Path, MethodResult],
     model: str,
     environment: dict[str, Any],
 ) -> EvalResult:
-    """Score every file of answers and write them as one result.
+    """Score files of answers and write them as one result.
 
     Args:
         path: Of the result.
-        prompts: Of the prompts.
-        answers: What was run, without samples, by its file of answers.
+        prompts: What was asked.
+        answers: What was run, without samples, by its file of answers. A prompt that a method has
+            no answer to is none of its samples.
         model: Name of the model.
         environment: For the result.
-
-    Raises:
-        ConfigError: a prompt has no answer.
     """
-    scored = [
-        exchange.score(prompts, file, model=model, method=method)
-        for file, method in answers.items()
-    ]
-    merged = scored[0].model_copy(update={"methods": _methods(scored), "environment": environment})
-    merged.write(path)
-    return merged
+    methods = []
+    for file, method in answers.items():
+        given = {answer.key: answer for answer in exchange.read(file, AnswerLine, "answers")}
+        samples = [
+            exchange.scored(prompt.sample(), given[prompt.key])
+            for prompt in prompts
+            if prompt.key in given
+        ]
+        methods.append(method.model_copy(update={"samples": samples}))
+    tasks = sorted({prompt.task for prompt in prompts})
+    result = EvalResult(
+        model=model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment=environment,
+        higher_is_better={task: TASKS.get(task).higher_is_better for task in tasks},
+        methods=methods,
+    )
+    result.write(path)
+    return result
 
 
-def _methods(results: Sequence[EvalResult]) -> list[MethodResult]:
-    return [method for result in results for method in result.methods]
+_M = TypeVar("_M")
+
+
+@dataclass(frozen=True)
+class Missing(Generic[_M]):
+    """A prompt and the methods that have not answered it."""
+
+    prompt: PromptLine
+    methods: list[_M]
+
+
+def missing(prompts: Iterable[PromptLine], files: Mapping[_M, AnswerFile]) -> list[Missing[_M]]:
+    """What is left to do, short prompts first, so that their cells are complete early."""
+    todo = []
+    for prompt in sorted(prompts, key=lambda prompt: len(prompt.prompt_token_ids)):
+        methods = [method for method, file in files.items() if prompt.key not in file.done]
+        if methods:
+            todo.append(Missing(prompt, methods))
+    return todo

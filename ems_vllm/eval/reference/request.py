@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One request on a DynamicCache that holds its live entries only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ems_vllm.eval.reference.attention import observed_by
+from ems_vllm.eval.reference.cache import from_cache, to_cache
+from ems_vllm.eval.reference.paging import from_pages, to_pages
+from ems_vllm.policies.context import CompactionContext
+from ems_vllm.policies.policy import Policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ems_vllm._C import CompressionPlan
+    from ems_vllm.eval.reference.prefill import Prefilled
+
+
+@dataclass(frozen=True)
+class RequestSettings:
+    """How a request is compressed.
+
+    Attributes:
+        plan: When, and into which columns.
+        policy: Which entries stay.
+        obs_window: Last queries that score.
+        scale: Softmax scale of the model.
+    """
+
+    plan: CompressionPlan
+    policy: Policy
+    obs_window: int
+    scale: float
+
+
+class ReferenceRequest:
+    """Decodes after a prompt, compressing whenever the plan says so.
+
+    Args:
+        model: Loaded with attention.IMPLEMENTATION.
+        settings: How it is compressed.
+        prompt: The processed prompt; not changed.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, settings: RequestSettings, prompt: Prefilled
+    ) -> None:
+        self._model = model
+        self._settings = settings
+        self._prompt_len = prompt.num_tokens
+        self._num_processed = prompt.num_tokens
+        self._first = 0
+        self._queries = prompt.queries
+        self._step_queries: dict[int, torch.Tensor] = {}
+        # Scores of the leading entries; the others have none yet.
+        self._scores: torch.Tensor | None = None
+        if settings.policy.scorer.uses_global:
+            compresses_prompt = settings.plan.compresses_prompt
+            self._scores = prompt.scores if compresses_prompt else prompt.scores[:, :, :0]
+        self._cache = to_cache(prompt.keys, prompt.values)
+
+    @property
+    def num_live(self) -> int:
+        """Entries per kv_head that the cache holds."""
+        return self._num_processed - self._first * self._settings.plan.block_size
+
+    @torch.inference_mode()
+    def step(self, token_id: int) -> torch.Tensor:
+        """Logits after one more token, [vocabulary], compressing first where it is due."""
+        first, tail = self._settings.plan.columns(self._num_processed)
+        if first > self._first:
+            self._compact(first, tail)
+        with observed_by(self._observe):
+            logits = self._model(
+                torch.tensor([[token_id]], device=self._model.device),
+                past_key_values=self._cache,
+                # The true position: keys were rotated before they were compressed.
+                position_ids=torch.tensor([[self._num_processed]], device=self._model.device),
+            ).logits
+        step = torch.stack([self._step_queries[layer] for layer in sorted(self._step_queries)])
+        self._queries = torch.cat([self._queries, step], dim=1)[:, -self._settings.obs_window :]
+        self._num_processed += 1
+        return logits[0, -1]
+
+    def _observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        self._step_queries[layer] = queries
+
+    def _compact(self, first: int, tail: int) -> None:
+        """Replace entries [self._first, tail), in columns, by ones that fill [first, tail)."""
+        block_size = self._settings.plan.block_size
+        keys, values = (to_pages(entries, block_size) for entries in from_cache(self._cache))
+        context = self._context(first, tail, keys, values)
+        self._settings.policy.compact(context)
+        start, stop = (first - self._first) * block_size, self.num_live
+        self._cache = to_cache(from_pages(keys, start, stop), from_pages(values, start, stop))
+        if context.paged_scores is not None:
+            num_kept = (tail - first) * block_size
+            self._scores = from_pages(context.paged_scores, start, start + num_kept)
+        self._first = first
+
+    def _context(
+        self, first: int, tail: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> CompactionContext:
+        settings, block_size = self._settings, self._settings.plan.block_size
+        device = keys.device
+        num_entries = (tail - self._first) * block_size
+        num_kept = (tail - first) * block_size
+        table = torch.arange(keys.shape[1], dtype=torch.int32, device=device)[None]
+
+        def row(value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.tensor([value], dtype=dtype, device=device)
+
+        num_sinks = min(settings.policy.selector.num_sink_tokens, num_kept)
+        num_scored = 0 if self._scores is None else min(self._scores.shape[2], num_entries)
+        queries = self._queries[:, -settings.obs_window :]
+        return CompactionContext(
+            key_cache=keys,
+            value_cache=values,
+            block_table=table,
+            num_entries=row(num_entries),
+            num_live=row(self.num_live),
+            num_scored=row(num_scored),
+            budgets=row(num_kept),
+            num_protected=row(num_sinks),
+            target_columns=row(first - self._first),
+            is_decode=row(
+                self._first > 0 or self._num_processed > self._prompt_len, dtype=torch.bool
+            ),
+            max_entries=num_entries,
+            max_budget=num_kept,
+            scale=settings.scale,
+            paged_scores=self._paged_scores(),
+            score_table=table,
+            query_ring=_ring(queries, settings.obs_window, self._num_processed),
+            ring_rows=row(0),
+            num_queries=row(queries.shape[1]),
+            end_positions=row(self._num_processed),
+        )
+
+    def _paged_scores(self) -> torch.Tensor | None:
+        if self._scores is None:
+            return None
+        scores = self._scores.new_zeros((*self._scores.shape[:2], self.num_live))
+        scores[:, :, : self._scores.shape[2]] = self._scores
+        return to_pages(scores, self._settings.plan.block_size)
+
+
+def _ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:
+    """The last queries where ops.score_window looks for them.
+
+    Args:
+        queries: [num_layers, num_queries, num_heads, head_size], the newest last.
+        obs_window: Size of the ring.
+        end_position: One more than the position of the newest.
+
+    Returns:
+        [num_layers, 1, obs_window, num_heads, head_size].
+    """
+    num_layers, num_queries, *rest = queries.shape
+    ring = queries.new_zeros((num_layers, 1, obs_window, *rest))
+    positions = torch.arange(end_position - num_queries, end_position, device=queries.device)
+    ring[:, 0, positions % obs_window] = queries
+    return ring

@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answers of several recipes to one prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ems_vllm.eval.reference.answer import answer
+from ems_vllm.eval.reference.methods import Method, server_config
+from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
+from ems_vllm.eval.reference.operators import reference_operators
+
+if TYPE_CHECKING:
+    from ems_vllm.eval.exchange import AnswerLine, PromptLine
+    from ems_vllm.eval.results import MethodResult
+
+
+class Runner:
+    """Answers prompts with transformers.
+
+    Args:
+        reference: The model.
+        name: Its folder, for the tokenizer.
+        methods: What will be asked of it.
+        prompts: What will be asked.
+        overrides: Settings of KVCompressionConfig, for every recipe.
+        compiled: Whether policies use the compiled operators.
+
+    Raises:
+        ConfigError: a recipe or a setting is wrong.
+    """
+
+    def __init__(
+        self,
+        reference: ReferenceModel,
+        name: str,
+        methods: Sequence[Method],
+        prompts: Sequence[PromptLine],
+        overrides: dict[str, Any],
+        compiled: bool = False,
+    ) -> None:
+        self._reference = reference
+        self._compiled = compiled
+        self._vocabulary = load_vocabulary(name, reference.model)
+        lengths = {prompt.length for prompt in prompts}
+        totals = [method.budget.total(length) or 1 for method in methods for length in lengths]
+        self._configs = {
+            recipe: server_config(recipe, max(totals, default=1), overrides, reference.block_size)
+            for recipe in {method.recipe for method in methods}
+        }
+
+    def describe(self, method: Method) -> MethodResult:
+        """A method as a result without samples."""
+        described = method.describe()
+        if described.is_full:
+            return described
+        settings = self._configs[method.recipe].to_dict()
+        return described.model_copy(update={"settings": settings})
+
+    def answers(
+        self, prompt: PromptLine, methods: Sequence[Method]
+    ) -> Iterator[tuple[Method, AnswerLine]]:
+        """Answers to a prompt, which is processed once; none where a budget has no room."""
+        window = max(config.obs_window for config in self._configs.values())
+        prefilled = self._reference.prefill(prompt.prompt_token_ids, window)
+        for method in methods:
+            config = self._configs[method.recipe]
+            options = method.options(prompt, config, self._reference.block_size)
+            if options is None:
+                continue
+            request = self._reference.request(prefilled, config, options)
+            with nullcontext() if self._compiled else reference_operators():
+                line = answer(prompt, prefilled.logits, request.step, self._vocabulary)
+            yield method, line
