@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -38,6 +39,9 @@ class Answer:
     tpot_s: float | None = None
     logprobs: tuple[float, ...] = ()
     free_token_ids: tuple[int, ...] = ()
+
+    def with_text(self, text: str) -> Answer:
+        return replace(self, text=text)
 
 
 class NoAnswer(Exception):
@@ -76,11 +80,10 @@ class Endpoint:
         max_tokens: int,
         *,
         stop: Sequence[str] = (),
-        salt: str = "",
         xargs: dict[str, Any] | None = None,
     ) -> Answer:
         """The continuation of a prompt."""
-        arguments = {"prompt": list(prompt_token_ids), **self._common(max_tokens, salt, xargs)}
+        arguments = {"prompt": list(prompt_token_ids), **self._common(max_tokens, xargs)}
         if stop:
             arguments["stop"] = list(stop)
         return await self._try(lambda: self._stream(self._client.completions, arguments))
@@ -91,11 +94,10 @@ class Endpoint:
         max_tokens: int,
         *,
         stop: Sequence[str] = (),
-        salt: str = "",
         xargs: dict[str, Any] | None = None,
     ) -> Answer:
         """The next message of a conversation."""
-        arguments = {"messages": list(messages), **self._common(max_tokens, salt, xargs)}
+        arguments = {"messages": list(messages), **self._common(max_tokens, xargs)}
         if stop:
             arguments["stop"] = list(stop)
         return await self._try(lambda: self._stream(self._client.chat.completions, arguments))
@@ -106,7 +108,6 @@ class Endpoint:
         answer_token_ids: Sequence[int],
         *,
         num_free_tokens: int = 0,
-        salt: str = "",
         xargs: dict[str, Any] | None = None,
     ) -> Answer:
         """Make the server generate given tokens, then go on freely.
@@ -121,7 +122,7 @@ class Endpoint:
         """
         forced = list(answer_token_ids)
         arguments = self._common(
-            len(forced) + num_free_tokens, salt, {**(xargs or {}), "forced_token_ids": forced}
+            len(forced) + num_free_tokens, {**(xargs or {}), "forced_token_ids": forced}
         )
         arguments["logprobs"] = 0
         arguments["extra_body"] |= {"return_token_ids": True}
@@ -143,6 +144,34 @@ class Endpoint:
                 num_tokens=len(token_ids),
                 logprobs=tuple(float(value or 0.0) for value in values),
                 free_token_ids=tuple(token_ids[len(forced) :]),
+            )
+
+        return await self._try(ask)
+
+    async def predict(
+        self, prompt_token_ids: Sequence[int], answer_token_ids: Sequence[int]
+    ) -> Answer:
+        """Log probabilities of an answer as part of the prompt: nothing is compressed.
+
+        Raises:
+            NoAnswer: also where the server is not vLLM.
+        """
+        if not self.is_vllm:
+            raise NoAnswer("only vLLM reports the log probabilities of a prompt")
+        whole = [*prompt_token_ids, *answer_token_ids]
+        arguments = self._common(1, None)
+        arguments["extra_body"] |= {"prompt_logprobs": 0}
+
+        async def ask() -> Answer:
+            async with self._limit:
+                answer = await self._client.completions.create(prompt=whole, **arguments)
+            found = getattr(answer.choices[0], "prompt_logprobs", None) or []
+            pairs = list(zip(found, whole, strict=True))[len(prompt_token_ids) :]
+            return Answer(
+                text="",
+                prompt_tokens=len(prompt_token_ids),
+                num_tokens=0,
+                logprobs=tuple(float(at[str(token)]["logprob"]) for at, token in pairs),
             )
 
         return await self._try(ask)
@@ -185,13 +214,12 @@ class Endpoint:
             ) from None
         self.is_vllm = response.status_code == 200 and "version" in response.text
 
-    def _common(self, max_tokens: int, salt: str, xargs: dict[str, Any] | None) -> dict[str, Any]:
+    def _common(self, max_tokens: int, xargs: dict[str, Any] | None) -> dict[str, Any]:
         extra: dict[str, Any] = {}
         if self.is_vllm:
             # The queries that a hit in the prefix cache spares do not score: an answer would
             # depend on what was asked before.
-            if salt:
-                extra["cache_salt"] = salt
+            extra["cache_salt"] = uuid.uuid4().hex
             if xargs:
                 extra["vllm_xargs"] = xargs
         return {

@@ -72,7 +72,9 @@ _L = TypeVar("_L", bound=_Line)
 
 
 def export(samples: Iterable[Sample], path: Path) -> int:
-    """Write the prompts of samples that are one prompt; conversations are left out.
+    """Write the prompts of samples that are one prompt.
+
+    Conversations, and answers that are written for the model, are left out.
 
     Returns:
         How many were written.
@@ -81,7 +83,7 @@ def export(samples: Iterable[Sample], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for sample in samples:
-            if not sample.turns:
+            if not sample.turns and not sample.written_token_ids:
                 file.write(PromptLine.of(sample).model_dump_json() + "\n")
                 count += 1
     return count

@@ -6,7 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 
-def largest_fitting(count: Callable[[int], int], room: int, minimum: int) -> int | None:
+def largest_fitting(
+    count: Callable[[int], int], room: int, minimum: int, maximum: int | None = None
+) -> int | None:
     """The largest size whose prompt fits, for prompts that grow with their size.
 
     Doubling finds an upper bound and bisection the size; where token counts are not quite monotone
@@ -15,18 +17,20 @@ def largest_fitting(count: Callable[[int], int], room: int, minimum: int) -> int
     Args:
         count: Tokens of the prompt of a given size.
         room: Tokens that the prompt may have.
-        minimum: Smallest size there is.
+        minimum, maximum: Smallest and largest size there is; None: no largest.
 
     Returns:
         None where not even `minimum` fits.
     """
     if count(minimum) > room:
         return None
+    if maximum is not None and count(maximum) <= room:
+        return maximum
     fits, step = minimum, 1
-    while count(fits + step) <= room:
+    while (maximum is None or fits + step < maximum) and count(fits + step) <= room:
         fits += step
         step *= 2
-    too_large = fits + step
+    too_large = fits + step if maximum is None else min(fits + step, maximum)
     while too_large - fits > 1:
         middle = (fits + too_large) // 2
         if count(middle) <= room:

@@ -36,6 +36,7 @@ class Sample:
         choices: Classes to choose from, for metrics that need them.
         turns: What the user says in each turn of a conversation; the answer to the last one is
             scored.
+        written_token_ids: What the model is made to write before its answer, after the prompt.
         continuation_token_ids: For teacher forcing, the tokens that follow the prompt.
         continuation_bytes: Length of their text in UTF-8.
     """
@@ -52,6 +53,7 @@ class Sample:
     stop: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
+    written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
 

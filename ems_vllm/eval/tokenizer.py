@@ -19,6 +19,10 @@ class Tokenizer(Protocol):
         """A prompt as the model sees it; the answer goes on from `answer_prefix`."""
         ...
 
+    def render_plain(self, text: str) -> str:
+        """A prompt outside the chat template, in either format."""
+        ...
+
     def render_chat(self, messages: Sequence[Message]) -> str:
         """A conversation as the model's chat template writes it, up to the next answer."""
         ...
@@ -29,6 +33,14 @@ class Tokenizer(Protocol):
 
     def encode_plain(self, text: str) -> list[int]:
         """Token ids of a piece of text, without any special tokens."""
+        ...
+
+    def encode_rendered(self, text: str) -> list[int]:
+        """Token ids of a rendered conversation, which has its special tokens already."""
+        ...
+
+    def encode_special(self) -> list[int]:
+        """The special tokens that begin a text."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str: ...
@@ -70,6 +82,11 @@ class HubTokenizer:
             return body + answer_prefix
         return self.render_chat([{"role": "user", "content": body}]) + answer_prefix
 
+    def render_plain(self, text: str) -> str:
+        # `encode` adds no special tokens to a chat's prompt.
+        special = self.encode_special() if self._prompt_format == "chat" else []
+        return self.decode(special) + text
+
     def render_chat(self, messages: Sequence[Message]) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
@@ -89,6 +106,12 @@ class HubTokenizer:
 
     def encode_plain(self, text: str) -> list[int]:
         return list(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode_plain(text)
+
+    def encode_special(self) -> list[int]:
+        return list(self._tokenizer.encode("", add_special_tokens=True))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))

@@ -1,16 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
 """Samples fit, are determined by their key alone, and hold what they ask for."""
 
+import json
+import re
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ems_vllm.config import ConfigError
 from ems_vllm.eval.fitting import largest_fitting
+from ems_vllm.eval.haystack import read_texts
+from ems_vllm.eval.metrics import METRICS
 from ems_vllm.eval.sample import Key, generator
 from ems_vllm.eval.tasks import TASKS, TaskOptions
 
-NEEDLES = [name for name in TASKS if name.startswith("niah")]
+# Tasks that write their prompts themselves, and those that read public data sets.
+READERS = [name for name in TASKS if name.startswith(("longbench_", "qa_"))]
+WRITERS = [name for name in TASKS if name not in READERS]
+# Their prompts grow in steps of at most so many of the toy tokenizer's tokens.
+STEPS = {
+    **{name: 120 for name in TASKS if name.startswith("niah")},
+    **{"vt": 50, "cwe": 60, "fwe": 60, "kv_retrieval": 70, "lines": 40},
+}
+LENGTH = 3000
 
 
 @given(steps=st.lists(st.integers(1, 9), min_size=1, max_size=60), room=st.integers(1, 300))
@@ -32,25 +46,24 @@ def test_generators_are_told_apart_by_every_part_of_the_key():
     assert generator(keys[0]).random() == generator(keys[0]).random()
 
 
-@pytest.mark.parametrize("name", NEEDLES)
-@given(length=st.integers(700, 2500), seed=st.integers(0, 5), index=st.integers(0, 9))
+@pytest.mark.parametrize("name", STEPS)
+@given(length=st.integers(1200, 2500), seed=st.integers(0, 5), index=st.integers(0, 9))
 def test_prompts_fit_closely_and_hold_the_answer(tokenizer, name, length, seed, index):
     sample = TASKS.get(name)().sample(Key(name, length, seed, index), tokenizer)
     used = len(sample.prompt_token_ids) + sample.max_tokens
-    # A line of the haystack is at most some hundred tokens.
-    assert length - 120 < used <= length
+    assert length - STEPS[name] < used <= length
     assert list(sample.prompt_token_ids) == tokenizer.encode(sample.prompt)
     assert sample.references
     assert all(reference in sample.prompt for reference in sample.references)
 
 
-@pytest.mark.parametrize("name", list(TASKS))
+@pytest.mark.parametrize("name", WRITERS)
 def test_samples_depend_on_their_key_alone(tokenizer, name):
     task = TASKS.get(name)()
-    three = list(task.samples(1500, 1, 3, tokenizer))
-    assert list(task.samples(1500, 1, 2, tokenizer)) == three[:2]
-    assert task.sample(Key(name, 1500, 1, 2), tokenizer) == three[2]
-    other = next(iter(task.samples(1500, 2, 1, tokenizer)))
+    three = list(task.samples(LENGTH, 1, 3, tokenizer))
+    assert list(task.samples(LENGTH, 1, 2, tokenizer)) == three[:2]
+    assert task.sample(Key(name, LENGTH, 1, 2), tokenizer) == three[2]
+    other = next(iter(task.samples(LENGTH, 2, 1, tokenizer)))
     assert other != three[0]
     assert len({sample.prompt or sample.turns for sample in three}) == 3
 
@@ -74,3 +87,101 @@ def test_options_bound_the_generation(tokenizer):
     sample = task.sample(Key("niah_single_1", 600, 0, 0), tokenizer)
     assert (sample.max_tokens, sample.stop) == (20, ("\n",))
     assert len(sample.prompt_token_ids) > 480
+
+
+def test_every_task_has_a_metric_for_its_answers():
+    for name in TASKS:
+        task = TASKS.get(name)
+        assert task.metric in METRICS or not task.higher_is_better
+
+
+def test_variables_are_chained_and_the_answer_is_the_whole_chain(tokenizer):
+    sample = TASKS.get("vt")().sample(Key("vt", 2000, 0, 0), tokenizer)
+    question = sample.prompt[sample.prompt.rindex("Memorize and track") :]
+    first, *others = sample.references
+    value = re.search(rf"VAR {first} = (\d+)", question)[1]
+    assert f"assigned the value {value} in the text" in question
+    for before, after in zip(sample.references, others, strict=False):
+        assert question.index(f"VAR {after} = VAR {before}") > question.index(f"VAR {before} =")
+
+
+@pytest.mark.parametrize("length", [2000, 6000])
+def test_common_words_are_the_most_common(tokenizer, length):
+    sample = TASKS.get("cwe")().sample(Key("cwe", length, 0, 0), tokenizer)
+    question = sample.prompt[sample.prompt.rindex("Below is a numbered") :].split("Question:")[0]
+    counts = Counter(re.findall(r"\d+\. (\w+)", question))
+    common, uncommon = (30, 3) if length >= 4096 else (6, 1)
+    assert {word for word, count in counts.items() if count == common} == set(sample.references)
+    assert set(counts.values()) == {common, uncommon}
+
+
+def test_frequent_words_are_the_most_frequent(tokenizer):
+    sample = TASKS.get("fwe")().sample(Key("fwe", 2000, 0, 0), tokenizer)
+    text = sample.prompt.split("coded words. ")[1].split("\nQuestion:")[0]
+    ranked = [word for word, _ in Counter(text.split()).most_common(4)]
+    assert ranked[0] == "..."
+    assert tuple(ranked[1:]) == sample.references
+
+
+@pytest.mark.parametrize("name", ["kv_retrieval", "lines"])
+def test_what_is_asked_lies_at_its_depth(tokenizer, name):
+    for index, depth in enumerate(TaskOptions().depths):
+        sample = TASKS.get(name)().sample(Key(name, LENGTH, 0, index), tokenizer)
+        position = sample.prompt.index(sample.references[0]) / len(sample.prompt)
+        assert sample.depth == depth
+        assert position == pytest.approx(depth, abs=0.25)
+
+
+def test_the_paper_s_number_of_pairs(tokenizer):
+    sample = TASKS.get("kv_retrieval_75")().sample(Key("kv_retrieval_75", 4096, 0, 0), tokenizer)
+    records = sample.prompt.split("JSON data:\n")[1].split("\n\nKey:")[0]
+    asked = re.search(r'Key: "(.*)"', sample.prompt)[1]
+    assert len(json.loads(records)) == 75
+    assert json.loads(records)[asked] == sample.references[0]
+
+
+def test_a_continuation_follows_its_prompt(tokenizer):
+    sample = TASKS.get("bits_per_byte")().sample(Key("bits_per_byte", 900, 0, 0), tokenizer)
+    whole = [*sample.prompt_token_ids, *sample.continuation_token_ids]
+    assert (len(whole), len(sample.continuation_token_ids)) == (900, 225)
+    text = tokenizer.decode(whole)
+    source = read_texts(None)[0]
+    assert text in source
+    assert sample.continuation_bytes == len(tokenizer.decode(whole[675:]).encode())
+
+
+def test_a_text_too_short_for_a_continuation_is_refused(tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("Too short a text.")
+    task = TASKS.get("bits_per_byte")(TaskOptions(text_path=tmp_path))
+    with pytest.raises(ConfigError, match="no text has so many tokens"):
+        task.sample(Key("bits_per_byte", 900, 0, 0), tokenizer)
+
+
+def test_a_conversation_fits_and_asks_for_what_it_told(tokenizer):
+    sample = TASKS.get("multi_turn")().sample(Key("multi_turn", 1500, 0, 0), tokenizer)
+    assert len(sample.turns) == 6
+    assert sample.references[0] in sample.turns[0]
+    assert not any(sample.references[0] in turn for turn in sample.turns[1:])
+    asked = re.search(r"number for ([\w-]+),", sample.turns[-1])[1]
+    assert f"for {asked} is: {sample.references[0]}." in sample.turns[0]
+    messages = [{"role": "user", "content": turn} for turn in sample.turns]
+    tokens = len(tokenizer.encode(tokenizer.render_chat(messages)))
+    # Five answers of 16 tokens and the last one are to come.
+    assert 1500 - 200 < tokens + 5 * 16 + sample.max_tokens <= 1500
+
+
+def test_what_is_written_for_the_model_holds_the_answer_and_asks_for_it(tokenizer):
+    sample = TASKS.get("long_generation")().sample(Key("long_generation", 1500, 0, 1), tokenizer)
+    used = len(sample.prompt_token_ids) + len(sample.written_token_ids) + sample.max_tokens
+    assert 1500 - 40 < used <= 1500
+    written = tokenizer.decode(sample.written_token_ids)
+    asked = re.search(r"number of ([\w-]+)\.", sample.prompt)[1]
+    assert f"for {asked} is: {sample.references[0]}." in written
+    assert written.endswith(f"for {asked} is:")
+
+
+def test_texts_that_cannot_be_read(tokenizer, tmp_path):
+    for path in (tmp_path / "none.txt", tmp_path):
+        task = TASKS.get("niah")(TaskOptions(text_path=path))
+        with pytest.raises(ConfigError, match=r"^text_path='.*give a text file or a folder of"):
+            task.sample(Key("niah", 900, 0, 0), tokenizer)

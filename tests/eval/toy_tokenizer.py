@@ -15,11 +15,20 @@ class ToyTokenizer:
     def render(self, body: str, answer_prefix: str = "") -> str:
         return body + answer_prefix
 
+    def render_plain(self, text: str) -> str:
+        return text
+
     def render_chat(self, messages: Sequence[Message]) -> str:
         return "".join(f"{m['role']}: {m['content']}\n" for m in messages) + "assistant:"
 
     def encode(self, prompt: str) -> list[int]:
         return self.encode_plain(prompt)
+
+    def encode_rendered(self, text: str) -> list[int]:
+        return self.encode_plain(text)
+
+    def encode_special(self) -> list[int]:
+        return []
 
     def encode_plain(self, text: str) -> list[int]:
         token_ids = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ems_vllm.eval.metrics import string_match
+from ems_vllm.eval.metrics import longbench, string_match
 
 # (output, references, choices) -> quality in [0, 1].
 Metric = Callable[[str, Sequence[str], Sequence[str]], float]
@@ -13,4 +13,13 @@ Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 METRICS: dict[str, Metric] = {
     "string_match_all": string_match.all_found,
     "string_match_part": string_match.any_found,
+    "first_number": string_match.first_number,
+    "token_f1": longbench.best(longbench.token_f1),
+    "token_f1_first_line": longbench.first_line(longbench.best(longbench.token_f1)),
+    "rouge_l": longbench.best(longbench.rouge_l),
+    "rouge_l_first_line": longbench.first_line(longbench.best(longbench.rouge_l)),
+    "classification_first_line": longbench.first_line(longbench.best(longbench.classification)),
+    "retrieval": longbench.best(longbench.retrieval),
+    "count": longbench.best(longbench.count),
+    "code_similarity": longbench.best(longbench.code_similarity),
 }

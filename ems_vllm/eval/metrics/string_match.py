@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -16,3 +17,9 @@ def any_found(output: str, references: Sequence[str], choices: Sequence[str] = (
     """Whether at least one of the references occurs (`string_match_part`)."""
     answer = output.lower()
     return float(any(reference.lower() in answer for reference in references))
+
+
+def first_number(output: str, references: Sequence[str], choices: Sequence[str] = ()) -> float:
+    """Whether the first number of the answer is the reference (LongEval)."""
+    found = re.search(r"\d+", output)
+    return float(found is not None and found[0] in references)

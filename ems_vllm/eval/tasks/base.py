@@ -110,7 +110,12 @@ class Task(ABC):
         return METRICS[cls.metric](output, sample.references, sample.choices)
 
     def fitted(
-        self, key: Key, tokenizer: Tokenizer, build: Callable[[int], Question], minimum: int
+        self,
+        key: Key,
+        tokenizer: Tokenizer,
+        build: Callable[[int], Question],
+        minimum: int,
+        maximum: int | None = None,
     ) -> Sample:
         """The longest sample that fits.
 
@@ -118,21 +123,36 @@ class Task(ABC):
             key: Of the sample.
             tokenizer: The served model's.
             build: The question of a given size; the same size gives the same question.
-            minimum: Smallest size.
+            minimum, maximum: Smallest and largest size; there is no largest if it is None.
         """
+        _, question, prompt, token_ids = self.largest(
+            key, tokenizer.encode, build, self.num_new_tokens, minimum, maximum, tokenizer.render
+        )
+        return self.finished(key, question, prompt, token_ids)
+
+    @staticmethod
+    def largest(
+        key: Key,
+        encode: Callable[[str], list[int]],
+        build: Callable[[int], Question],
+        reserved: int,
+        minimum: int,
+        maximum: int | None = None,
+        render: Callable[[str, str], str] = lambda body, prefix: body + prefix,
+    ) -> tuple[int, Question, str, list[int]]:
+        """The largest question that leaves `reserved` tokens: its size, text and token ids."""
         encoded: dict[int, tuple[Question, str, list[int]]] = {}
 
         def count(size: int) -> int:
             question = build(size)
-            prompt = tokenizer.render(question.body, question.answer_prefix)
-            encoded[size] = (question, prompt, tokenizer.encode(prompt))
+            text = render(question.body, question.answer_prefix)
+            encoded[size] = (question, text, encode(text))
             return len(encoded[size][2])
 
-        size = largest_fitting(count, key.length - self.num_new_tokens, minimum)
+        size = largest_fitting(count, key.length - reserved, minimum, maximum)
         if size is None:
-            needed = len(encoded[minimum][2]) + self.num_new_tokens
-            raise too_short(key, needed)
-        return self.finished(key, *encoded[size])
+            raise too_short(key, len(encoded[minimum][2]) + reserved)
+        return (size, *encoded[size])
 
     def finished(self, key: Key, question: Question, prompt: str, token_ids: list[int]) -> Sample:
         """A sample from a question and its encoded prompt."""

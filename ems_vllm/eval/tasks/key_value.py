@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Key-value retrieval from JSON (Liu et al., Lost in the Middle, arXiv 2307.03172)."""
+
+from __future__ import annotations
+
+import json
+
+from ems_vllm.eval import words
+from ems_vllm.eval.sample import Key, Sample, generator
+from ems_vllm.eval.tasks.base import TASKS, Question, Task, too_short
+from ems_vllm.eval.tokenizer import Tokenizer
+
+
+@TASKS.register("kv_retrieval")
+class KeyValueRetrieval(Task):
+    """The value of one UUID among as many pairs as fit; its depth goes through the grid."""
+
+    metric = "string_match_all"
+    max_tokens = 64
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        return self.fitted(key, tokenizer, lambda size: self.question(key, size), minimum=2)
+
+    def question(self, key: Key, num_pairs: int) -> Question:
+        """The question with so many pairs."""
+        rng = generator(key)
+        asked, answer = words.identifier(rng), words.identifier(rng)
+        pairs = [(words.identifier(rng), words.identifier(rng)) for _ in range(num_pairs - 1)]
+        depth = self.options.depths[key.index % len(self.options.depths)]
+        pairs.insert(round(depth * len(pairs)), (asked, answer))
+        records = ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs)
+        body = (
+            "Extract the value corresponding to the specified key in the JSON object below.\n\n"
+            f'JSON data:\n{{{records}}}\n\nKey: "{asked}"\nCorresponding value:'
+        )
+        return Question(body, references=(answer,), depth=depth)
+
+
+@TASKS.register("kv_retrieval_75")
+class KeyValueRetrieval75(KeyValueRetrieval):
+    """The same with 75 pairs, the smallest setting of the paper, whatever the length."""
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        question = self.question(key, 75)
+        prompt = tokenizer.render(question.body, question.answer_prefix)
+        token_ids = tokenizer.encode(prompt)
+        if len(token_ids) + self.num_new_tokens > key.length:
+            raise too_short(key, len(token_ids) + self.num_new_tokens)
+        return self.finished(key, question, prompt, token_ids)

@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recall of what the model itself wrote: a long answer is compressed again and again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ems_vllm.eval import words
+from ems_vllm.eval.sample import Key, Sample, generator
+from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tokenizer import Tokenizer
+
+
+@TASKS.register("long_generation")
+class LongGeneration(Task):
+    """A long list of codes, written token by token, and then one of its codes once more.
+
+    The list is prescribed (engine/forced_tokens.py), so that every model has written the same; it
+    is generated like any answer, and recompressed like one. Only what follows is the model's own.
+    A request holds up to `recompress_interval` entries more here before it is compressed again,
+    which its budget includes.
+    """
+
+    metric = "string_match_all"
+    max_tokens = 24
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        rng = generator(key)
+        asked, answer = words.pair(rng), words.number(rng)
+        depth = self.options.depths[key.index % len(self.options.depths)]
+        body = (
+            "Write a numbered list of items, each with its special magic number. Then repeat the "
+            f"number of {asked}.\n"
+        )
+        prompt = tokenizer.render(body)
+
+        def build(size: int) -> Question:
+            own = generator(key, "list")
+            items = [(words.pair(own), words.number(own)) for _ in range(size)]
+            items.insert(round(depth * size), (asked, answer))
+            listed = "\n".join(
+                f"{i}. The special magic number for {k} is: {v}."
+                for i, (k, v) in enumerate(items, start=1)
+            )
+            end = f"\nOnce more, the special magic number for {asked} is:"
+            return Question(listed + end, references=(answer,), depth=depth)
+
+        reserved = self.num_new_tokens + len(tokenizer.encode(prompt))
+        _, question, _, written = self.largest(key, tokenizer.encode_plain, build, reserved, 1)
+        sample = self.finished(key, question, prompt, tokenizer.encode(prompt))
+        return replace(sample, written_token_ids=tuple(written))

@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LongBench (arXiv 2308.14508): the English and code tasks, from a folder or the Hub.
+
+Prompts, generation lengths and metrics are the benchmark's (configs/tasks/longbench.yaml). Records
+come from `NAME.jsonl` in the data folder, else from `data.zip` of THUDM/LongBench on the Hub. A
+prompt that is too long is cut in the middle, as the benchmark does; a shorter one stays as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import zipfile
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+import yaml
+
+from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.sample import Key, Sample
+from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tokenizer import Tokenizer
+
+PREFIX = "longbench_"
+_HUB = "THUDM/LongBench"
+
+
+class LongBenchTask(Task):
+    """One data set.
+
+    Attributes:
+        dataset: Its name.
+        template: The prompt, with {context} and {input}.
+        is_chat: Whether the prompt goes into the model's chat template.
+    """
+
+    dataset: ClassVar[str]
+    template: ClassVar[str]
+    is_chat: ClassVar[bool]
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        records = _records(self.options.data_path, self.dataset)
+        # Every seed goes through all records, in an order of its own.
+        order = list(range(len(records)))
+        random.Random(key.seed).shuffle(order)
+        record = records[order[key.index % len(order)]]
+        body = self.template.format(context=record["context"], input=record["input"])
+        token_ids = tokenizer.encode_plain(body)
+
+        def build(kept: int) -> Question:
+            text = body
+            if kept < len(token_ids):
+                half = kept // 2
+                text = tokenizer.decode(token_ids[:half]) + tokenizer.decode(
+                    token_ids[len(token_ids) - half :]
+                )
+            return Question(
+                text,
+                references=tuple(record["answers"]),
+                choices=tuple(record.get("all_classes") or ()),
+            )
+
+        def render(text: str, answer_prefix: str) -> str:
+            return tokenizer.render(text) if self.is_chat else tokenizer.render_plain(text)
+
+        _, question, prompt, encoded = self.largest(
+            key, tokenizer.encode, build, self.num_new_tokens, 2, len(token_ids), render
+        )
+        return self.finished(key, question, prompt, encoded)
+
+
+@functools.cache
+def _records(folder: Path | None, dataset: str) -> list[dict[str, Any]]:
+    name = f"{dataset}.jsonl"
+    path = folder / name if folder else None
+    try:
+        if path and path.is_file():
+            text = path.read_text(encoding="utf-8")
+        else:
+            with zipfile.ZipFile(_archive(folder)) as archive:
+                text = archive.read(f"data/{name}").decode()
+        return [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(
+            f"data_path={shown(str(folder))} has no data for tasks='{PREFIX}{dataset}' "
+            f"({type(error).__name__}: {error}): give a folder with {name} or with LongBench's "
+            "data.zip."
+        ) from None
+
+
+def _archive(folder: Path | None) -> Path:
+    """LongBench's archive: in the folder, or downloaded."""
+    if folder and (folder / "data.zip").is_file():
+        return folder / "data.zip"
+    # Imported here: only where a file is missing.
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(_HUB, "data.zip", repo_type="dataset"))
+    # Whatever the network of the day brings.
+    except Exception as error:
+        raise OSError(f"not downloaded from {_HUB}, {type(error).__name__}") from None
+
+
+def _register() -> None:
+    file = resources.files("ems_vllm.configs") / "tasks" / "longbench.yaml"
+    for name, settings in yaml.safe_load(file.read_text(encoding="utf-8")).items():
+        attributes = {
+            "__doc__": f"LongBench's {name}.",
+            "__module__": __name__,
+            "dataset": name,
+            "template": settings["prompt"],
+            "metric": settings["metric"],
+            "max_tokens": settings["max_tokens"],
+            "is_chat": settings["is_chat"],
+            "stop": tuple(settings.get("stop", ())),
+        }
+        TASKS.register(PREFIX + name)(type(f"LongBench_{name}", (LongBenchTask,), attributes))
+
+
+_register()
