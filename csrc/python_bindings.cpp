@@ -12,6 +12,11 @@
 #include "build_config.h"
 #include "ems/plan.h"
 
+#if !defined(EMS_CUDA_ARCHS)
+#define EMS_CUDA_ARCHS ""
+#define EMS_CUDA_COMPILER ""
+#endif
+
 namespace py = pybind11;
 
 namespace {
@@ -106,7 +111,8 @@ py::dict build_info() {
 #else
   info["cpu_variants"] = py::make_tuple("portable");
 #endif
-  info["cuda_archs"] = py::make_tuple();
+  info["cuda_archs"] = py::tuple(py::str(EMS_CUDA_ARCHS).attr("split")());
+  info["cuda_compiler"] = py::str(EMS_CUDA_COMPILER);
   return info;
 }
 

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types of the compiled module; csrc/python_bindings.cpp and csrc/include/ems/plan.h define it."""
 
-from typing import final
+from typing import Any, final
 
-def build_info() -> dict[str, object]: ...
+def build_info() -> dict[str, Any]: ...
 
 @final
 class CompressionPlan:

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Head-wise KV cache compression for vLLM. Importing this package loads neither torch nor vLLM."""
 
+from typing import Any
+
 from ems_vllm._version import __version__
 
 __all__ = ["__version__", "build_info"]
 
 
-def build_info() -> dict[str, object]:
+def build_info() -> dict[str, Any]:
     """Describe the compiled part of this installation.
 
     Returns:
         A new dict: `version`, `compiler`, `torch_target` (oldest torch the operators load on),
-        `cpu_variants` (instruction sets compiled in, best first) and `cuda_archs` (empty for a
-        CPU-only build).
+        `cpu_variants` (instruction sets compiled in, best first), `cuda_archs` (GPU architectures
+        compiled in, in torch's notation; empty for a CPU-only build) and `cuda_compiler`.
     Raises:
         ImportError: the extension modules have not been built.
     """

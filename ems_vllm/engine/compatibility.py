@@ -88,6 +88,37 @@ def _device_without_kernels(config: VllmConfig) -> str | None:
     return device if device == "cuda" and not ems_vllm.build_info()["cuda_archs"] else None
 
 
+def _gpu_without_kernels(config: VllmConfig) -> str | None:
+    import ems_vllm
+
+    archs = ems_vllm.build_info()["cuda_archs"]
+    if config.device_config.device_type != "cuda" or not archs:
+        return None
+    from vllm.platforms import current_platform
+
+    capability = current_platform.get_device_capability()
+    if capability is None or any(covers(arch, *capability) for arch in archs):
+        return None
+    return f"cuda, compute capability {capability.major}.{capability.minor}"
+
+
+def covers(arch: str, major: int, minor: int) -> bool:
+    """Whether kernels for an architecture run on a GPU.
+
+    Args:
+        arch: In torch's notation: 9.0a is for 9.0 alone, 10.0f and 8.0 also for later GPUs of the
+            same major version, and 9.0+PTX for all later ones.
+        major, minor: Compute capability of the GPU.
+    """
+    number, _, ptx = arch.partition("+")
+    built = tuple(int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return built == (major, minor)
+    if ptx and not number.endswith("f"):
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor
+
+
 def _mixed_full_graphs(config: VllmConfig) -> str | None:
     mode = config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
@@ -197,6 +228,12 @@ RULES = (
         "this build of ems-vllm holds no CUDA kernels",
         "rebuild it where nvcc is installed",
         _device_without_kernels,
+    ),
+    Rule(
+        "device",
+        "this build of ems-vllm holds no CUDA kernels for this GPU",
+        "rebuild it with the GPU's compute capability in TORCH_CUDA_ARCH_LIST",
+        _gpu_without_kernels,
     ),
 )
 

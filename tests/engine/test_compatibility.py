@@ -13,9 +13,12 @@ import pytest
 from engine.harness import LLAMA
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.platforms.interface import DeviceCapability
 
+import ems_vllm
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility
+from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility, covers
 
 CONFIG = load_config({"recipe": "ems"})
 
@@ -72,7 +75,10 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
+    ("device", {"device_config": {"device_type": "cuda"}}),
 ]
+# Architectures that the extension was built for, by index in TRIPS; the GPU is an 8.9.
+BUILDS = {len(TRIPS) - 2: (), len(TRIPS) - 1: ("9.0a", "10.0")}
 
 
 def test_every_rule_has_a_case():
@@ -82,8 +88,9 @@ def test_every_rule_has_a_case():
 @pytest.mark.parametrize(
     "index", range(len(TRIPS)), ids=[f"{i}-{t[0]}" for i, t in enumerate(TRIPS)]
 )
-def test_every_combination_is_refused_with_one_sentence(vllm_config, index):
+def test_every_combination_is_refused_with_one_sentence(vllm_config, index, monkeypatch):
     key, changes = TRIPS[index]
+    on_a_gpu(monkeypatch, BUILDS.get(index, ()))
     rule = RULES[index]
     with changed(vllm_config, changes), pytest.raises(ConfigError) as refusal:
         check_compatibility(vllm_config, CONFIG)
@@ -93,6 +100,38 @@ def test_every_combination_is_refused_with_one_sentence(vllm_config, index):
     assert rule.reason in sentence
     assert rule.remedy in sentence
     assert sentence.endswith("or set kv_compression to off.")
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]) -> None:
+    """A GPU of compute capability 8.9, and an extension built for `archs`."""
+    monkeypatch.setattr(ems_vllm, "build_info", lambda: {"cuda_archs": archs})
+    monkeypatch.setattr(
+        type(current_platform), "get_device_capability", lambda *args: DeviceCapability(8, 9)
+    )
+
+
+def test_a_gpu_with_kernels_is_not_refused(vllm_config, monkeypatch):
+    on_a_gpu(monkeypatch, ("8.0", "9.0a"))
+    with changed(vllm_config, {"device_config": {"device_type": "cuda"}}):
+        check_compatibility(vllm_config, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("arch", "capabilities"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)]),
+        ("8.6", [(8, 6), (8, 9)]),
+        ("8.0+PTX", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("9.0", [(9, 0)]),
+        ("9.0a", [(9, 0)]),
+        ("9.0a+PTX", [(9, 0)]),
+        ("10.0f", [(10, 0)]),
+        ("12.0", [(12, 0)]),
+    ],
+)
+def test_architectures_cover_gpus_as_cuda_promises(arch, capabilities):
+    gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [gpu for gpu in gpus if covers(arch, *gpu)] == capabilities
 
 
 def test_nothing_else_is_refused(vllm_config):
