@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ems_vllm.eval.reference.answer import Vocabulary, answer, answer_line
+from ems_vllm.eval.reference.answer import (
+    Vocabulary,
+    answer_line,
+    answer_together,
+    answering,
+)
 from peers.decode import Decoder
 from peers.prefill import prefill
 from peers.presses import FULL, PressOptions, build
@@ -20,6 +25,7 @@ if TYPE_CHECKING:
 
     from ems_vllm.eval.exchange import AnswerLine, PromptLine
     from peers.methods import Method
+    from peers.prefill import Branch
 
 
 class Model:
@@ -60,16 +66,17 @@ class Model:
             return
         presses = {method: self._press(method, prompt, seed) for method in methods}
         prefilled = prefill(self.model, prompt.prompt_token_ids, presses)
-        for method in methods:
+        for together in _groups(prefilled.branches):
             # Taken out: the branches of a long prompt are what memory holds.
-            branch = prefilled.branches.pop(method)
-            decoder = Decoder(self.model, prefilled.prompt_len, branch)
+            branches = [prefilled.branches.pop(method) for method in together]
+            decoder = Decoder(self.model, prefilled.prompt_len, branches)
+            running = [answering(prompt, prefilled.logits, self.vocabulary) for _ in together]
             try:
-                line = answer(prompt, prefilled.logits, decoder.step, self.vocabulary)
+                lines = answer_together(running, decoder.step)
             # kvpress gives up where it finds no key to hide entries with.
             except ValueError as error:
-                line = answer_line(prompt, error=str(error))
-            yield method, line
+                lines = [answer_line(prompt, error=str(error)) for _ in together]
+            yield from zip(together, lines, strict=True)
 
     def _decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=True))
@@ -81,3 +88,11 @@ class Model:
         entries = method.entries(prompt.length, prompt_len)
         # Every prompt draws entries of its own.
         return build(name, PressOptions.of(entries, prompt_len, seed + prompt.index))
+
+
+def _groups(branches: Mapping[Method, Branch]) -> list[list[Method]]:
+    """Methods whose branches decode together; those that hide entries go alone."""
+    groups: dict[Any, list[Method]] = {}
+    for method, branch in branches.items():
+        groups.setdefault(branch.shape or method, []).append(method)
+    return list(groups.values())

@@ -28,6 +28,13 @@ class Branch:
     layers: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
     masked: list[tuple[torch.Tensor, ...] | None] = field(default_factory=list)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Entries of every layer; None where some are hidden. Equal shapes decode together."""
+        if any(masked is not None for masked in self.masked):
+            return None
+        return tuple(keys.shape[2] for keys, _ in self.layers)
+
     def entries_per_head(self) -> float:
         """Entries that attention sees, averaged over layers and kv_heads."""
         num_kv_heads = self.layers[0][0].shape[1]

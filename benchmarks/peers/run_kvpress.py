@@ -111,7 +111,9 @@ def run(arguments: argparse.Namespace) -> None:
 def self_check(arguments: argparse.Namespace) -> bool:
     from peers.self_check import check
 
-    failures = check(arguments.model, arguments.device, arguments.dtype)
+    # In a coarser dtype, sums in another order are another answer.
+    dtype = "float32" if arguments.dtype == "auto" else arguments.dtype
+    failures = check(arguments.model, arguments.device, dtype)
     for failure in failures:
         print(failure)
     print("Self-check failed." if failures else "Self-check passed: kvpress is ready.")

@@ -10,7 +10,7 @@ import torch
 
 from ems_vllm.config import ConfigError
 from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary, answer, answer_line
+from ems_vllm.eval.reference.answer import Vocabulary, answer_line, answer_together, answering
 from ems_vllm.eval.reference.files import (
     AnswerFile,
     check_manifest,
@@ -95,47 +95,69 @@ def test_answers_of_different_runs_do_not_mix(tmp_path):
         check_manifest(tmp_path / "folder", {**manifest, "model": "b"})
 
 
-class Script:
-    """A model that says a text whatever it is told, and remembers what it was told."""
+class Scripts:
+    """Models side by side that say their texts, whatever they are told, and remember that."""
 
-    def __init__(self, text):
-        self._tokens = itertools.chain(map(ord, text), itertools.repeat(ord("~")))
+    def __init__(self, *texts):
+        self._texts = [
+            itertools.chain(map(ord, text), itertools.repeat(ord("~"))) for text in texts
+        ]
         self.told = []
-        self.first_logits = self._logits()
 
-    def _logits(self):
-        return torch.nn.functional.one_hot(torch.tensor(next(self._tokens)), 128).float()
+    def logits(self):
+        tokens = torch.tensor([next(text) for text in self._texts])
+        return torch.nn.functional.one_hot(tokens, 128).float()
 
-    def step(self, token_id):
-        self.told.append(token_id)
-        return self._logits()
+    def step(self, token_ids):
+        self.told.append(spell(token_ids))
+        return self.logits()
 
-    def answer(self, eos="", **fields):
-        vocabulary = Vocabulary(lambda ids: "".join(map(chr, ids)), [ord(eos)] if eos else [])
-        return answer(prompt_line(**fields), self.first_logits, self.step, vocabulary)
+    def answers(self, eos="", **fields):
+        vocabulary = Vocabulary(spell, [ord(eos)] if eos else [])
+        prompt = prompt_line(**fields)
+        running = [answering(prompt, logits, vocabulary) for logits in self.logits()]
+        return answer_together(running, self.step)
+
+
+def spell(token_ids):
+    return "".join(map(chr, token_ids))
+
+
+def output(text, **fields):
+    (line,) = Scripts(text).answers(**fields)
+    return line.output
 
 
 def test_answer_ends_at_max_tokens():
-    script = Script("abcdef")
-    line = script.answer(max_tokens=4)
+    script = Scripts("abcdef")
+    (line,) = script.answers(max_tokens=4)
     assert (line.key, line.output, line.prompt_tokens) == (prompt_line().key, "abcd", 2)
     # The last token is not worth a step.
-    assert script.told == [*map(ord, "abc")]
+    assert script.told == ["a", "b", "c"]
 
 
 def test_answer_ends_before_the_first_stop_text():
-    assert Script("ab--\ncd").answer(stop=("\n", "--")).output == "ab"
-    assert Script("ab-\ncd").answer(stop=("\n", "--")).output == "ab-"
+    assert output("ab--\ncd", stop=("\n", "--")) == "ab"
+    assert output("ab-\ncd", stop=("\n", "--")) == "ab-"
 
 
 def test_answer_ends_with_an_eos_token():
-    assert Script("ab.cd").answer(eos=".").output == "ab."
+    assert output("ab.cd", eos=".") == "ab."
+
+
+def test_answers_side_by_side_end_on_their_own():
+    scripts = Scripts(".", "ab.", "cdefgh")
+    lines = scripts.answers(eos=".", max_tokens=4)
+    assert [line.output for line in lines] == [".", "ab.", "cdef"]
+    # A finished answer has a token to repeat, or none if it was finished at once.
+    assert [told[1:] for told in scripts.told] == ["ac", "bd", "be"]
 
 
 def test_a_continuation_is_predicted_token_by_token():
-    script = Script("abc")
-    line = script.answer(continuation_token_ids=tuple(map(ord, "axc")), continuation_bytes=3)
-    assert script.told == [*map(ord, "ax")]
+    script = Scripts("abc")
+    tokens = tuple(map(ord, "axc"))
+    (line,) = script.answers(continuation_token_ids=tokens, continuation_bytes=3)
+    assert script.told == ["a", "x"]
     # A one-hot row of 128 logits gives its token e / (e + 127), every other one 1 / (e + 127).
     other = -math.log(math.e + 127)
     assert line.logprobs == pytest.approx([1 + other, other, 1 + other], abs=1e-5)

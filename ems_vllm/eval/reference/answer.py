@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,34 +28,80 @@ class Vocabulary:
     eos_token_ids: Collection[int]
 
 
-def answer(
-    prompt: PromptLine,
-    first_logits: torch.Tensor,
-    step: Callable[[int], torch.Tensor],
-    vocabulary: Vocabulary,
-) -> AnswerLine:
+Answering = Generator[int, "torch.Tensor", AnswerLine]
+"""Asks for the next step with a token, is sent the logits after it, and returns the answer."""
+
+
+def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabulary) -> Answering:
     """Answer a prompt that has been processed, greedily or by teacher forcing.
 
     Args:
         prompt: What is asked.
         first_logits: [vocabulary] - after the last token of the prompt.
-        step: Takes the next token and gives the logits after it.
         vocabulary: Of the model.
     """
     if prompt.continuation_token_ids:
-        logprobs = tuple(predicted(prompt.continuation_token_ids, first_logits, step))
+        logprobs = yield from _predicting(prompt.continuation_token_ids, first_logits)
         return answer_line(prompt, logprobs=logprobs)
+    logits = first_logits
     token_ids: list[int] = []
-    for token_id in generated(first_logits, step):
-        token_ids.append(token_id)
+    while True:
+        token_ids.append(int(logits.argmax()))
         text, is_stopped = cut(vocabulary.decode(token_ids), prompt.stop)
         if (
             is_stopped
-            or token_id in vocabulary.eos_token_ids
+            or token_ids[-1] in vocabulary.eos_token_ids
             or len(token_ids) >= prompt.max_tokens
         ):
-            break
-    return answer_line(prompt, output=text)
+            return answer_line(prompt, output=text)
+        logits = yield token_ids[-1]
+
+
+def _predicting(
+    token_ids: Sequence[int], first_logits: torch.Tensor
+) -> Generator[int, torch.Tensor, tuple[float, ...]]:
+    """Natural logarithm of the probability of each of the given tokens, one after the other."""
+    logits = first_logits
+    logprobs = []
+    for index, token_id in enumerate(token_ids):
+        if index > 0:
+            logits = yield token_ids[index - 1]
+        logprobs.append(float(logits.float().log_softmax(-1)[token_id]))
+    return tuple(logprobs)
+
+
+def answer_together(
+    answers: Sequence[Answering], step: Callable[[list[int]], torch.Tensor]
+) -> list[AnswerLine]:
+    """Run answers side by side until all are finished.
+
+    Args:
+        answers: Not started.
+        step: Takes the next token of every answer and gives the logits after it,
+            [num_answers, vocabulary]. A finished answer repeats its last token.
+    """
+    tokens = [0] * len(answers)
+    lines: dict[int, AnswerLine] = {}
+    logits: Sequence[torch.Tensor] | torch.Tensor | None = None
+    while len(lines) < len(answers):
+        for index, answer in enumerate(answers):
+            if index not in lines:
+                try:
+                    tokens[index] = next(answer) if logits is None else answer.send(logits[index])
+                except StopIteration as finished:
+                    lines[index] = finished.value
+        if len(lines) < len(answers):
+            logits = step(tokens)
+    return [lines[index] for index in range(len(answers))]
+
+
+def generated(first_logits: torch.Tensor, step: Callable[[int], torch.Tensor]) -> Iterator[int]:
+    """Greedy tokens without an end; a step is taken only for a token that is asked for."""
+    logits = first_logits
+    while True:
+        token_id = int(logits.argmax())
+        yield token_id
+        logits = step(token_id)
 
 
 def answer_line(prompt: PromptLine, **fields: Any) -> AnswerLine:
@@ -68,26 +114,6 @@ def answer_line(prompt: PromptLine, **fields: Any) -> AnswerLine:
         prompt_tokens=len(prompt.prompt_token_ids),
         **fields,
     )
-
-
-def generated(first_logits: torch.Tensor, step: Callable[[int], torch.Tensor]) -> Iterator[int]:
-    """Greedy tokens without an end; a step is taken only for a token that is asked for."""
-    logits = first_logits
-    while True:
-        token_id = int(logits.argmax())
-        yield token_id
-        logits = step(token_id)
-
-
-def predicted(
-    token_ids: Sequence[int], first_logits: torch.Tensor, step: Callable[[int], torch.Tensor]
-) -> Iterator[float]:
-    """Natural logarithm of the probability of each of the given tokens, one after the other."""
-    logits = first_logits
-    for index, token_id in enumerate(token_ids):
-        if index > 0:
-            logits = step(token_ids[index - 1])
-        yield float(logits.float().log_softmax(-1)[token_id])
 
 
 def cut(text: str, stop: Sequence[str]) -> tuple[str, bool]:

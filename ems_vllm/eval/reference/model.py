@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.reference.answer import Vocabulary
@@ -49,6 +50,7 @@ class ReferenceModel:
         cls, name: str, device: str = "auto", dtype: str = "auto", block_size: int = 16
     ) -> ReferenceModel:
         """Load a model folder; "auto" is the GPU where there is one, and the model's dtype."""
+        disable_progress_bar()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = AutoModelForCausalLM.from_pretrained(

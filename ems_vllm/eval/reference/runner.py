@@ -7,13 +7,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.eval.reference.answer import answer
+from ems_vllm.eval.reference.answer import answer_together, answering
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
 from ems_vllm.eval.reference.operators import reference_operators
 
 if TYPE_CHECKING:
+    import torch
+
     from ems_vllm.eval.exchange import AnswerLine, PromptLine
+    from ems_vllm.eval.reference.request import ReferenceRequest
     from ems_vllm.eval.results import MethodResult
 
 
@@ -71,6 +74,14 @@ class Runner:
             if options is None:
                 continue
             request = self._reference.request(prefilled, config, options)
-            with nullcontext() if self._compiled else reference_operators():
-                line = answer(prompt, prefilled.logits, request.step, self._vocabulary)
-            yield method, line
+            yield method, self._answer(prompt, prefilled.logits, request)
+
+    def _answer(
+        self, prompt: PromptLine, logits: torch.Tensor, request: ReferenceRequest
+    ) -> AnswerLine:
+        def step(token_ids: list[int]) -> torch.Tensor:
+            return request.step(token_ids[0])[None]
+
+        with nullcontext() if self._compiled else reference_operators():
+            (line,) = answer_together([answering(prompt, logits, self._vocabulary)], step)
+        return line
