@@ -10,9 +10,10 @@ from transformers import DynamicCache
 
 from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
+from peers.decode import Decoder
 from peers.methods import Method
 from peers.model import Model
-from peers.prefill import prefill
+from peers.prefill import Branch, prefill
 from peers.presses import NAMES, PressOptions, build
 
 _LENGTHS = (40, 333, 1000)
@@ -94,4 +95,20 @@ def _limited(model: Model, prompt: PromptLine, entries: int) -> list[str]:
         # Rounding the layers of a pyramid moves its mean by less than an entry.
         if abs(branch.entries_per_head() - entries) >= (1 if name == "pyramidkv" else 0.001):
             failures.append(f"{where}: {branch.entries_per_head()} entries per kv_head")
+    for name, branch in together.branches.items():
+        if branch.shape is None and not _hides(model, length, branch):
+            failures.append(f"{name}, {length} tokens, {entries} entries: hidden ones are seen")
     return failures
+
+
+def _hides(model: Model, length: int, branch: Branch) -> bool:
+    """Whether hidden entries have no share in what follows, whatever their values are."""
+    poisoned = Branch(masked=branch.masked)
+    for (keys, values), masked in zip(branch.layers, branch.masked, strict=True):
+        changed = values.clone()
+        if masked is not None:
+            changed[masked] = 1e4
+        poisoned.layers.append((keys, changed))
+    token = [model.model.config.vocab_size // 2]
+    logits = [Decoder(model.model, length, [b]).step(token) for b in (branch, poisoned)]
+    return torch.equal(*logits)
