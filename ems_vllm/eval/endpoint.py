@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,12 +56,21 @@ class Endpoint:
         model: Its name there.
         concurrency: Requests at a time.
         api_key: Where one is needed.
+        is_alive: Whether there is any use in trying again; a server of our own may have died.
     """
 
-    def __init__(self, url: str, model: str, concurrency: int, api_key: str = "unused") -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        concurrency: int,
+        api_key: str = "unused",
+        is_alive: Callable[[], bool] = lambda: True,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self.model = model
         self.is_vllm = False
+        self._is_alive = is_alive
         self._limit = asyncio.Semaphore(concurrency)
         self._client = openai.AsyncOpenAI(
             base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=None
@@ -259,18 +268,22 @@ class Endpoint:
             tpot_s=tpot,
         )
 
-    async def _try(self, ask: Any) -> Answer:
+    async def _try(self, ask: Callable[[], Awaitable[Answer]]) -> Answer:
         """Repeat what may work the next time, with growing pauses."""
         for attempt in range(_RETRIES + 1):
             try:
-                answer: Answer = await ask()
-                return answer
+                return await ask()
             except openai.APIStatusError as error:
                 if error.status_code < 500 and error.status_code not in (408, 409, 429):
                     raise NoAnswer(_message(error)) from None
                 reason = _message(error)
             except (openai.APIError, httpx.HTTPError) as error:
                 reason = f"{type(error).__name__}: {error}"
+            if not self._is_alive():
+                raise ConfigError(
+                    f"the server of model={shown(self.model)} ended while it was asked: see the "
+                    "end of its log in the output folder."
+                )
             if attempt < _RETRIES:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
         raise NoAnswer(f"no answer in {_RETRIES + 1} attempts, the last time: {reason}")

@@ -4,51 +4,65 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from typing import Any
 
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.budget import largest_kv_budget
 from ems_vllm.eval.endpoint import Endpoint
-from ems_vllm.eval.journal import Entry, Journal
+from ems_vllm.eval.journal import Journal
 from ems_vllm.eval.method import Method
 from ems_vllm.eval.preset import LM_EVAL, Preset
 from ems_vllm.eval.results import SampleResult
 
 
-async def run(
-    endpoint: Endpoint,
-    method: Method,
-    preset: Preset,
-    tokenizer: str,
-    is_compressing: bool,
-    journal: Journal,
+@dataclass(frozen=True)
+class Job:
+    """One task of the harness for one method and seed; `name` has our prefix."""
+
+    method: Method
+    name: str
+    length: int
+    seed: int
+
+
+def jobs(preset: Preset, method: Method, journal: Journal) -> list[Job]:
+    """What has not been answered yet."""
+    return [
+        Job(method, name, preset.lengths_of(name)[0], seed)
+        for name in _names(preset)
+        for seed in preset.seeds
+        if not any((key.task, key.seed) == (name, seed) for key in journal.entries)
+    ]
+
+
+def answered(preset: Preset, journal: Journal) -> list[SampleResult]:
+    """All answers of the preset's tasks."""
+    names = _names(preset)
+    entries = journal.entries.items()
+    return [e.result for k, e in entries if k.task in names and k.seed in preset.seeds]
+
+
+async def evaluate(
+    endpoint: Endpoint, job: Job, preset: Preset, tokenizer: str, is_compressing: bool
 ) -> list[SampleResult]:
-    """Run the preset's `lm_eval:` tasks for one method.
+    """Run a task.
 
     Prompts, few-shot examples and metrics are the harness's; `samples` is its `limit`, `seed` its
     seed. A budget that is a fraction is one of the task's (first) length, which should be about
     what its prompts and answers take.
 
     Raises:
-        ConfigError: the harness is not installed, or does not know a task.
+        ConfigError: the harness is not installed, or does not know the task.
     """
-    names = [task for task in preset.tasks if task.startswith(LM_EVAL)]
-    results: list[SampleResult] = []
-    for name in names:
-        for seed in preset.seeds:
-            length = preset.lengths_of(name)[0]
-            known = [
-                e.result for k, e in journal.entries.items() if (k.task, k.seed) == (name, seed)
-            ]
-            if len(known) < preset.samples_of(name):
-                xargs = _arguments(method, length, preset, is_compressing)
-                known = await asyncio.to_thread(
-                    _evaluate, endpoint, name, length, seed, preset, tokenizer, xargs
-                )
-                for result in known:
-                    journal.add(Entry(result=result))
-            results += known
-    return results
+    xargs = _arguments(job.method, job.length, preset, is_compressing)
+    return await asyncio.to_thread(
+        _evaluate, endpoint, job.name, job.length, job.seed, preset, tokenizer, xargs
+    )
+
+
+def _names(preset: Preset) -> list[str]:
+    return [task for task in preset.tasks if task.startswith(LM_EVAL)]
 
 
 def _arguments(method: Method, length: int, preset: Preset, is_compressing: bool) -> dict[str, Any]:

@@ -38,6 +38,38 @@ _PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
 
 
 @dataclass(frozen=True)
+class Target:
+    """A server to ask.
+
+    Attributes:
+        is_alive: Whether it still can answer.
+    """
+
+    url: str
+    is_alive: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one method has to do.
+
+    Attributes:
+        journal: What was answered so far.
+        covered: Samples that its budget has room for.
+        left_out: Lengths of the others.
+        todo: Samples without an answer.
+        lm_eval: Tasks of lm-evaluation-harness without answers.
+    """
+
+    method: Method
+    journal: Journal
+    covered: list[Sample]
+    left_out: list[int]
+    todo: list[Sample]
+    lm_eval: list[lm_eval_client.Job]
+
+
+@dataclass(frozen=True)
 class Run:
     """One evaluation.
 
@@ -76,9 +108,14 @@ class Run:
             },
         )
         for recipe, methods in self._recipes():
-            with self._server(recipe, samples) as url:
-                for method in methods:
-                    result.methods.append(asyncio.run(self._measure(url, method, samples)))
+            works = [self._work(method, samples) for method in methods]
+            # Where everything has been answered, no server is needed.
+            is_pending = any(work.todo or work.lm_eval for work in works)
+            with self._server(recipe, samples) if is_pending else nullcontext(None) as server:
+                for work in works:
+                    if server is not None:
+                        asyncio.run(self._measure(server, work))
+                    result.methods.append(self._summed_up(work))
                     result.write(self.output / "results.json")
         return result
 
@@ -105,10 +142,10 @@ class Run:
             yield recipe, [Method(recipe, Budget.parse(b)) for b in self.preset.budgets]
 
     @contextmanager
-    def _server(self, recipe: str, samples: list[Sample]) -> Iterator[str]:
-        """The URL of a server for this recipe."""
+    def _server(self, recipe: str, samples: list[Sample]) -> Iterator[Target]:
+        """A server for this recipe."""
         if self.base_url is not None:
-            yield self.base_url
+            yield Target(self.base_url, lambda: True)
             return
         args = [*self._common_args(samples), *self.preset.server.args]
         if recipe != FULL:
@@ -130,7 +167,7 @@ class Run:
                 f"{shown(str(log))} ends with: {lines[-1] if lines else 'nothing'}"
             ) from None
         try:
-            yield server.url
+            yield Target(server.url, server.is_alive)
         finally:
             server.stop()
 
@@ -149,27 +186,43 @@ class Run:
         budgets = [Budget.parse(b) for b in self.preset.budgets]
         return max(budget.total(length) or 1 for budget in budgets for length in lengths)
 
-    async def _measure(self, url: str, method: Method, samples: list[Sample]) -> MethodResult:
-        preset = self.preset
+    def _work(self, method: Method, samples: list[Sample]) -> Work:
         journal = Journal(self.output / "samples" / f"{_file_name(str(method))}.jsonl")
-        covered = [s for s in samples if method.covers(s, preset.server)]
-        todo = [s for s in covered if not journal.is_answered(s.key)]
-        async with Endpoint(url, self.model, preset.concurrency, self.api_key) as endpoint:
-            asker = await self._asker(endpoint, method, todo)
-            if todo:
-                await self._ask(endpoint, asker, journal, todo)
-            lm_eval_results = await lm_eval_client.run(
-                endpoint, method, preset, self.tokenizer_name, asker.is_compressing, journal
-            )
+        covered = [s for s in samples if method.covers(s, self.preset.server)]
+        return Work(
+            method=method,
+            journal=journal,
+            covered=covered,
+            left_out=sorted({s.length for s in samples} - {s.length for s in covered}),
+            todo=[s for s in covered if not journal.is_answered(s.key)],
+            lm_eval=lm_eval_client.jobs(self.preset, method, journal),
+        )
+
+    async def _measure(self, target: Target, work: Work) -> None:
+        """Ask what has no answer."""
+        async with Endpoint(
+            target.url, self.model, self.preset.concurrency, self.api_key, target.is_alive
+        ) as endpoint:
+            asker = await self._asker(endpoint, work.method, work.todo)
+            if work.todo:
+                await self._ask(endpoint, asker, work.journal, work.todo)
+            for job in work.lm_eval:
+                answers = await lm_eval_client.evaluate(
+                    endpoint, job, self.preset, self.tokenizer_name, asker.is_compressing
+                )
+                for answer in answers:
+                    work.journal.add(Entry(result=answer))
+
+    def _summed_up(self, work: Work) -> MethodResult:
+        method, preset, journal = work.method, self.preset, work.journal
         config = None
         if not method.is_full:
             overrides = compression_overrides(self._largest_total(), preset.server)
             config = load_config({"recipe": method.recipe, **overrides})
-        left_out = sorted({s.length for s in samples} - {s.length for s in covered})
-        if left_out:
+        if work.left_out:
             self.console.print(
-                f"{method}: no room for a block at {', '.join(f'{n:,}' for n in left_out)} tokens; "
-                "left out.",
+                f"{method}: no room for a block at {', '.join(f'{n:,}' for n in work.left_out)} "
+                "tokens; left out.",
                 highlight=False,
             )
         return MethodResult(
@@ -179,12 +232,15 @@ class Run:
             settings={
                 "server": preset.server.model_dump(mode="json"),
                 **({"recipe": config.to_dict()} if config else {}),
-                **({"lengths_left_out": left_out} if left_out else {}),
+                **({"lengths_left_out": work.left_out} if work.left_out else {}),
             },
-            samples=[journal.entries[s.key].result for s in covered] + lm_eval_results,
+            samples=[
+                *(journal.entries[sample.key].result for sample in work.covered),
+                *lm_eval_client.answered(preset, journal),
+            ],
             serving=serving(
                 journal,
-                {s.key for s in covered if not s.written_token_ids},
+                {s.key for s in work.covered if not s.written_token_ids},
                 config,
                 self._shape(),
                 preset.server.block_size,
