@@ -11,6 +11,10 @@ TESTS ?= tests
 EVENTS ?= 100000
 CLIENTS ?= 200
 REQUESTS ?= 2000
+# Of eval: a preset of configs/eval/ or a file, and where answers and the report go.
+PRESET ?= full
+EVAL_OUT ?= build/eval
+EVAL_ARGS ?=
 # Of peers-run: the prompts that `ems-vllm eval --export-prompts` wrote, and where answers go.
 PROMPTS ?= prompts.jsonl
 OUT ?= answers
@@ -58,6 +62,10 @@ soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, abor
 
 load: setup ## many clients over HTTP, every answer compared; CLIENTS= at a time, REQUESTS= in all
 	@$(BIN)/python tests/e2e/load.py --clients $(CLIENTS) --requests $(REQUESTS)
+
+.PHONY: eval
+eval: setup ## quality, memory and speed by recipe and budget; MODEL=, PRESET=, EVAL_OUT=, EVAL_ARGS=
+	@$(BIN)/ems-vllm eval $(MODEL) --preset $(PRESET) --output $(EVAL_OUT) $(EVAL_ARGS)
 
 lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .
