@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -34,7 +34,9 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
   p.class_idx = checks.head_rows<int32_t>("class_idx", class_idx, ScalarType::Int, p.num_layers,
                                           p.num_rows, p.num_kv_heads);
   checks.same_length("class_idx", class_idx, "merge_idx", merge_idx);
-  cpu::assign_classes(p);
+  on_device(
+      checks, [&] { cpu::assign_classes(p); },
+      [&](const cuda::Queue& queue) { cuda::assign_classes(p, queue); });
 }
 
 }  // namespace ems

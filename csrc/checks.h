@@ -27,6 +27,9 @@ class ArgumentChecks {
   ArgumentChecks(const char* op, const Tensor& first)
       : op_(op), is_cpu_(first.is_cpu()), device_index_(first.get_device_index()) {}
 
+  bool is_cpu() const { return is_cpu_; }
+  int32_t device_index() const { return device_index_; }
+
   template <typename... ARGS>
   [[noreturn]] void fail(const ARGS&... parts) const {
     std::ostringstream message;
@@ -54,9 +57,9 @@ class ArgumentChecks {
     }
   }
 
-  // Device, dtype, shape, and a last dimension without gaps.
-  void tensor(const char* name, const Tensor& tensor, ScalarType dtype,
-              std::initializer_list<int64_t> shape) const {
+  // Device, dtype and shape.
+  void strided(const char* name, const Tensor& tensor, ScalarType dtype,
+               std::initializer_list<int64_t> shape) const {
     require(tensor.is_cpu() == is_cpu_ && tensor.get_device_index() == device_index_, name,
             " must be on the device of the other arguments");
     require(tensor.scalar_type() == dtype, name, " must have dtype ", dtype, ", got ",
@@ -67,6 +70,12 @@ class ArgumentChecks {
       matches = size == kAny || size == tensor.size(i);
     }
     require(matches, name, " must have shape ", Shape{shape}, ", got ", Shape{tensor.sizes()});
+  }
+
+  // Device, dtype, shape, and a last dimension without gaps.
+  void tensor(const char* name, const Tensor& tensor, ScalarType dtype,
+              std::initializer_list<int64_t> shape) const {
+    strided(name, tensor, dtype, shape);
     const int64_t last = tensor.dim() - 1;
     require(tensor.size(last) <= 1 || tensor.stride(last) == 1, name,
             " must be contiguous in its last dimension, got stride ", tensor.stride(last));

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdint>
+#include <functional>
+
 #include "ems/params.h"
 
 // The kernels behind the operators, one set per device. Arguments have been checked.
@@ -15,3 +18,28 @@ void merge_compact(const MergeCompactParams& params);
 void plan_metadata(const PlanMetadataParams& params);
 
 }  // namespace ems::cpu
+
+namespace ems::cuda {
+
+// Where kernels run.
+struct Queue {
+  // Of type cudaStream_t.
+  void* stream;
+  // Returns device memory that stays valid for the work submitted until the launcher returns.
+  std::function<void*(int64_t num_bytes)> allocate;
+};
+
+// Scratch memory that an operator over many heads asks for at a time, unless a single head needs
+// more; heads are processed in turns that fit. Small enough to stay in the second-level cache.
+constexpr int64_t kMaxScratchBytes = 32 << 20;
+
+// They return when the work is submitted; none waits for the device.
+void score_queries(const ScoreQueriesParams& params, const Queue& queue);
+void score_window(const ScoreWindowParams& params, const Queue& queue);
+void record_queries(const RecordQueriesParams& params, const Queue& queue);
+void select_entries(const SelectEntriesParams& params, const Queue& queue);
+void assign_classes(const AssignClassesParams& params, const Queue& queue);
+void merge_compact(const MergeCompactParams& params, const Queue& queue);
+void plan_metadata(const PlanMetadataParams& params, const Queue& queue);
+
+}  // namespace ems::cuda

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -45,7 +45,9 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
   checks.same_length("class_idx", class_idx, "merge_idx", merge_idx);
   p.budgets = checks.row_values("budgets", budgets, p.num_rows);
   p.target_columns = checks.row_values("target_columns", target_columns, p.num_rows);
-  cpu::merge_compact(p);
+  on_device(
+      checks, [&] { cpu::merge_compact(p); },
+      [&](const cuda::Queue& queue) { cuda::merge_compact(p, queue); });
 }
 
 }  // namespace ems

@@ -14,7 +14,8 @@ using torch::stable::Tensor;
 void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& block_table,
                    const Tensor& query_starts, const Tensor& query_lens, const Tensor& seq_lens,
                    const Tensor& accumulate_lens, const Tensor& score_table,
-                   const std::optional<Tensor>& lse, double scale, const Tensor& scores);
+                   const std::optional<Tensor>& lse, double scale, int64_t sample_stride,
+                   const Tensor& scores);
 
 void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
                   const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -22,7 +22,9 @@ void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tens
   p.out_row_stride = out_block_table.stride(0);
   checks.tensor("out_seq_lens", out_seq_lens, ScalarType::Int, {p.num_rows});
   p.out_seq_lens = static_cast<int32_t*>(out_seq_lens.mutable_data_ptr());
-  cpu::plan_metadata(p);
+  on_device(
+      checks, [&] { cpu::plan_metadata(p); },
+      [&](const cuda::Queue& queue) { cuda::plan_metadata(p, queue); });
 }
 
 }  // namespace ems

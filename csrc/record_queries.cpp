@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -23,7 +23,9 @@ void record_queries(const Tensor& query, const Tensor& ring_slots, const Tensor&
   checks.tensor("ring", ring, dtype, {kAny, kAny, p.num_heads, p.head_size});
   p.ring = {ring.mutable_data_ptr(), ring.size(0),   ring.size(1),  0,
             ring.stride(0),          ring.stride(1), ring.stride(2)};
-  cpu::record_queries(p);
+  on_device(
+      checks, [&] { cpu::record_queries(p); },
+      [&](const cuda::Queue& queue) { cuda::record_queries(p, queue); });
 }
 
 }  // namespace ems

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "ems/sampling.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -9,7 +10,8 @@ namespace ems {
 void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& block_table,
                    const Tensor& query_starts, const Tensor& query_lens, const Tensor& seq_lens,
                    const Tensor& accumulate_lens, const Tensor& score_table,
-                   const std::optional<Tensor>& lse, double scale, const Tensor& scores) {
+                   const std::optional<Tensor>& lse, double scale, int64_t sample_stride,
+                   const Tensor& scores) {
   const ArgumentChecks checks("score_queries", query);
   ScoreQueriesParams p{};
   p.dtype = checks.float_dtype("query", query);
@@ -32,13 +34,19 @@ void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& b
   p.accumulate_lens = checks.row_values("accumulate_lens", accumulate_lens, p.num_rows);
   p.score_table = checks.block_table("score_table", score_table, p.num_rows);
   if (lse.has_value()) {
-    checks.tensor("lse", *lse, ScalarType::Float, {p.num_tokens, p.num_heads});
-    checks.require(lse->is_contiguous(), "lse must be contiguous");
+    checks.strided("lse", *lse, ScalarType::Float, {p.num_tokens, p.num_heads});
     p.lse = static_cast<const float*>(lse->const_data_ptr());
+    p.lse_token_stride = lse->stride(0);
+    p.lse_head_stride = lse->stride(1);
   }
+  checks.require(1 <= sample_stride && sample_stride <= kMaxSampleStride,
+                 "sample_stride must be in 1..", kMaxSampleStride, ", got ", sample_stride);
+  p.sample_stride = sample_stride;
   p.scale = static_cast<float>(scale);
   p.scores = checks.scores("scores", scores, {kAny, p.num_kv_heads, p.key_cache.block_size});
-  cpu::score_queries(p);
+  on_device(
+      checks, [&] { cpu::score_queries(p); },
+      [&](const cuda::Queue& queue) { cuda::score_queries(p, queue); });
 }
 
 }  // namespace ems

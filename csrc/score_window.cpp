@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -36,7 +36,9 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   p.scale = static_cast<float>(scale);
   p.scores = checks.head_rows<float>("scores", scores, ScalarType::Float, p.num_layers, p.num_rows,
                                      p.num_kv_heads);
-  cpu::score_window(p);
+  on_device(
+      checks, [&] { cpu::score_window(p); },
+      [&](const cuda::Queue& queue) { cuda::score_window(p, queue); });
 }
 
 }  // namespace ems

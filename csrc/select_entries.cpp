@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "launchers.h"
+#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -26,7 +26,9 @@ void select_entries(const Tensor& scores, const Tensor& num_entries, const Tenso
                                          p.num_rows, p.num_kv_heads);
   p.merge_idx = checks.head_rows<int32_t>("merge_idx", merge_idx, ScalarType::Int, p.num_layers,
                                           p.num_rows, p.num_kv_heads);
-  cpu::select_entries(p);
+  on_device(
+      checks, [&] { cpu::select_entries(p); },
+      [&](const cuda::Queue& queue) { cuda::select_entries(p, queue); });
 }
 
 }  // namespace ems

@@ -6,12 +6,20 @@
 
 #include "ops.h"
 
-STABLE_TORCH_LIBRARY(ems_vllm, m) {
+// The tests register the same operators under another name, over the emulated CUDA kernels.
+#ifndef EMS_LIBRARY
+#define EMS_LIBRARY ems_vllm
+#endif
+// One more level, so that the name is expanded before torch's macros paste it.
+#define EMS_TORCH_LIBRARY(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define EMS_TORCH_LIBRARY_IMPL(name, key, m) STABLE_TORCH_LIBRARY_IMPL(name, key, m)
+
+EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   // Adds the attention a batch of queries pays to every key to paged scores.
   m.def(
       "score_queries(Tensor query, Tensor key_cache, Tensor block_table, Tensor query_starts, "
       "Tensor query_lens, Tensor seq_lens, Tensor accumulate_lens, Tensor score_table, "
-      "Tensor? lse, float scale, Tensor(a!) scores) -> ()");
+      "Tensor? lse, float scale, int sample_stride, Tensor(a!) scores) -> ()");
 
   // Scores entries by the attention of the last queries.
   m.def(
@@ -45,7 +53,9 @@ STABLE_TORCH_LIBRARY(ems_vllm, m) {
       "Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(ems_vllm, CPU, m) {
+namespace {
+
+void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("score_queries", TORCH_BOX(&ems::score_queries));
   m.impl("score_window", TORCH_BOX(&ems::score_window));
   m.impl("record_queries", TORCH_BOX(&ems::record_queries));
@@ -54,3 +64,11 @@ STABLE_TORCH_LIBRARY_IMPL(ems_vllm, CPU, m) {
   m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));
   m.impl("plan_metadata", TORCH_BOX(&ems::plan_metadata));
 }
+
+}  // namespace
+
+EMS_TORCH_LIBRARY_IMPL(EMS_LIBRARY, CPU, m) { implement(m); }
+
+#if EMS_WITH_CUDA
+EMS_TORCH_LIBRARY_IMPL(EMS_LIBRARY, CUDA, m) { implement(m); }
+#endif

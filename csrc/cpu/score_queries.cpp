@@ -4,6 +4,7 @@
 // each query's softmax denominator (skipped when lse is given), the second sums the columns. In the
 // second an item owns its keys, so no two threads add to the same score.
 
+#include <algorithm>
 #include <limits>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
+#include "ems/sampling.h"
 #include "launchers.h"
 
 namespace ems::cpu {
@@ -23,8 +25,24 @@ constexpr int64_t kRowsPerItem = 256;
 struct Item {
   int64_t row;
   int64_t head;
-  int64_t first;  // first query of the first pass, first key of the second
+  int64_t first;  // first sampled query of the first pass, first key of the second
 };
+
+// Of every row, the queries that score, in ascending order.
+using Samples = std::vector<std::vector<int64_t>>;
+
+Samples sample_queries(const ScoreQueriesParams& p) {
+  Samples samples(p.num_rows);
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    const int64_t first_position = p.seq_lens[row] - p.query_lens[row];
+    for (int64_t query = 0; query < p.query_lens[row]; ++query) {
+      if (is_sampled(first_position + query, static_cast<int32_t>(p.sample_stride))) {
+        samples[row].push_back(query);
+      }
+    }
+  }
+  return samples;
+}
 
 void check_indices(const ScoreQueriesParams& p) {
   const IndexChecks checks("score_queries");
@@ -41,26 +59,27 @@ void check_indices(const ScoreQueriesParams& p) {
   }
 }
 
-// The queries of one row and kv_head, as floats: query i of the group's g-th head is row
+// The sampled queries of one row and kv_head, as floats: query i of the group's g-th head is row
 // i * group + g.
 template <typename T>
 class QueryRows {
  public:
-  QueryRows(const ScoreQueriesParams& p, int64_t row, int64_t head)
+  QueryRows(const ScoreQueriesParams& p, const Samples& samples, int64_t row, int64_t head)
       : p_(p),
+        samples_(samples[row]),
         head_(head),
         group_(p.num_heads / p.num_kv_heads),
         start_(p.query_starts[row]),
         first_position_(p.seq_lens[row] - p.query_lens[row]) {}
 
-  // Loads queries first..first+count-1, multiplied by the scale.
+  // Loads sampled queries first..first+count-1, multiplied by the scale.
   void load(int64_t first, int64_t count) {
     num_rows_ = count * group_;
     rows_.resize(num_rows_ * p_.head_size);
     visible_.resize(num_rows_);
     lse_.resize(num_rows_);
     for (int64_t i = 0; i < num_rows_; ++i) {
-      const int64_t query = first + i / group_;
+      const int64_t query = samples_[first + i / group_];
       const T* vector = p_.query.at<const T>(start_ + query, query_head(i));
       convert(vector, p_.head_size, p_.scale, rows_.data() + i * p_.head_size);
       visible_[i] = first_position_ + query + 1;
@@ -83,10 +102,12 @@ class QueryRows {
  private:
   int64_t query_head(int64_t i) const { return head_ * group_ + i % group_; }
   int64_t lse_index(int64_t first, int64_t i) const {
-    return (start_ + first + i / group_) * p_.num_heads + query_head(i);
+    const int64_t token = start_ + samples_[first + i / group_];
+    return token * p_.lse_token_stride + query_head(i) * p_.lse_head_stride;
   }
 
   const ScoreQueriesParams& p_;
+  const std::vector<int64_t>& samples_;
   int64_t head_;
   int64_t group_;
   int64_t start_;
@@ -107,21 +128,23 @@ void pack_keys(const ScoreQueriesParams& p, const Item& item, int64_t first, int
 }
 
 template <typename T>
-void compute_lse(const ScoreQueriesParams& p, float* lse) {
+void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_item = std::max<int64_t>(kRowsPerItem / group, 1);
   std::vector<Item> items;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      for (int64_t first = 0; first < p.query_lens[row]; first += queries_per_item) {
+      const int64_t num_queries = static_cast<int64_t>(samples[row].size());
+      for (int64_t first = 0; first < num_queries; first += queries_per_item) {
         items.push_back({row, head, first});
       }
     }
   }
   parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    const int64_t count = std::min(queries_per_item, p.query_lens[item.row] - item.first);
-    QueryRows<T> queries(p, item.row, item.head);
+    const int64_t num_queries = static_cast<int64_t>(samples[item.row].size());
+    const int64_t count = std::min(queries_per_item, num_queries - item.first);
+    QueryRows<T> queries(p, samples, item.row, item.head);
     queries.load(item.first, count);
     std::vector<SoftmaxState> states(queries.num_rows());
     simd().init_softmax(states.data(), queries.num_rows());
@@ -137,7 +160,7 @@ void compute_lse(const ScoreQueriesParams& p, float* lse) {
 }
 
 template <typename T>
-void add_scores(const ScoreQueriesParams& p, const float* lse) {
+void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_chunk = std::max<int64_t>(kChunkRows / group, 1);
   std::vector<Item> items;
@@ -150,16 +173,20 @@ void add_scores(const ScoreQueriesParams& p, const float* lse) {
   }
   parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
     const Item& item = items[i];
-    const int64_t num_queries = p.query_lens[item.row];
+    const std::vector<int64_t>& sampled = samples[item.row];
+    const int64_t num_queries = static_cast<int64_t>(sampled.size());
     const int64_t seq_len = p.seq_lens[item.row];
     const int64_t count = std::min(KeyTiles::kMaxKeys, seq_len - item.first);
     std::vector<float> mass(KeyTiles::kMaxKeys, 0.0f);
     // Queries before the first key see none of these keys.
-    const int64_t first_query = std::max<int64_t>(item.first - (seq_len - num_queries), 0);
+    const int64_t first_position = seq_len - p.query_lens[item.row];
+    const int64_t first_query =
+        std::lower_bound(sampled.begin(), sampled.end(), item.first - first_position) -
+        sampled.begin();
     if (first_query < num_queries) {
       KeyTiles keys(p.head_size);
       pack_keys<T>(p, item, item.first, count, &keys);
-      QueryRows<T> queries(p, item.row, item.head);
+      QueryRows<T> queries(p, samples, item.row, item.head);
       for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
         queries.load(query, std::min(queries_per_chunk, num_queries - query));
         queries.load_lse(query, lse);
@@ -169,7 +196,7 @@ void add_scores(const ScoreQueriesParams& p, const float* lse) {
     }
     for (int64_t j = 0; j < count; ++j) {
       const int64_t key = item.first + j;
-      const float mean = mass[j] / static_cast<float>(group);
+      const float mean = mass[j] * static_cast<float>(p.sample_stride) / static_cast<float>(group);
       float* score = p.scores.entry<float>(p.score_table, item.row, 0, item.head, key);
       *score = key < p.accumulate_lens[item.row] ? *score + mean : mean;
     }
@@ -178,17 +205,21 @@ void add_scores(const ScoreQueriesParams& p, const float* lse) {
 
 }  // namespace
 
-void score_queries(const ScoreQueriesParams& p) {
-  check_indices(p);
-  dispatch_dtype(p.dtype, [&](auto element) {
+void score_queries(const ScoreQueriesParams& params) {
+  check_indices(params);
+  const Samples samples = sample_queries(params);
+  dispatch_dtype(params.dtype, [&](auto element) {
     using T = decltype(element);
-    if (p.lse != nullptr) {
-      add_scores<T>(p, p.lse);
-    } else {
-      std::vector<float> lse(p.num_tokens * p.num_heads);
-      compute_lse<T>(p, lse.data());
-      add_scores<T>(p, lse.data());
+    ScoreQueriesParams p = params;
+    std::vector<float> lse;
+    if (p.lse == nullptr) {
+      lse.resize(p.num_tokens * p.num_heads);
+      p.lse_token_stride = p.num_heads;
+      p.lse_head_stride = 1;
+      compute_lse<T>(p, samples, lse.data());
+      p.lse = lse.data();
     }
+    add_scores<T>(p, samples, p.lse);
   });
 }
 

@@ -126,6 +126,7 @@ class CompressedGroup:
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
+        self.global_stride = policy.scorer.global_stride
         self._states = GroupStates(tensors.spec, tensors.num_blocks)
         self._compactor = Compactor(tensors, self._states, policy, workspace_bytes)
         self.counters = self._compactor.counters

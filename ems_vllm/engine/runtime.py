@@ -117,6 +117,7 @@ class LayerBinding:
         self._ring_slots = binding.group.ring_slots
         self._num_kv_heads = tensors.spec.num_kv_heads
         self._scale = tensors.scale
+        self._global_stride = binding.group.global_stride
         self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
         self._scores = None if tensors.scores is None else tensors.scores[index]
 
@@ -143,6 +144,7 @@ class LayerBinding:
                 rows.score_table,
                 None,
                 self._scale,
+                self._global_stride,
                 self._scores,
             )
 

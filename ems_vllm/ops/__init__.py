@@ -41,6 +41,7 @@ def score_queries(
     score_table: torch.Tensor,
     lse: torch.Tensor | None,
     scale: float,
+    sample_stride: int,
     scores: torch.Tensor,
 ) -> None:
     """Add the attention that a batch of queries pays to every key, summed over the queries.
@@ -52,6 +53,10 @@ def score_queries(
     including its own. The share of key j in its softmax, averaged over the group and summed over
     i, is added to the score of j if j < accumulate_lens[r], and replaces it otherwise. Chunks of
     one prompt therefore add up when accumulate_lens is the length already scored.
+
+    With a sample_stride s > 1 (ours), only one block of 64 query positions in every s scores, and
+    what it adds counts s times. Which one depends on the position alone, so chunks sample the same
+    queries however a prompt is cut.
 
     Args:
         query: [num_tokens, num_heads, head_size], float.
@@ -66,7 +71,9 @@ def score_queries(
             twice.
         lse: [num_tokens, num_heads], float32, or None - log of the softmax denominator (natural
             log, scale included) as attention kernels return it; None computes it.
+            Needed for sampled queries only.
         scale: factor on the dot products before the softmax.
+        sample_stride: 1..16.
         scores: [num_pages, num_kv_heads, block_size], float32 - higher is kept.
     Mutates:
         scores: the slots of positions 0..seq_lens[r]-1 of every row; no other slot.
@@ -87,6 +94,7 @@ def score_queries(
         score_table,
         lse,
         scale,
+        sample_stride,
         scores,
     )
 

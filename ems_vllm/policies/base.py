@@ -81,6 +81,11 @@ class Scorer(Component):
         return False
 
     @property
+    def global_stride(self) -> int:
+        """One block of prompt queries in so many is accumulated, and counts for all of them."""
+        return 1
+
+    @property
     def uses_window(self) -> bool:
         """Whether the queries of the last `obs_window` tokens are recorded."""
         return False

@@ -10,6 +10,7 @@ from generators import LAYOUTS, PagedCache, int_tensor, paged_cache, rows_writte
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from selections import Selection, random_selection
+from torch.nn.functional import pad
 
 from ems_vllm import ops
 from ems_vllm.ops import reference
@@ -138,7 +139,7 @@ def test_any_batch(data):
             )
         )
     )
-    case = make_case(data.draw(st.lists(row, min_size=1, max_size=3)), head_size=16, block_size=8)
+    case = make_case(data.draw(st.lists(row, min_size=1, max_size=3)), head_size=64, block_size=8)
     # Any target column, also one whose slots are all sources.
     columns = [data.draw(st.integers(0, column)) for column in case.target_columns]
     check(replace(case, target_columns=columns))
@@ -162,10 +163,11 @@ def test_full_budget_changes_nothing():
 
 def class_of_two(key: list[float], member_key: list[float], weights: list[float]) -> tuple:
     """(key, value, score) after merging entry 1 into entry 0."""
-    cache = paged_cache([2], num_kv_heads=1, block_size=2, head_size=2)
+    cache = paged_cache([2], num_kv_heads=1, block_size=2, head_size=64)
     block = cache.block_table[0, 0]
-    cache.key[0, block, 0] = torch.tensor([key, member_key])
-    cache.value[0, block, 0] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    # Two dimensions suffice; the others are 0.
+    cache.key[0, block, 0] = pad(torch.tensor([key, member_key]), (0, 62))
+    cache.value[0, block, 0] = pad(torch.tensor([[1.0, 0.0], [0.0, 1.0]]), (0, 62))
     one_head = (None, None, None)
     scores = torch.zeros(1, 3, 1, 2)
     ops.merge_compact(
@@ -181,7 +183,10 @@ def class_of_two(key: list[float], member_key: list[float], weights: list[float]
         int_tensor([1]),
         int_tensor([0]),
     )
-    return cache.key[0, block, 0, 0], cache.value[0, block, 0, 0], scores[0, block, 0, 0]
+    merged_key, merged_value = cache.key[0, block, 0, 0], cache.value[0, block, 0, 0]
+    assert torch.all(merged_key[2:] == 0)
+    assert torch.all(merged_value[2:] == 0)
+    return merged_key[:2], merged_value[:2], scores[0, block, 0, 0]
 
 
 def test_worked_example():
@@ -254,8 +259,9 @@ def test_rows_may_share_source_blocks():
     check(case)
 
 
+@pytest.mark.cpu_only
 def test_opcheck():
-    args = make_case([(30, 10, 8)], head_size=16, block_size=8).args()
+    args = make_case([(30, 10, 8)], head_size=64, block_size=8).args()
     args = [arg.nan_to_num() if isinstance(arg, torch.Tensor) else arg for arg in args]
     ops.merge_compact(*args)
     torch.library.opcheck(torch.ops.ems_vllm.merge_compact.default, tuple(args))
@@ -265,7 +271,7 @@ def test_opcheck():
     ("index", "change", "message"),
     [
         (0, lambda t: t.double(), "merge_compact: key_cache must have dtype float32, bfloat16"),
-        (1, lambda t: t[:, 1:], r"value_cache must have shape \[2, 6, 2, 8, 16\]"),
+        (1, lambda t: t[:, 1:], r"value_cache must have shape \[2, 6, 2, 8, 64\]"),
         (2, lambda t: None, "paged_scores and carry must be given together or not at all"),
         (2, lambda t: t[..., 1:], r"paged_scores must have shape \[2, \*, 2, 8\]"),
         (3, lambda t: t[..., :20], r"carry must be as long as weights \(20\), got 33"),
@@ -275,8 +281,9 @@ def test_opcheck():
         (10, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
     ],
 )
+@pytest.mark.cpu_only
 def test_invalid_arguments(index, change, message):
-    args = make_case([(30, 10, 8)], head_size=16, block_size=8).args()
+    args = make_case([(30, 10, 8)], head_size=64, block_size=8).args()
     args[index] = change(args[index])
     with pytest.raises(RuntimeError, match=message):
         ops.merge_compact(*args)

@@ -41,6 +41,7 @@ def test_matches_reference(first_columns, num_columns):
     assert (beyond == -7).all()
 
 
+@pytest.mark.cpu_only
 def test_opcheck():
     torch.library.opcheck(torch.ops.ems_vllm.plan_metadata.default, make_args([0, 3, 10]))
 
@@ -55,6 +56,7 @@ def test_opcheck():
         (0, torch.zeros(10, dtype=torch.int32), r"block_table must have shape \[10, \*\]"),
     ],
 )
+@pytest.mark.cpu_only
 def test_invalid_arguments(index, value, message):
     args = list(make_args([0, 3]))
     args[index] = value

@@ -40,6 +40,7 @@ def test_strided_ring():
     assert_bitwise(ring, expected)
 
 
+@pytest.mark.cpu_only
 def test_opcheck():
     query, slots, ring = make_args(7)
     ops.record_queries(query, slots, ring)
@@ -57,6 +58,7 @@ def test_opcheck():
         (lambda q, s, r: (q, s + 40, r), r"ring_slots\[1\] must be in 0\.\.39, got"),
     ],
 )
+@pytest.mark.cpu_only
 def test_invalid_arguments(change, message):
     query, slots, ring = make_args(7)
     with pytest.raises(RuntimeError, match=message):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from ems_vllm import ops
 from ems_vllm.ops import reference
 from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.reference.score_queries import is_sampled
 
 
 @dataclass
@@ -27,6 +28,7 @@ class Case:
     scores: torch.Tensor
     scale: float
     lse: torch.Tensor | None = None
+    sample_stride: int = 1
 
     def run(self, score_queries) -> torch.Tensor:
         scores = self.scores.clone()
@@ -41,6 +43,7 @@ class Case:
             self.score_table,
             self.lse,
             self.scale,
+            self.sample_stride,
             scores,
         )
         return scores
@@ -124,6 +127,7 @@ def test_lengths(length, block_size):
     check(make_case([(length, length, 0), (length, 1, length - 1)], block_size=block_size))
 
 
+@pytest.mark.large
 def test_long_row():
     check(make_case([(1000, 1000, 0), (700, 300, 400)], group=4))
 
@@ -134,7 +138,7 @@ def test_any_batch(data):
     row = st.integers(0, 90).flatmap(
         lambda seq: st.tuples(st.just(seq), st.integers(0, seq), st.integers(0, seq))
     )
-    check(make_case(data.draw(st.lists(row, min_size=1, max_size=4)), head_size=16, block_size=8))
+    check(make_case(data.draw(st.lists(row, min_size=1, max_size=4)), head_size=64, block_size=8))
 
 
 def test_lse_is_used_when_given():
@@ -150,6 +154,8 @@ def test_lse_is_used_when_given():
         lse[start : start + num_queries] = logits.masked_fill(hidden, -torch.inf).logsumexp(-1)
     with_lse = replace(case, lse=lse)
     check(with_lse)
+    # As FlashAttention lays it out, [num_heads, num_tokens].
+    check(replace(case, lse=lse.T.contiguous().T))
     assert_close(with_lse.run(ops.score_queries), expected, "scores")
     # Twice the denominator, half the attention.
     halved = replace(case, lse=lse + torch.log(torch.tensor(2.0)), accumulate_lens=[0] * len(ROWS))
@@ -179,12 +185,47 @@ def test_chunks_add_up():
     assert_close(second.run(ops.score_queries), whole.run(ops.score_queries), "scores")
 
 
+@pytest.mark.parametrize("stride", [2, 3, 16])
+def test_sampled_queries(stride):
+    rows = [(400, 400, 0), (330, 70, 260), (130, 129, 1), (64, 64, 0), (0, 0, 0)]
+    check(replace(make_case(rows, group=3, dtype=torch.bfloat16), sample_stride=stride))
+
+
+@pytest.mark.parametrize("cut", [1, 64, 100, 300])
+def test_sampling_does_not_depend_on_how_a_prompt_is_cut(cut):
+    whole = replace(make_case([(400, 400, 0)]), sample_stride=3)
+    first = replace(whole, query_lens=[cut], seq_lens=[cut])
+    second = replace(
+        whole,
+        query=whole.query[cut:],
+        query_lens=[400 - cut],
+        accumulate_lens=[cut],
+        scores=first.run(ops.score_queries),
+    )
+    assert_close(second.run(ops.score_queries), whole.run(ops.score_queries), "scores")
+
+
+def test_a_sample_has_one_block_of_every_stratum_and_counts_it_for_all():
+    stride = 4
+    positions = torch.arange(64 * stride * 50)
+    sampled = is_sampled(positions, stride)
+    assert torch.all(sampled.view(50, 64 * stride).sum(dim=1) == 64)
+    blocks = sampled.view(50, stride, 64)
+    assert torch.all(blocks.all(dim=2).sum(dim=1) == 1)
+    # Scattered, not always the same block of a stratum.
+    assert set(blocks.all(dim=2).int().argmax(dim=1).tolist()) == set(range(stride))
+    case = replace(make_case([(64 * stride, 64 * stride, 0)]), sample_stride=stride)
+    total = case.run(ops.score_queries).masked_fill(~case.written(), 0).sum(dim=(0, 2))
+    torch.testing.assert_close(total, torch.full_like(total, 64 * stride), rtol=1e-3, atol=0)
+
+
 def test_rows_may_share_key_blocks():
     case = make_case([(64, 16, 0), (64, 16, 0)])
     case.cache.block_table[1, :3] = case.cache.block_table[0, :3]
     check(case)
 
 
+@pytest.mark.cpu_only
 def test_result_does_not_depend_on_the_number_of_threads():
     case = make_case([(700, 700, 0), (129, 1, 100)], group=4, dtype=torch.bfloat16)
     num_threads = torch.get_num_threads()
@@ -199,8 +240,9 @@ def test_result_does_not_depend_on_the_number_of_threads():
     assert_bitwise(results[2], results[0])
 
 
+@pytest.mark.cpu_only
 def test_opcheck():
-    case = make_case([(20, 7, 13)], head_size=16, block_size=8)
+    case = make_case([(20, 7, 13)], head_size=64, block_size=8)
     args = (
         case.query,
         case.cache.key[0].nan_to_num(),
@@ -209,6 +251,7 @@ def test_opcheck():
         case.score_table,
         None,
         case.scale,
+        1,
         case.scores.nan_to_num(),
     )
     torch.library.opcheck(torch.ops.ems_vllm.score_queries.default, args)
@@ -255,11 +298,14 @@ def test_opcheck():
             r"score_table\[0, 0\] must be in 0\.\.7, got -",
         ),
         (
-            lambda c: {"lse": torch.zeros(c.query.shape[1], len(c.query)).T},
-            "lse must be contiguous",
+            lambda c: {"lse": torch.zeros(c.query.shape[1], len(c.query))},
+            r"lse must have shape \[41, 4\], got \[4, 41\]",
         ),
+        (lambda c: {"sample_stride": 0}, r"sample_stride must be in 1\.\.16, got 0"),
+        (lambda c: {"sample_stride": 17}, r"sample_stride must be in 1\.\.16, got 17"),
     ],
 )
+@pytest.mark.cpu_only
 def test_invalid_arguments(change, message):
     case = make_case([(40, 40, 0)])
     with pytest.raises(RuntimeError, match=message):

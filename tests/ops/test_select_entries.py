@@ -117,6 +117,7 @@ def test_any_batch(rows, mass_limit, num_values):
             assert all(entry < num_entries for entry in [*kept, *merged])
 
 
+@pytest.mark.cpu_only
 def test_opcheck():
     args = make_args([(30, 8, 2, 6)])
     args = (args[0].nan_to_num(), *args[1:])
@@ -136,6 +137,7 @@ def test_opcheck():
         (7, torch.zeros(1, 1, 3, 6).int(), r"merge_idx must have shape \[2, 1, 3, \*\]"),
     ],
 )
+@pytest.mark.cpu_only
 def test_invalid_arguments(index, value, message):
     args = list(make_args([(30, 8, 2, 6)]))
     args[index] = value

@@ -5,6 +5,23 @@ import torch
 
 from ems_vllm.ops.reference.paging import gather_entries
 
+_SAMPLE_BLOCK = 64
+
+
+def is_sampled(positions: torch.Tensor, stride: int) -> torch.Tensor:
+    """Which query positions score: of every `stride` blocks of them, one that a hash picks.
+
+    Args:
+        positions: [n], int64.
+        stride: Blocks per stratum.
+    Returns:
+        [n], bool.
+    """
+    blocks = positions // _SAMPLE_BLOCK
+    strata = blocks // stride
+    hashes = ((strata + 1) * 0x9E3779B1) % 2**32
+    return strata * stride + (hashes >> 16) % stride == blocks
+
 
 def score_queries(
     query: torch.Tensor,
@@ -17,6 +34,7 @@ def score_queries(
     score_table: torch.Tensor,
     lse: torch.Tensor | None,
     scale: float,
+    sample_stride: int,
     scores: torch.Tensor,
 ) -> None:
     """See ems_vllm.ops.score_queries. Runs in float64."""
@@ -38,7 +56,9 @@ def score_queries(
         else:
             row_lse = lse[start : start + num_queries].double().unflatten(1, (num_kv_heads, group))
             row_lse = row_lse.permute(1, 2, 0)
-        new = torch.exp(logits - row_lse[..., None]).mean(dim=1).sum(dim=1)
+        attention = torch.exp(logits - row_lse[..., None]).mean(dim=1)
+        sampled = is_sampled(positions, sample_stride)
+        new = sample_stride * attention[:, sampled].sum(dim=1)
 
         for position in range(seq_len):
             page, offset = int(score_table[row, position // block_size]), position % block_size

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from torch import maximum, where
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
@@ -30,9 +31,16 @@ class EMSScorer(Scorer):
     global score of an entry grows by the attention of the recorded queries (ours).
     """
 
+    sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
+    """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
+
     @property
     def uses_global(self) -> bool:
         return True
+
+    @property
+    def global_stride(self) -> int:
+        return self.sample_stride
 
     @property
     def uses_window(self) -> bool:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+from pydantic import Field
 from torch import where
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
@@ -23,9 +24,16 @@ class H2OScorer(Scorer):
     recent half of the paper's budget is `recent_window`, beside the budget.
     """
 
+    sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
+    """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
+
     @property
     def uses_global(self) -> bool:
         return True
+
+    @property
+    def global_stride(self) -> int:
+        return self.sample_stride
 
     @property
     def uses_window(self) -> bool:

@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+#include "launchers.h"
+
+namespace ems::cuda {
+
+// Torch's current stream of a device, which it makes the current one, and memory of torch's
+// caching allocator, which knows that streams run in order.
+class TorchQueue {
+ public:
+  explicit TorchQueue(int32_t device_index);
+
+  TorchQueue(const TorchQueue&) = delete;
+  TorchQueue& operator=(const TorchQueue&) = delete;
+
+  const Queue& queue() const { return queue_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  std::vector<torch::stable::Tensor> allocations_;
+  Queue queue_;
+};
+
+}  // namespace ems::cuda

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "ems/device.cuh"
+#include "ems/paged_kv.h"
+#include "ems/tile.cuh"
+
+// Attention of many queries to the keys of one kv_head without its matrix: the log of each query's
+// softmax denominator, and the attention that each key receives in sum. score_queries.cuh and
+// score_window.cuh say which queries there are; here a "query" is a vector of one query head, and
+// "visible" counts the leading keys that it sees.
+//
+// A QUERIES type gives, for one kv_head of one row:
+//     int32_t size()                       queries, some of which may not exist
+//     Query at(int32_t)                    one of them; visible is ascending or descending
+//     int32_t first_seeing(int32_t key)    a query before which none sees the key
+namespace ems {
+
+struct Query {
+  int64_t offset;     // of its vector, in elements; negative when there is no such query
+  int32_t visible;    // keys it sees; 0 when there is no such query
+  int64_t lse_index;  // of its log-sum-exp
+};
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+// How a CTA divides a product: kLeft vectors stay, kRight at a time stream past. Larger vectors get
+// fewer rows per warp, because the staying ones are held in registers; float32 runs on the ordinary
+// cores and is limited by shared memory.
+template <typename T, int HEAD_SIZE>
+struct MassShape {
+  static constexpr bool kIsFloat = sizeof(T) == 4;
+  static constexpr int kLeftTiles = kIsFloat || HEAD_SIZE > 128 ? 1 : 2;
+  static constexpr int kWarps = !kIsFloat && HEAD_SIZE > 128 ? 8 : 4;
+  static constexpr int kThreads = kWarps * device::kWarpSize;
+  static constexpr int kLeft = 16 * kLeftTiles * kWarps;
+  static constexpr int kRight = kIsFloat ? 32 : 64;
+  // Registers for two CTAs of 128 threads at a time, at least.
+  static constexpr int kMinCtas = kWarps == 8 ? 1 : 2;
+};
+
+// Keys of one kv_head of one row.
+struct PagedKeys {
+  PagedTensor cache;
+  BlockTable table;
+  int64_t layer;
+  int64_t row;
+  int64_t head;
+
+  EMS_DEVICE int64_t offset(int64_t entry) const {
+    return layer * cache.layer_stride +
+           table.at(row, entry / cache.block_size) * cache.block_stride + head * cache.head_stride +
+           entry % cache.block_size * cache.slot_stride;
+  }
+};
+
+// Two tiles: one is multiplied while the next arrives. What is known of a tile's vectors is
+// prepared one tile earlier still, hence three.
+template <typename T, int HEAD_SIZE, int NUM_LEFT, int NUM_RIGHT>
+struct MassShared {
+  Tile<T, HEAD_SIZE, NUM_LEFT> left;
+  Tile<T, HEAD_SIZE, NUM_RIGHT> right[2];
+  int64_t left_offsets[NUM_LEFT];
+  int64_t right_offsets[3][NUM_RIGHT];
+  int32_t visible[3][NUM_RIGHT];  // of streaming queries
+  float lse[3][NUM_RIGHT];        // of streaming queries, in units of log 2
+  int32_t left_visible[NUM_LEFT];
+  int32_t bounds[2];
+};
+
+// The staying vectors are keys first..first+kLeft-1; out(key, mass) takes what each receives.
+template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
+EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
+                         int32_t first_key, int32_t num_keys, float scale, const float* lse,
+                         const OUT& out) {
+  using Shape = MassShape<T, HEAD_SIZE>;
+  constexpr int kRight = Shape::kRight;
+  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>>();
+  const int thread = device::thread_index();
+  const int lane = thread % device::kWarpSize;
+  const int warp = thread / device::kWarpSize;
+  const float scale_log2 = scale * kLog2E;
+  const int32_t last_key =
+      first_key + Shape::kLeft < num_keys ? first_key + Shape::kLeft : num_keys;
+
+  const int32_t start = queries.first_seeing(first_key) / kRight;
+  const int32_t end = (queries.size() + kRight - 1) / kRight;
+
+  const auto prepare = [&](int32_t tile) {
+    const int slot = tile % 3;
+    for (int i = thread; i < kRight; i += Shape::kThreads) {
+      const int32_t index = tile * kRight + i;
+      const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
+      shared.right_offsets[slot][i] = query.offset;
+      shared.visible[slot][i] = query.visible;
+      // exp2(x - inf) = 0: a query that does not exist pays no attention.
+      shared.lse[slot][i] = query.visible > 0 ? lse[query.lse_index] * kLog2E : INFINITY;
+    }
+  };
+  const auto fetch = [&](int32_t tile) {
+    shared.right[tile % 2].template gather<Shape::kThreads>(query_data,
+                                                            shared.right_offsets[tile % 3]);
+    device::commit_copies();
+  };
+
+  if (start < end) {
+    for (int i = thread; i < Shape::kLeft; i += Shape::kThreads) {
+      const int32_t key = first_key + i;
+      shared.left_offsets[i] = key < num_keys ? keys.offset(key) : -1;
+    }
+    prepare(start);
+    if (start + 1 < end) prepare(start + 1);
+    device::sync_cta();
+    shared.left.template gather<Shape::kThreads>(static_cast<const T*>(keys.cache.data),
+                                                 shared.left_offsets);
+    fetch(start);
+  }
+
+  float mass[Shape::kLeftTiles][2] = {};
+  LeftRows<T, HEAD_SIZE, Shape::kLeftTiles> left;
+  Products<Shape::kLeftTiles, kRight> products;
+  for (int32_t tile = start; tile < end; ++tile) {
+    device::wait_for_copies<0>();
+    // The tile is here for all, and nobody still reads what is overwritten next.
+    device::sync_cta();
+    if (tile + 1 < end) fetch(tile + 1);
+    if (tile + 2 < end) prepare(tile + 2);
+    if (tile == start) left.load(shared.left, warp * 16 * Shape::kLeftTiles);
+    left.multiply(shared.right[tile % 2], &products);
+
+    const int slot = tile % 3;
+    // Queries come in order of what they see; a tile whose least sees all keys needs no mask.
+    const int32_t ends[2] = {shared.visible[slot][0], shared.visible[slot][kRight - 1]};
+    const bool is_masked = ends[0] < last_key || ends[1] < last_key;
+#pragma unroll
+    for (int j = 0; j < kRight / 8; ++j) {
+      const int column = 8 * j + 2 * (lane % 4);
+      const float lse_even = shared.lse[slot][column];
+      const float lse_odd = shared.lse[slot][column + 1];
+#pragma unroll
+      for (int i = 0; i < Shape::kLeftTiles; ++i) {
+        const float* values = products.values[i][j];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float even = device::exp2_fast(values[2 * half] * scale_log2 - lse_even);
+          float odd = device::exp2_fast(values[2 * half + 1] * scale_log2 - lse_odd);
+          if (is_masked) {
+            const int32_t key =
+                first_key + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+            if (key >= shared.visible[slot][column]) even = 0;
+            if (key >= shared.visible[slot][column + 1]) odd = 0;
+          }
+          mass[i][half] += even + odd;
+        }
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = mass[i][half];
+      sum += device::shuffle_xor(sum, 1);
+      sum += device::shuffle_xor(sum, 2);
+      const int32_t key = first_key + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+      if (lane % 4 == 0 && key < num_keys) out(key, sum);
+    }
+  }
+}
+
+// The staying vectors are queries first..first+kLeft-1, against keys first_key..end_key-1;
+// out(lse_index, lse) takes the log-sum-exp of each over these keys, -inf when it sees none.
+template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
+EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
+                            int32_t first_query, int32_t first_key, int32_t end_key, float scale,
+                            const OUT& out) {
+  using Shape = MassShape<T, HEAD_SIZE>;
+  constexpr int kRight = Shape::kRight;
+  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>>();
+  const int thread = device::thread_index();
+  const int lane = thread % device::kWarpSize;
+  const int warp = thread / device::kWarpSize;
+  const float scale_log2 = scale * kLog2E;
+
+  if (thread < 2) shared.bounds[thread] = thread == 0 ? 0x7fffffff : 0;
+  device::sync_cta();
+  for (int i = thread; i < Shape::kLeft; i += Shape::kThreads) {
+    const int32_t index = first_query + i;
+    const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
+    shared.left_offsets[i] = query.offset;
+    shared.left_visible[i] = query.visible;
+    if (query.visible > 0) {
+      device::min_shared(&shared.bounds[0], query.visible);
+      device::max_shared(&shared.bounds[1], query.visible);
+    }
+  }
+  device::sync_cta();
+  const int32_t min_visible = shared.bounds[0];
+  const int32_t stop = shared.bounds[1] < end_key ? shared.bounds[1] : end_key;
+
+  const int32_t num_tiles = stop > first_key ? (stop - first_key + kRight - 1) / kRight : 0;
+  const auto prepare = [&](int32_t tile) {
+    for (int i = thread; i < kRight; i += Shape::kThreads) {
+      const int32_t key = first_key + tile * kRight + i;
+      shared.right_offsets[tile % 3][i] = key < stop ? keys.offset(key) : -1;
+    }
+  };
+  const auto fetch = [&](int32_t tile) {
+    shared.right[tile % 2].template gather<Shape::kThreads>(static_cast<const T*>(keys.cache.data),
+                                                            shared.right_offsets[tile % 3]);
+    device::commit_copies();
+  };
+  if (num_tiles > 0) {
+    prepare(0);
+    if (num_tiles > 1) prepare(1);
+    device::sync_cta();
+    shared.left.template gather<Shape::kThreads>(query_data, shared.left_offsets);
+    fetch(0);
+  }
+
+  // Every lane keeps a maximum and a sum of its own columns; they meet at the end.
+  float maxima[Shape::kLeftTiles][2];
+  float sums[Shape::kLeftTiles][2];
+  int32_t visible[Shape::kLeftTiles][2];
+#pragma unroll
+  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      maxima[i][half] = -INFINITY;
+      sums[i][half] = 0;
+      visible[i][half] =
+          shared.left_visible[(warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4];
+    }
+  }
+  LeftRows<T, HEAD_SIZE, Shape::kLeftTiles> left;
+  Products<Shape::kLeftTiles, kRight> products;
+  for (int32_t tile = 0; tile < num_tiles; ++tile) {
+    device::wait_for_copies<0>();
+    device::sync_cta();
+    if (tile + 1 < num_tiles) fetch(tile + 1);
+    if (tile + 2 < num_tiles) prepare(tile + 2);
+    if (tile == 0) left.load(shared.left, warp * 16 * Shape::kLeftTiles);
+    left.multiply(shared.right[tile % 2], &products);
+
+    const int32_t tile_key = first_key + tile * kRight;
+    const int32_t tile_end = tile_key + kRight < stop ? tile_key + kRight : stop;
+    const bool is_masked = min_visible < tile_key + kRight || tile_end < tile_key + kRight;
+#pragma unroll
+    for (int i = 0; i < Shape::kLeftTiles; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float logits[kRight / 4];
+        float maximum = maxima[i][half];
+        const int32_t num_seen =
+            (visible[i][half] < tile_end ? visible[i][half] : tile_end) - tile_key;
+#pragma unroll
+        for (int j = 0; j < kRight / 4; ++j) {
+          logits[j] = products.values[i][j / 2][2 * half + j % 2] * scale_log2;
+          const int column = j / 2 * 8 + 2 * (lane % 4) + j % 2;
+          if (is_masked && column >= num_seen) logits[j] = -INFINITY;
+          maximum = logits[j] > maximum ? logits[j] : maximum;
+        }
+        // A lane that has seen nothing yet subtracts 0, not -inf.
+        const float reference = maximum == -INFINITY ? 0.0f : maximum;
+        float sum = sums[i][half] * device::exp2_fast(maxima[i][half] - reference);
+#pragma unroll
+        for (int j = 0; j < kRight / 4; ++j) sum += device::exp2_fast(logits[j] - reference);
+        maxima[i][half] = maximum;
+        sums[i][half] = sum;
+      }
+    }
+  }
+
+#pragma unroll
+  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float maximum = maxima[i][half];
+      float sum = sums[i][half];
+#pragma unroll
+      for (int mask = 1; mask <= 2; mask *= 2) {
+        const float other_maximum = device::shuffle_xor(maximum, mask);
+        const float other_sum = device::shuffle_xor(sum, mask);
+        const float merged = other_maximum > maximum ? other_maximum : maximum;
+        const float reference = merged == -INFINITY ? 0.0f : merged;
+        sum = sum * device::exp2_fast(maximum - reference) +
+              other_sum * device::exp2_fast(other_maximum - reference);
+        maximum = merged;
+      }
+      const int32_t index = first_query + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+      if (lane % 4 == 0 && index < queries.size()) {
+        const Query query = queries.at(index);
+        if (query.visible > 0) out(query.lse_index, (maximum + device::log2_accurate(sum)) * kLn2);
+      }
+    }
+  }
+}
+
+}  // namespace ems

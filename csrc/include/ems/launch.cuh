@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+// Launching a kernel from host code; tests/emulation/ has the counterpart.
+namespace ems {
+
+struct Grid {
+  int64_t x;
+  int64_t y = 1;
+  int64_t z = 1;
+};
+
+inline void check_cuda(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("ems_vllm: ") + what + ": " + cudaGetErrorString(status));
+}
+
+// Runs `kernel` on a stream; an empty grid is no work.
+template <typename... PARAMS>
+void launch(const char* name, void (*kernel)(PARAMS...), Grid grid, int num_threads,
+            int64_t shared_bytes, void* stream, std::type_identity_t<PARAMS>... args) {
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+  constexpr int64_t kDefaultSharedBytes = 48 << 10;
+  if (shared_bytes > kDefaultSharedBytes) {
+    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared_bytes)),
+               name);
+  }
+  void* addresses[] = {&args...};
+  const dim3 dims(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),
+                  static_cast<unsigned>(grid.z));
+  check_cuda(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dims,
+                              dim3(static_cast<unsigned>(num_threads)), addresses,
+                              static_cast<size_t>(shared_bytes), static_cast<cudaStream_t>(stream)),
+             name);
+}
+
+}  // namespace ems

@@ -1,0 +1,119 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "ems/attention_mass.cuh"
+#include "ems/params.h"
+#include "ems/sampling.h"
+
+// score_queries: the queries of a chunk of a prompt, or a stratified sample of them.
+namespace ems {
+
+// The sampled queries of one kv_head of one row, in ascending order of position. Index v counts the
+// positions of the sampled blocks and, within a position, the query heads of the group.
+class ChunkQueries {
+ public:
+  EMS_DEVICE ChunkQueries(const ScoreQueriesParams& p, int64_t row, int64_t kv_head)
+      : stride_(static_cast<int32_t>(p.sample_stride)),
+        group_(static_cast<int32_t>(p.num_heads / p.num_kv_heads)),
+        first_head_(static_cast<int32_t>(kv_head) * group_),
+        start_(p.query_starts[row]),
+        num_queries_(p.query_lens[row]),
+        first_position_(p.seq_lens[row] - p.query_lens[row]),
+        lse_token_stride_(p.lse_token_stride),
+        lse_head_stride_(p.lse_head_stride),
+        query_(p.query) {
+    first_stratum_ = first_position_ / (kSampleBlock * stride_);
+    const int32_t last = (first_position_ + num_queries_ - 1) / (kSampleBlock * stride_);
+    size_ = num_queries_ == 0 ? 0 : (last - first_stratum_ + 1) * kSampleBlock * group_;
+  }
+
+  EMS_DEVICE int32_t size() const { return size_; }
+
+  EMS_DEVICE Query at(int32_t index) const {
+    const int32_t in_blocks = index / group_;
+    const int32_t stratum = first_stratum_ + in_blocks / kSampleBlock;
+    const int32_t position =
+        sampled_block(stratum, stride_) * kSampleBlock + in_blocks % kSampleBlock;
+    const int32_t query = position - first_position_;
+    if (query < 0 || query >= num_queries_) return {-1, 0, 0};
+    const int64_t token = start_ + query;
+    const int32_t head = first_head_ + index % group_;
+    return {token * query_.token_stride + head * query_.head_stride, position + 1,
+            token * lse_token_stride_ + head * lse_head_stride_};
+  }
+
+  EMS_DEVICE int32_t first_seeing(int32_t key) const {
+    const int32_t strata = key / (kSampleBlock * stride_) - first_stratum_;
+    return strata > 0 ? strata * kSampleBlock * group_ : 0;
+  }
+
+ private:
+  int32_t stride_;
+  int32_t group_;
+  int32_t first_head_;
+  int32_t start_;
+  int32_t num_queries_;
+  int32_t first_position_;
+  int32_t first_stratum_ = 0;
+  int32_t size_ = 0;
+  int64_t lse_token_stride_;
+  int64_t lse_head_stride_;
+  TokenHeads query_;
+};
+
+// Upper bound, known without reading the device, of the tiles of kLeft queries of a batch.
+template <typename SHAPE>
+int64_t max_query_tiles(const ScoreQueriesParams& p) {
+  const int64_t strata = p.num_tokens / (kSampleBlock * p.sample_stride) + 2 * p.num_rows;
+  const int64_t queries = strata * kSampleBlock * (p.num_heads / p.num_kv_heads);
+  return queries / SHAPE::kLeft + p.num_rows;
+}
+
+// CTA (x, kv_head): one tile of queries; x counts the tiles of all rows from the last one, because
+// the last queries see the most keys. CTAs beyond the tiles that exist have nothing to do.
+template <typename T, int HEAD_SIZE>
+EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
+  constexpr int32_t kLeft = MassShape<T, HEAD_SIZE>::kLeft;
+  const int64_t kv_head = device::cta_y();
+  int32_t tile = static_cast<int32_t>(device::cta_x());
+  for (int64_t row = p.num_rows - 1; row >= 0; --row) {
+    const ChunkQueries queries(p, row, kv_head);
+    const int32_t num_tiles = (queries.size() + kLeft - 1) / kLeft;
+    if (tile >= num_tiles) {
+      tile -= num_tiles;
+      continue;
+    }
+    const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+    compute_lse<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys,
+                              (num_tiles - 1 - tile) * kLeft, 0, p.seq_lens[row], p.scale,
+                              [&](int64_t index, float value) { lse[index] = value; });
+    return;
+  }
+}
+
+// CTA (x, row): kv_head x % num_kv_heads and tile of keys x / num_kv_heads, so that the first keys,
+// which the most queries see, come first.
+template <typename T, int HEAD_SIZE>
+EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+score_queries_kernel(ScoreQueriesParams p, const float* lse) {
+  const int64_t row = device::cta_y();
+  const int64_t kv_head = device::cta_x() % p.num_kv_heads;
+  const int32_t first_key =
+      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * MassShape<T, HEAD_SIZE>::kLeft;
+  const int32_t num_keys = p.seq_lens[row];
+  if (first_key >= num_keys) return;
+
+  const ChunkQueries queries(p, row, kv_head);
+  const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+  const float factor =
+      static_cast<float>(p.sample_stride) / static_cast<float>(p.num_heads / p.num_kv_heads);
+  add_mass<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys, first_key, num_keys,
+                         p.scale, lse, [&](int32_t key, float mass) {
+                           float* score =
+                               p.scores.entry<float>(p.score_table, row, 0, kv_head, key);
+                           *score = mass * factor + (key < p.accumulate_lens[row] ? *score : 0.0f);
+                         });
+}
+
+}  // namespace ems

@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs every test of this folder over every implementation of the operators.
+
+A test marked cpu_only is about what only the CPU kernels do; one marked large would take the
+emulator minutes.
+"""
+
+import pytest
+import torch
+from ops.implementations import namespace
+
+from ems_vllm import ops
+
+IMPLEMENTATIONS = (
+    "cpu",
+    "emulated",
+    pytest.param(
+        "cuda",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+        ],
+    ),
+)
+
+
+# Of module scope, so that property tests may use it.
+@pytest.fixture(scope="module", params=IMPLEMENTATIONS, autouse=True)
+def implementation(request):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ops, "operators", lambda: namespace(request.param))
+        yield request.param
+
+
+def pytest_collection_modifyitems(config, items):
+    left_out = {"emulated": ("cpu_only", "large"), "cuda": ("cpu_only",)}
+
+    def runs(item):
+        name = getattr(getattr(item, "callspec", None), "params", {}).get("implementation", "cpu")
+        return not any(item.get_closest_marker(mark) for mark in left_out.get(name, ()))
+
+    dropped = [item for item in items if not runs(item)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+        items[:] = [item for item in items if runs(item)]

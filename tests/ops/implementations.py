@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The implementations of the operators that the tests of this folder run over, one by one.
+
+cpu       the CPU kernels
+emulated  the CUDA kernels on the emulator of tests/emulation
+cuda      the CUDA kernels on a GPU, on copies of the CPU tensors that a test makes
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ems_vllm.ops.library import operators
+
+
+class _OnGpu:
+    """The operators' namespace for CPU tensors, run on the GPU."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        operator = getattr(operators(), name)
+
+        def run(*args: Any) -> None:
+            storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+            moved = [_to_gpu(arg, storages) for arg in args]
+            operator(*moved)
+            torch.cuda.synchronize()
+            for here, there in storages.values():
+                here.copy_(there)
+
+        return run
+
+
+def _to_gpu(arg: Any, storages: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A view with the same strides; arguments that share memory go on sharing it."""
+    if not isinstance(arg, torch.Tensor):
+        return arg
+    storage = arg.untyped_storage()
+    if storage.data_ptr() not in storages:
+        here = torch.empty(0, dtype=torch.uint8).set_(storage)
+        storages[storage.data_ptr()] = here, here.cuda()
+    there = storages[storage.data_ptr()][1].view(arg.dtype)
+    return there.as_strided(arg.size(), arg.stride(), arg.storage_offset())
+
+
+def namespace(implementation: str) -> Any:
+    """What stands for torch.ops.ems_vllm."""
+    if implementation == "emulated":
+        from emulation.build import operators as emulated
+
+        return emulated()
+    return _OnGpu() if implementation == "cuda" else operators()
