@@ -5,8 +5,8 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 # The same image compiles the kernels: torch and CUDA are then those that the server has.
 FROM ${VLLM_IMAGE} AS builder
-# GPU architectures, in torch's notation.
-ARG TORCH_CUDA_ARCH_LIST="8.0 8.9 9.0a 10.0a"
+# GPU architectures, in torch's notation; 8.0 and 10.0 serve the later ones of their kind too.
+ARG TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0 12.0"
 # CUDA's headers at the release of its compiler in the image.
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential \
@@ -19,7 +19,7 @@ COPY pyproject.toml setup.py README.md LICENSE ./
 COPY csrc csrc
 COPY configs configs
 COPY ems_vllm ems_vllm
-RUN TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" python3 -m pip wheel \
+RUN EMS_CUDA=1 TORCH_CUDA_ARCH_LIST="${TORCH_CUDA_ARCH_LIST}" python3 -m pip wheel \
     --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM ${VLLM_IMAGE}

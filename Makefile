@@ -19,6 +19,9 @@ EVAL_ARGS ?=
 PROMPTS ?= prompts.jsonl
 OUT ?= answers
 PEERS_ARGS ?=
+# Of gpu-check: where results go, and further arguments, as --stages bench.
+GPU_OUT ?= build/gpu-check
+GPU_ARGS ?=
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
@@ -30,15 +33,18 @@ PEERS := .venv-peers
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
+# A bare GPU machine has no .venv.
+GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TARGET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
 
 CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.inl" -o -name "*.cpp" -o -name "*.cu" 2>/dev/null)
+EMULATOR := $(shell find tests/emulation -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "build.py" 2>/dev/null)
 # Compilation is parallel; on a small machine more jobs than cores only cost memory.
 export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build serve test soak load lint bench peers peers-run clean
+.PHONY: help setup build kernels serve test soak load lint bench gpu-check gpu-pack peers peers-run clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,13 +54,16 @@ setup: $(DONE)/models ## everything needed to run and test, into .venv/
 
 build: $(DONE)/extension ## the package and its kernels, in place
 
+kernels: $(DONE)/extension ## registers and memory of the CUDA kernels; fails where one spills
+	@$(BIN)/python csrc/tools/kernel_report.py
+
 serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
 	@echo "When the server is up, try in another terminal:"
 	@echo "  curl http://localhost:$(PORT)/v1/completions -H 'Content-Type: application/json' \\"
 	@echo "    -d '{\"model\": \"$(MODEL)\", \"prompt\": \"Mr. Sherlock Holmes\", \"max_tokens\": 32}'"
 	@exec $(BIN)/vllm serve $(MODEL) --port $(PORT) $(ARGS)
 
-test: setup $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
+test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, aborts, preemptions
@@ -71,12 +80,18 @@ lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(filter-out %.py,$(EMULATOR))
 	@$(BIN)/yamllint --strict .
 
 bench: setup ## the benchmarks that this machine can run, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json
 	@$(BIN)/python benchmarks/bench_prefix_hits.py --out benchmarks/results/prefix-hits-cpu.json
+
+gpu-check: ## tests, sanitizer, benchmarks and serving on this GPU; GPU_OUT=, GPU_ARGS=
+	@$(GPU_PYTHON) benchmarks/gpu_check.py --out $(GPU_OUT) $(GPU_ARGS)
+
+gpu-pack: ## what gpu-check needs on a GPU machine without a network, into .gpu/
+	@PYTHON="$(PYTHON)" bash benchmarks/gpu/pack.sh
 
 peers: $(PEERS)/.done ## NVIDIA kvpress, into an environment of its own, and a check of it
 	@PYTHONPATH=.:benchmarks $(PEERS)/bin/python -m peers.run_kvpress --model $(MODEL) --self-check
@@ -86,8 +101,8 @@ peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PE
 	  --prompts $(PROMPTS) --out $(OUT) $(PEERS_ARGS)
 
 clean: ## remove what was built; .venv/ stays
-	rm -rf build dist *.egg-info .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf models/ems-* $(DONE)/extension $(DONE)/models
+	rm -rf build dist *.egg-info .gpu .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf models/ems-* $(DONE)/extension $(DONE)/emulation $(DONE)/models
 	find ems_vllm -name '*.so' -delete
 
 $(DONE)/venv:
@@ -121,7 +136,7 @@ ifeq ($(TARGET),cpu)
 endif
 	@touch $@
 
-$(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(CXX_SOURCES)
+$(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(wildcard csrc/tools/*.py) $(CXX_SOURCES)
 	@echo "[4/5] ems_vllm and its kernels"
 	@$(INSTALL) $(if $(filter cpu,$(TARGET)),--no-deps) --no-build-isolation --editable .
 	@touch $@
@@ -129,6 +144,12 @@ $(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(CXX_SOURCES)
 $(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.txt)
 	@echo "[5/5] tiny models"
 	@$(BIN)/python models/make_tiny.py
+	@touch $@
+
+# The CUDA kernels compiled for the CPU; on its own, so that what does not compile shows here.
+$(DONE)/emulation: $(DONE)/extension $(CXX_SOURCES) $(EMULATOR)
+	@echo "CUDA kernels for tests, emulated"
+	@$(BIN)/python tests/emulation/build.py
 	@touch $@
 
 .triton: requirements/interpreter.txt | $(DONE)/venv

@@ -1,244 +1,184 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Times every operator on the CPU, beside its PyTorch reference and, for score_queries, SDPA.
+"""Times every operator beside PyTorch's own operations and beside attention, in one run.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_ops.py --json bench.json
+    python benchmarks/bench_ops.py --json ops.json --csv ops.csv      on the GPU, where there is one
+    OMP_NUM_THREADS=1 python benchmarks/bench_ops.py --device cpu
 
-Before an operator is timed its result on the same arguments is compared with the reference; an
-operator that is wrong gets no time. score_queries is compared on a shorter prompt, since its
-reference builds the attention matrix. SDPA computes the attention of the same queries and keys,
-which is what the engine does in the same step: the ratio is the cost of scoring relative to it.
+First every operator is compared with its reference on a small shape; where one is wrong nothing is
+timed. Then the ceilings are measured: a large copy and a large matrix product. On a GPU times are
+between events, with a cold second-level cache, and memory is allocated beforehand. "of ceiling" is
+the least time by those ceilings over the time taken, "of target" the time allowed over the time
+taken (docs/kernels.md); the attention of a layer is that of the fastest implementation at hand.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import time
+import shlex
+import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
+from opbench import attention, cases, ceilings, verify
+from opbench.report import HEADER, Line, text, write_csv, write_json
+from opbench.shapes import CPU_MODELS, LLAMA_8B, MAX_TOKENS, MODELS, Model, Shape
+from opbench.timing import Timer, Times
 
 import ems_vllm
-from ems_vllm import ops
-from ems_vllm.ops import reference
+from ems_vllm.eval import environment
 
-BLOCK_SIZE = 16
-REFERENCE_LIMIT = 300
-
-
-@dataclass(frozen=True)
-class Model:
-    """Attention shape of one layer; several layers where an operator takes all in one call."""
-
-    name: str
-    num_heads: int
-    num_kv_heads: int
-    head_size: int
+GPU_LENGTHS = (4 << 10, 8 << 10, 32 << 10, 128 << 10)
+GPU_ROWS = (1, 4, 16, 64)
+CPU_LENGTHS = (256, 4000)
+VERIFIED_LENGTH, VERIFIED_ROWS = 200, 2
 
 
-MODELS = (
-    Model("small", 8, 4, 64),
-    Model("Qwen3-0.6B", 16, 8, 128),
-    Model("Llama-3.1-8B/tp4", 8, 2, 128),
-)
-NUM_LAYERS = 4
-WINDOW = 32
-
-
-@dataclass
-class Timing:
-    """One line of the report; times in milliseconds."""
-
-    op: str
-    provider: str
-    model: str
-    length: int
-    dtype: str
-    p20_ms: float
-    p50_ms: float
-    p80_ms: float
-
-
-@dataclass
-class Workload:
-    """One operator on one shape: arguments of the operator, and other providers of the same."""
-
-    op: str
-    args: tuple
-    others: dict[str, Callable[[], object]]
-
-
-def measure(run: Callable[[], object], repeats: int) -> tuple[float, float, float]:
-    """20th, 50th and 80th percentile of the time of a call, in milliseconds."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(1e3 * (time.perf_counter() - start))
-    if len(times) == 1:
-        return times[0], times[0], times[0]
-    deciles = statistics.quantiles(times, n=10, method="inclusive")
-    return deciles[1], statistics.median(times), deciles[7]
-
-
-def one(value: int) -> torch.Tensor:
-    return torch.tensor([value], dtype=torch.int32)
-
-
-def score_queries_args(model: Model, length: int, dtype: torch.dtype) -> tuple:
-    num_blocks = -(-length // BLOCK_SIZE)
-    query = torch.randn(length, model.num_heads, model.head_size).to(dtype)
-    key = torch.randn(num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size).to(dtype)
-    table = torch.randperm(num_blocks, dtype=torch.int32)[None]
-    scores = torch.zeros(num_blocks, model.num_kv_heads, BLOCK_SIZE)
-    lens = (one(0), one(length), one(length), one(0))
-    return query, key, table, *lens, table, None, model.head_size**-0.5, scores
-
-
-def sdpa(model: Model, args: tuple) -> Callable[[], object]:
-    """Causal attention with the same queries and keys, laid out as it likes them."""
-    query, key, table = args[:3]
-    keys = key[table[0].long()].transpose(1, 2).flatten(0, 1)[: len(query)]
-    group = model.num_heads // model.num_kv_heads
-    keys = keys.transpose(0, 1).repeat_interleave(group, dim=0)[None]
-    queries, values = query.transpose(0, 1)[None], torch.randn_like(keys)
-    attention = torch.nn.functional.scaled_dot_product_attention
-    return lambda: attention(queries, keys, values, is_causal=True)
-
-
-def workloads(model: Model, length: int, dtype: torch.dtype) -> Iterator[Workload]:
-    """Every operator, as one prompt of `length` that keeps a quarter makes them run."""
-    args = score_queries_args(model, length, dtype)
-    others = {"sdpa": sdpa(model, args)}
-    if length <= REFERENCE_LIMIT:
-        others["reference"] = lambda: reference.score_queries(*args)
-    yield Workload("score_queries", args, others)
-    # The denominators as an attention kernel would return them; their values do not matter here.
-    lse = torch.full((length, model.num_heads), 10.0)
-    with_lse = (*args[:8], lse, *args[9:])
-    yield Workload("score_queries (lse)", with_lse, {"sdpa": others["sdpa"]})
-
-    num_blocks = -(-length // BLOCK_SIZE)
-    table = torch.randperm(num_blocks, dtype=torch.int32)[None]
-    cache_shape = (NUM_LAYERS, num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size)
-    key, value = (torch.randn(cache_shape).add(0.5).to(dtype) for _ in range(2))
-    budget, merges = length // 4, length // 8
-    head_shape = (NUM_LAYERS, 1, model.num_kv_heads)
-    scores = torch.rand(*head_shape, length)
-    kept_idx = torch.empty(*head_shape, budget, dtype=torch.int32)
-    merge_idx = torch.empty(*head_shape, merges, dtype=torch.int32)
-    class_idx = torch.empty_like(merge_idx)
-    ring = torch.randn(NUM_LAYERS, 1, WINDOW, model.num_heads, model.head_size).to(dtype)
-
-    window = (ring, one(0), one(WINDOW), one(length), key, table, one(length), one(length))
-    yield with_reference("score_window", (*window, model.head_size**-0.5, scores.clone()))
-
-    query = torch.randn(256, model.num_heads, model.head_size).to(dtype)
-    rings = torch.zeros(256, WINDOW, model.num_heads, model.head_size, dtype=dtype)
-    yield with_reference("record_queries", (query, torch.arange(256) * WINDOW, rings))
-
-    counts = (one(length), one(budget), one(4), one(merges))
-    yield with_reference("select_entries", (scores, *counts, 1.0, kept_idx, merge_idx))
-
-    ops.select_entries(scores, *counts, 1.0, kept_idx, merge_idx)
-    selection = (table, kept_idx, merge_idx)
-    yield with_reference(
-        "assign_classes", (key, value, *selection, one(budget), one(4), 0.1, class_idx)
-    )
-
-    ops.assign_classes(key, value, *selection, one(budget), one(4), 0.1, class_idx)
-    target = num_blocks - -(-budget // BLOCK_SIZE)
-    merge = (scores, None, *selection, class_idx, one(budget), one(target))
-    yield with_reference("merge_compact", (key, value, None, *merge))
-
-    tables = torch.randint(0, 1000, (256, num_blocks), dtype=torch.int32)
-    seq_lens = torch.full((256,), length, dtype=torch.int32)
-    outputs = (torch.empty_like(tables), torch.empty_like(seq_lens))
-    yield with_reference("plan_metadata", (tables, seq_lens, seq_lens // 64, 16, *outputs))
-
-
-def with_reference(op: str, args: tuple) -> Workload:
-    return Workload(op, args, {"reference": lambda: getattr(reference, op)(*args)})
-
-
-def clone_args(args: tuple) -> tuple:
-    return tuple(arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args)
-
-
-def verify(op: str, args: tuple) -> None:
-    """Raises AssertionError where operator and reference differ beyond rounding."""
-    actual, expected = clone_args(args), clone_args(args)
-    getattr(ops, op)(*actual)
-    getattr(reference, op)(*expected)
-    for got, want in zip(actual, expected, strict=True):
-        if not isinstance(got, torch.Tensor):
-            continue
-        if op == "assign_classes" and got.dtype == torch.int32:
-            # Rounding decides between classes that are almost equally good.
-            assert (got != want).float().mean() < 0.01, f"{op}: classes differ"
-        else:
-            torch.testing.assert_close(got, want, rtol=1e-2, atol=1e-3)
-
-
-def report(timing: Timing) -> None:
-    print(
-        f"{timing.op:20} {timing.provider:10} {timing.model:17} {timing.length:6} "
-        f"{timing.dtype:9} {timing.p20_ms:10.3f} {timing.p50_ms:10.3f} {timing.p80_ms:10.3f}",
-        flush=True,
-    )
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 4000])
-    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--models", nargs="+", default=[model.name for model in MODELS])
-    parser.add_argument("--ops", nargs="+", help="operators to time; all by default")
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="file to write machine and timings to")
-    options = parser.parse_args()
-
-    torch.manual_seed(0)
-    print(
-        f"{'op':20} {'provider':10} {'model':17} {'length':>6} {'dtype':9} "
-        f"{'p20 ms':>10} {'p50 ms':>10} {'p80 ms':>10}"
-    )
-    timings = []
-    for model in (model for model in MODELS if model.name in options.models):
+def shapes(options: argparse.Namespace, device: torch.device) -> Iterator[Shape]:
+    """What is to be timed; several requests only where their cache fits."""
+    for name in options.models:
         for length in options.lengths:
-            for name in options.dtypes:
-                dtype = getattr(torch, name)
-                for workload in workloads(model, length, dtype):
-                    op = workload.op.split()[0]
-                    if options.ops and op not in options.ops:
-                        continue
-                    if op == "score_queries":
-                        short = min(length, REFERENCE_LIMIT)
-                        verify(op, score_queries_args(model, short, dtype))
-                    else:
-                        verify(op, workload.args)
-                    run = getattr(ops, op)
-                    providers = {"ems_vllm": lambda run=run, w=workload: run(*w.args)}
-                    for provider, call in (providers | workload.others).items():
-                        repeats = 1 if provider == "reference" else options.repeats
-                        times = measure(call, repeats)
-                        timings.append(
-                            Timing(workload.op, provider, model.name, length, name, *times)
-                        )
-                        report(timings[-1])
-    if options.json:
-        machine = {
-            "processor": platform.processor() or platform.machine(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-            "num_threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "ems_vllm": ems_vllm.build_info(),
-        }
-        result = {"machine": machine, "timings": [asdict(timing) for timing in timings]}
-        options.json.write_text(json.dumps(result, indent=2) + "\n")
+            for num_rows in options.rows:
+                if num_rows > 1 and num_rows * length > MAX_TOKENS:
+                    continue
+                for dtype in options.dtypes:
+                    budget = cases.budget_of(length)
+                    yield Shape(
+                        MODELS[name], length, num_rows, budget, getattr(torch, dtype), device
+                    )
+
+
+def line_of(
+    shape: Shape,
+    case: cases.Case,
+    provider: str,
+    times: Times,
+    rates: ceilings.Ceilings,
+    bases: dict[str, float],
+) -> Line:
+    """A time with what it is to be compared with.
+
+    Args:
+        bases: Milliseconds of what targets are shares of, by name.
+    """
+    copy_ms = 1e3 * case.num_bytes / rates.copy_bytes_per_s
+    matmul_ms = 1e3 * case.flops / rates.matmul_flops_per_s
+    floor_ms = max(copy_ms, matmul_ms)
+    target, target_ms = "", None
+    if case.target is not None:
+        base, share = case.target
+        target = f"{share:.3g} x {base}"
+        target_ms = share * {"floor": floor_ms, **bases}[base]
+    return Line(
+        op=case.op,
+        variant=case.variant,
+        provider=provider,
+        model=shape.model.name,
+        length=shape.length,
+        num_rows=shape.num_rows,
+        dtype=str(shape.dtype).removeprefix("torch."),
+        **asdict(times),
+        num_bytes=case.num_bytes,
+        flops=case.flops,
+        floor_ms=floor_ms,
+        bound="matmul" if matmul_ms > copy_ms else "copy",
+        of_ceiling=floor_ms / times.p50_ms,
+        target=target,
+        target_ms=target_ms,
+        of_target=None if target_ms is None else target_ms / times.p50_ms,
+    )
+
+
+def run(
+    shape: Shape, timer: Timer, rates: ceilings.Ceilings, wanted: Callable[[str], bool]
+) -> Iterator[Line]:
+    """The lines of one shape, attention first."""
+    times = {name: timer(call) for name, call in attention.candidates(shape).items()}
+    none = cases.Case("attention", "causal prompt", {}, 0.0, attention.flops(shape))
+    for provider, measured in times.items():
+        yield line_of(shape, none, provider, measured, rates, {})
+    attention_ms = min(measured.p50_ms for measured in times.values())
+    bases = {
+        "attention": attention_ms,
+        "attention, all layers": shape.model.num_layers * attention_ms,
+        "decode step": 1e3 * cases.decode_step_bytes(shape) / rates.copy_bytes_per_s,
+    }
+    for case in cases.of_shape(shape):
+        if not wanted(case.op):
+            continue
+        for provider, call in case.providers.items():
+            try:
+                measured = timer(call)
+            except torch.OutOfMemoryError:
+                print(f"{case.op}: {provider} needs more memory than there is")
+                continue
+            yield line_of(shape, case, provider, measured, rates, bases)
+
+
+def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, torch.device]:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--lengths", type=int, nargs="+")
+    parser.add_argument("--rows", type=int, nargs="+", help="requests at a time")
+    parser.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--models", nargs="+", choices=list(MODELS))
+    parser.add_argument("--ops", nargs="+", default=[], help="operators to time; all by default")
+    parser.add_argument("--seconds", type=float, default=0.4, help="about so long per line")
+    parser.add_argument("--json", type=Path, help="file to write everything to")
+    parser.add_argument("--csv", type=Path, help="file to write the lines to")
+    options = parser.parse_args(arguments)
+    on_gpu = options.device == "cuda" or (options.device == "auto" and torch.cuda.is_available())
+    models = (LLAMA_8B,) if on_gpu else CPU_MODELS
+    options.models = options.models or [model.name for model in models]
+    options.lengths = options.lengths or (GPU_LENGTHS if on_gpu else CPU_LENGTHS)
+    options.rows = options.rows or (GPU_ROWS if on_gpu else (1,))
+    options.dtypes = options.dtypes or (("bfloat16",) if on_gpu else ("float32", "bfloat16"))
+    return options, torch.device("cuda" if on_gpu else "cpu")
+
+
+def describe(device: torch.device, rates: dict[str, ceilings.Ceilings]) -> dict[str, Any]:
+    """Where and how it was measured."""
+    return {
+        "command": shlex.join(["python", "benchmarks/bench_ops.py", *sys.argv[1:]]),
+        "environment": environment.describe(),
+        "device": device.type,
+        "cuda": torch.version.cuda,
+        "num_threads": torch.get_num_threads(),
+        "build": ems_vllm.build_info(),
+        "ceilings": {dtype: asdict(measured) for dtype, measured in rates.items()},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options, device = parse(arguments)
+    torch.manual_seed(0)
+    timer = Timer(device, options.seconds)
+    small = Model("verified", 2, 8, 2, 128)
+    rates = {}
+    for name in options.dtypes:
+        dtype = getattr(torch, name)
+        verify.check(Shape(small, VERIFIED_LENGTH, VERIFIED_ROWS, 32, dtype, device))
+        rates[name] = ceilings.measure(timer, device, dtype)
+        print(
+            f"{name}: copy {rates[name].copy_bytes_per_s / 1e9:,.0f} GB/s, "
+            f"product {rates[name].matmul_flops_per_s / 1e12:,.2f} TFLOP/s"
+        )
+    print(HEADER)
+    lines = []
+    try:
+        for shape in shapes(options, device):
+            rate = rates[str(shape.dtype).removeprefix("torch.")]
+            wanted = lambda op: not options.ops or any(name in op for name in options.ops)  # noqa: E731
+            for line in run(shape, timer, rate, wanted):
+                lines.append(line)
+                print(text(line), flush=True)
+    finally:
+        # What was measured until then is kept, whatever came in between.
+        described = describe(device, rates)
+        if options.json:
+            write_json(options.json, described, lines)
+        if options.csv:
+            write_csv(options.csv, lines)
 
 
 if __name__ == "__main__":

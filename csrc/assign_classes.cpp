@@ -12,7 +12,7 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
                     const Tensor& class_idx) {
   const ArgumentChecks checks("assign_classes", key_cache);
   AssignClassesParams p{};
-  p.dtype = checks.float_dtype("key_cache", key_cache);
+  p.dtype = checks.cache_dtype("key_cache", key_cache);
   const ScalarType dtype = key_cache.scalar_type();
   p.key_cache = checks.cache("key_cache", key_cache, dtype, {kAny, kAny, kAny, kAny, kAny});
   p.num_layers = key_cache.size(0);

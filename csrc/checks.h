@@ -57,6 +57,29 @@ class ArgumentChecks {
     }
   }
 
+  // The dtype of a cache: a float, or float8_e4m3fn.
+  DType cache_dtype(const char* name, const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+        return DType::kFloat32;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      case ScalarType::Half:
+        return DType::kFloat16;
+      case ScalarType::Float8_e4m3fn:
+        return DType::kFloat8E4M3;
+      default:
+        fail(name, " must have dtype float32, bfloat16, float16 or float8_e4m3fn, got ",
+             tensor.scalar_type());
+    }
+  }
+
+  // The dtype of a key cache that is scored with queries: theirs, or float8_e4m3fn.
+  ScalarType key_dtype(const Tensor& key_cache, ScalarType query_dtype) const {
+    return key_cache.scalar_type() == ScalarType::Float8_e4m3fn ? ScalarType::Float8_e4m3fn
+                                                                : query_dtype;
+  }
+
   // Device, dtype and shape.
   void strided(const char* name, const Tensor& tensor, ScalarType dtype,
                std::initializer_list<int64_t> shape) const {

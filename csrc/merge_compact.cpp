@@ -13,7 +13,7 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const Tensor& budgets, const Tensor& target_columns) {
   const ArgumentChecks checks("merge_compact", key_cache);
   MergeCompactParams p{};
-  p.dtype = checks.float_dtype("key_cache", key_cache);
+  p.dtype = checks.cache_dtype("key_cache", key_cache);
   const ScalarType dtype = key_cache.scalar_type();
   p.key_cache = checks.cache("key_cache", key_cache, dtype, {kAny, kAny, kAny, kAny, kAny});
   p.num_layers = key_cache.size(0);

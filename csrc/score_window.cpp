@@ -9,7 +9,7 @@ namespace ems {
 void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
                   const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,
                   const Tensor& live_lens, const Tensor& num_entries, double scale,
-                  const Tensor& scores) {
+                  const Tensor& scores, const std::optional<Tensor>& key_scales) {
   const ArgumentChecks checks("score_window", ring);
   ScoreWindowParams p{};
   p.dtype = checks.float_dtype("ring", ring);
@@ -21,8 +21,9 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   p.ring = {ring.mutable_data_ptr(), ring.size(1),   ring.size(2),  ring.stride(0),
             ring.stride(1),          ring.stride(2), ring.stride(3)};
 
-  p.key_cache =
-      checks.cache("key_cache", key_cache, dtype, {p.num_layers, kAny, kAny, kAny, p.head_size});
+  p.key_cache = checks.cache("key_cache", key_cache, checks.key_dtype(key_cache, dtype),
+                             {p.num_layers, kAny, kAny, kAny, p.head_size});
+  p.cache_dtype = checks.cache_dtype("key_cache", key_cache);
   p.num_kv_heads = key_cache.size(2);
   checks.head_groups(p.num_heads, p.num_kv_heads);
 
@@ -34,6 +35,10 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   p.live_lens = checks.row_values("live_lens", live_lens, p.num_rows);
   p.num_entries = checks.row_values("num_entries", num_entries, p.num_rows);
   p.scale = static_cast<float>(scale);
+  if (key_scales.has_value()) {
+    checks.tensor("key_scales", *key_scales, ScalarType::Float, {p.num_layers});
+    p.key_scales = static_cast<const float*>(key_scales->const_data_ptr());
+  }
   p.scores = checks.head_rows<float>("scores", scores, ScalarType::Float, p.num_layers, p.num_rows,
                                      p.num_kv_heads);
   on_device(

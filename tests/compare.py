@@ -14,10 +14,11 @@ TOLERANCES = {
         torch.float32: (2e-5, 1e-6),
         torch.bfloat16: (2**-7, 1e-5),
         torch.float16: (2**-10, 1e-5),
+        torch.float8_e4m3fn: (2**-3, 2**-9),
     },
 }
 
-_INT_OF_SIZE = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,4 +42,6 @@ def assert_untouched(after: torch.Tensor, before: torch.Tensor, written: torch.T
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, kind: str) -> None:
     """NaN in the same places, and elsewhere within the tolerance of `kind`."""
     rtol, atol = TOLERANCES[kind][actual.dtype]
+    if actual.dtype == torch.float8_e4m3fn:
+        actual, expected = actual.float(), expected.float()
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)

@@ -38,6 +38,15 @@ class PagedCache:
         ]
         return PagedCache(*views, self.block_table.clone(), storage)
 
+    def to_float8(self) -> "PagedCache":
+        """The same in float8_e4m3fn, in the same memory layout."""
+        storage = tuple(tensor.to(torch.float8_e4m3fn) for tensor in self.storage)
+        views = [
+            copy.as_strided(view.size(), view.stride(), view.storage_offset())
+            for view, copy in ((self.key, storage[0]), (self.value, storage[-1]))
+        ]
+        return PagedCache(*views, self.block_table.clone(), storage)
+
 
 def int_tensor(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32)

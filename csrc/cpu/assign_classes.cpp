@@ -117,7 +117,7 @@ void assign_classes(const AssignClassesParams& p) {
     check_selection("assign_classes", p, row, max_entries);
   }
   const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
-  dispatch_dtype(p.dtype, [&](auto element) {
+  dispatch_cache_dtype(p.dtype, [&](auto element) {
     parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
       const int64_t in_layer = item % heads_per_layer;
       assign_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,

@@ -155,7 +155,7 @@ void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64
 void merge_compact(const MergeCompactParams& p) {
   check_indices(p);
   const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
-  dispatch_dtype(p.dtype, [&](auto element) {
+  dispatch_cache_dtype(p.dtype, [&](auto element) {
     parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
       const int64_t in_layer = item % heads_per_layer;
       compact_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,

@@ -118,16 +118,17 @@ class QueryRows {
   std::vector<float> lse_;
 };
 
-template <typename T>
+template <typename C>
 void pack_keys(const ScoreQueriesParams& p, const Item& item, int64_t first, int64_t count,
                KeyTiles* keys) {
   keys->pack(first, count, [&](int64_t key, float* out) {
-    const T* vector = p.key_cache.entry<const T>(p.block_table, item.row, 0, item.head, key);
+    const C* vector = p.key_cache.entry<const C>(p.block_table, item.row, 0, item.head, key);
     convert(vector, p.head_size, 1.0f, out);
   });
 }
 
-template <typename T>
+// Queries of type T, keys of type C, here and below.
+template <typename T, typename C>
 void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_item = std::max<int64_t>(kRowsPerItem / group, 1);
@@ -151,7 +152,7 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
     KeyTiles keys(p.head_size);
     const int64_t num_keys = queries.visible()[queries.num_rows() - 1];
     for (int64_t first = 0; first < num_keys; first += KeyTiles::kMaxKeys) {
-      pack_keys<T>(p, item, first, std::min(KeyTiles::kMaxKeys, num_keys - first), &keys);
+      pack_keys<C>(p, item, first, std::min(KeyTiles::kMaxKeys, num_keys - first), &keys);
       keys.update_softmax(queries.rows(), queries.visible(), queries.num_rows(), states.data());
     }
     simd().finish_softmax(states.data(), queries.num_rows(), queries.lse());
@@ -159,7 +160,7 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
   });
 }
 
-template <typename T>
+template <typename T, typename C>
 void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_chunk = std::max<int64_t>(kChunkRows / group, 1);
@@ -185,7 +186,7 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
         sampled.begin();
     if (first_query < num_queries) {
       KeyTiles keys(p.head_size);
-      pack_keys<T>(p, item, item.first, count, &keys);
+      pack_keys<C>(p, item, item.first, count, &keys);
       QueryRows<T> queries(p, samples, item.row, item.head);
       for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
         queries.load(query, std::min(queries_per_chunk, num_queries - query));
@@ -208,18 +209,19 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
 void score_queries(const ScoreQueriesParams& params) {
   check_indices(params);
   const Samples samples = sample_queries(params);
-  dispatch_dtype(params.dtype, [&](auto element) {
+  dispatch_dtypes(params.dtype, params.cache_dtype, [&](auto element, auto cached) {
     using T = decltype(element);
+    using C = decltype(cached);
     ScoreQueriesParams p = params;
     std::vector<float> lse;
     if (p.lse == nullptr) {
       lse.resize(p.num_tokens * p.num_heads);
       p.lse_token_stride = p.num_heads;
       p.lse_head_stride = 1;
-      compute_lse<T>(p, samples, lse.data());
+      compute_lse<T, C>(p, samples, lse.data());
       p.lse = lse.data();
     }
-    add_scores<T>(p, samples, p.lse);
+    add_scores<T, C>(p, samples, p.lse);
   });
 }
 

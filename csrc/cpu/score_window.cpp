@@ -28,7 +28,8 @@ void check_indices(const ScoreWindowParams& p) {
   }
 }
 
-template <typename T>
+// Queries of type T, keys of type C.
+template <typename T, typename C>
 void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t head) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t num_entries = p.num_entries[row];
@@ -39,20 +40,21 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
   const int64_t num_rows = num_queries * group;
   if (num_rows == 0 || num_entries == 0) return;
 
+  const float scale = p.key_scales == nullptr ? p.scale : p.scale * p.key_scales[layer];
   std::vector<float> rows(num_rows * p.head_size);
   std::vector<int64_t> visible(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t age = i / group;
     const int64_t place = (p.end_positions[row] - 1 - age) % p.ring.window;
     const T* query = p.ring.at<const T>(layer, p.ring_rows[row], place, head * group + i % group);
-    convert(query, p.head_size, p.scale, rows.data() + i * p.head_size);
+    convert(query, p.head_size, scale, rows.data() + i * p.head_size);
     visible[i] = p.live_lens[row] - age;
   }
 
   KeyTiles keys(p.head_size);
   const auto pack = [&](int64_t first, int64_t end) {
     keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* out) {
-      const T* vector = p.key_cache.entry<const T>(p.block_table, row, layer, head, key);
+      const C* vector = p.key_cache.entry<const C>(p.block_table, row, layer, head, key);
       convert(vector, p.head_size, 1.0f, out);
     });
   };
@@ -82,11 +84,11 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
 void score_window(const ScoreWindowParams& p) {
   check_indices(p);
   const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
-  dispatch_dtype(p.dtype, [&](auto element) {
+  dispatch_dtypes(p.dtype, p.cache_dtype, [&](auto element, auto cached) {
     parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
       const int64_t in_layer = item % heads_per_layer;
-      score_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,
-                                    in_layer % p.num_kv_heads);
+      score_head<decltype(element), decltype(cached)>(
+          p, item / heads_per_layer, in_layer / p.num_kv_heads, in_layer % p.num_kv_heads);
     });
   });
 }

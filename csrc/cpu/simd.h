@@ -26,6 +26,7 @@ struct Simd {
   void (*convert_float32)(const float* in, int64_t length, float factor, float* out);
   void (*convert_bfloat16)(const BFloat16* in, int64_t length, float factor, float* out);
   void (*convert_float16)(const Float16* in, int64_t length, float factor, float* out);
+  void (*convert_float8_e4m3)(const Float8E4M3* in, int64_t length, float factor, float* out);
 
   float (*dot)(const float* a, const float* b, int64_t length);
 
@@ -66,6 +67,9 @@ inline void convert(const BFloat16* in, int64_t length, float factor, float* out
 }
 inline void convert(const Float16* in, int64_t length, float factor, float* out) {
   simd().convert_float16(in, length, factor, out);
+}
+inline void convert(const Float8E4M3* in, int64_t length, float factor, float* out) {
+  simd().convert_float8_e4m3(in, length, factor, out);
 }
 
 }  // namespace ems::cpu

@@ -192,6 +192,7 @@ const Simd kSimd = {
     .convert_float32 = convert<float>,
     .convert_bfloat16 = convert<BFloat16>,
     .convert_float16 = convert<Float16>,
+    .convert_float8_e4m3 = convert<Float8E4M3>,
     .dot = dot,
     .transpose = transpose,
     .multiply = multiply,

@@ -10,26 +10,28 @@ namespace ems::cuda {
 
 void assign_classes(const AssignClassesParams& p, const Queue& queue) {
   constexpr const char* kOp = "assign_classes";
-  dispatch(kOp, p.dtype, p.head_size, [&](auto element, auto head_size) {
-    using T = decltype(element);
+  dispatch(kOp, p.dtype, p.head_size, [&](auto cached, auto head_size) {
+    using C = decltype(cached);
+    using T = ComputeType<C>;
     constexpr int kHeadSize = decltype(head_size)::value;
     using Shape = AssignShape<T, kHeadSize>;
-    check_alignment<T>(kOp, "key_cache", p.key_cache);
-    check_alignment<T>(kOp, "value_cache", p.value_cache);
+    check_alignment<C>(kOp, "key_cache", p.key_cache);
+    check_alignment<C>(kOp, "value_cache", p.value_cache);
 
     constexpr int64_t kWarpsPerCta = kNormThreads / device::kWarpSize;
     const int64_t max_budget = p.kept_idx.length;
     const int64_t member_tiles = (p.merge_idx.length + Shape::kMembers - 1) / Shape::kMembers;
     const int64_t scratch_per_item = 2 * std::max<int64_t>(max_budget, 1) * int64_t{sizeof(float)};
-    for_item_batches(
-        num_items(p), scratch_per_item, queue, [&](int64_t first, int64_t count, void* scratch) {
-          auto* inverses = static_cast<float*>(scratch);
-          launch(kOp, centre_norms_kernel<T, kHeadSize>,
-                 {(max_budget + kWarpsPerCta - 1) / kWarpsPerCta, count}, kNormThreads, 0,
-                 queue.stream, p, first, inverses);
-          launch(kOp, assign_classes_kernel<T, kHeadSize>, {member_tiles, count}, Shape::kThreads,
-                 sizeof(AssignShared<T, kHeadSize>), queue.stream, p, first, inverses);
-        });
+    for_item_batches(num_items(p), scratch_per_item, queue,
+                     [&](int64_t first, int64_t count, void* scratch) {
+                       auto* inverses = static_cast<float*>(scratch);
+                       launch(kOp, centre_norms_kernel<C, kHeadSize>,
+                              {(max_budget + kWarpsPerCta - 1) / kWarpsPerCta, count}, kNormThreads,
+                              0, queue.stream, p, first, inverses);
+                       launch(kOp, assign_classes_kernel<T, kHeadSize, C>, {member_tiles, count},
+                              Shape::kThreads, sizeof(AssignShared<T, kHeadSize>), queue.stream, p,
+                              first, inverses);
+                     });
   });
 }
 

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "dispatch.h"
 #include "ems/paged_kv.h"
@@ -17,28 +18,54 @@ struct Constant {
   static constexpr int value = VALUE;
 };
 
-// Calls f with a value of the C++ type of dtype and the head size as a constant.
+// Calls f with the head size as a constant.
 template <typename F>
-void dispatch(const char* op, DType dtype, int64_t head_size, const F& f) {
-  dispatch_dtype(dtype, [&](auto element) {
-    switch (head_size) {
-      case 64:
-        return f(element, Constant<64>{});
-      case 80:
-        return f(element, Constant<80>{});
-      case 96:
-        return f(element, Constant<96>{});
-      case 128:
-        return f(element, Constant<128>{});
-      case 256:
-        return f(element, Constant<256>{});
-      default:
-        throw std::runtime_error(std::string("ems_vllm::") + op +
-                                 ": head_size must be 64, 80, 96, 128 or 256 on a GPU, got " +
-                                 std::to_string(head_size));
+void dispatch_head_size(const char* op, int64_t head_size, const F& f) {
+  switch (head_size) {
+    case 64:
+      return f(Constant<64>{});
+    case 80:
+      return f(Constant<80>{});
+    case 96:
+      return f(Constant<96>{});
+    case 128:
+      return f(Constant<128>{});
+    case 256:
+      return f(Constant<256>{});
+    default:
+      throw std::runtime_error(std::string("ems_vllm::") + op +
+                               ": head_size must be 64, 80, 96, 128 or 256 on a GPU, got " +
+                               std::to_string(head_size));
+  }
+}
+
+// Calls f with a value of the C++ type of a cache's dtype and the head size as a constant.
+template <typename F>
+void dispatch(const char* op, DType cache_dtype, int64_t head_size, const F& f) {
+  dispatch_cache_dtype(cache_dtype, [&](auto cached) {
+    dispatch_head_size(op, head_size, [&](auto size) { f(cached, size); });
+  });
+}
+
+// Calls f with values of the C++ types of queries and of the cache they go with, and the head size
+// as a constant.
+template <typename F>
+void dispatch(const char* op, DType query_dtype, DType cache_dtype, int64_t head_size, const F& f) {
+  dispatch_dtypes(query_dtype, cache_dtype, [&](auto element, auto cached) {
+    if constexpr (std::is_same_v<decltype(element), float> && sizeof(cached) == 1) {
+      throw std::runtime_error(std::string("ems_vllm::") + op +
+                               ": queries must have dtype bfloat16 or float16 on a GPU when the "
+                               "cache is float8_e4m3fn, got float32");
+    } else {
+      dispatch_head_size(op, head_size, [&](auto size) { f(element, cached, size); });
     }
   });
 }
+
+// What the elements of a cache are computed with: float8 has no arithmetic of its own, and every
+// value of it is one of bfloat16.
+template <typename C>
+using ComputeType = std::conditional_t<std::is_same_v<C, Float8E4M3>, BFloat16, C>;
 
 // Kernels move vectors in pieces of 16 bytes.
 template <typename T, typename... STRIDES>

@@ -6,34 +6,65 @@
 #include "launchers.h"
 
 namespace ems::cuda {
+namespace {
+
+constexpr const char* kOp = "score_queries";
+
+// One generation of the two kernels and how they are launched.
+struct Kernels {
+  void (*compute_lse)(ScoreQueriesParams, float*);
+  void (*add_scores)(ScoreQueriesParams, const float*);
+  int64_t tile_size;  // queries per CTA of the first, keys per CTA of the second
+  int num_threads;
+  int64_t shared_bytes;
+};
+
+template <typename T, int HEAD_SIZE, typename C>
+Kernels choose_kernels() {
+#if EMS_HAS_SM90A
+  // float32 has no tensor-core product that is exact enough; float8 keys are converted on the way.
+  if constexpr (sizeof(T) == 2 && sizeof(C) == 2) {
+    if (compute_capability() == 90) {
+      using Shape = sm90::MassShape<HEAD_SIZE>;
+      return {score_queries_lse_sm90_kernel<T, HEAD_SIZE>, score_queries_sm90_kernel<T, HEAD_SIZE>,
+              Shape::kLeft, Shape::kThreads, sizeof(sm90::MassShared<T, HEAD_SIZE>)};
+    }
+  }
+#endif
+  using Shape = MassShape<T, HEAD_SIZE>;
+  return {score_queries_lse_kernel<T, HEAD_SIZE, C>, score_queries_kernel<T, HEAD_SIZE, C>,
+          Shape::kLeft, Shape::kThreads,
+          sizeof(MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>)};
+}
+
+}  // namespace
 
 void score_queries(const ScoreQueriesParams& params, const Queue& queue) {
   ScoreQueriesParams p = params;
-  constexpr const char* kOp = "score_queries";
-  dispatch(kOp, p.dtype, p.head_size, [&](auto element, auto head_size) {
-    using T = decltype(element);
-    constexpr int kHeadSize = decltype(head_size)::value;
-    using Shape = MassShape<T, kHeadSize>;
-    using Shared = MassShared<T, kHeadSize, Shape::kLeft, Shape::kRight>;
-    check_alignment<T>(kOp, "query", p.query.data, p.query.token_stride, p.query.head_stride);
-    check_alignment<T>(kOp, "key_cache", p.key_cache);
+  dispatch(
+      kOp, p.dtype, p.cache_dtype, p.head_size, [&](auto element, auto cached, auto head_size) {
+        using T = decltype(element);
+        using C = decltype(cached);
+        constexpr int kHeadSize = decltype(head_size)::value;
+        check_alignment<T>(kOp, "query", p.query.data, p.query.token_stride, p.query.head_stride);
+        check_alignment<C>(kOp, "key_cache", p.key_cache);
 
-    const float* lse = p.lse;
-    if (lse == nullptr) {
-      auto* computed =
-          static_cast<float*>(queue.allocate(p.num_tokens * p.num_heads * int64_t{sizeof(float)}));
-      p.lse_token_stride = p.num_heads;
-      p.lse_head_stride = 1;
-      launch(kOp, score_queries_lse_kernel<T, kHeadSize>,
-             {max_query_tiles<Shape>(p), p.num_kv_heads}, Shape::kThreads, sizeof(Shared),
-             queue.stream, p, computed);
-      lse = computed;
-    }
-    const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
-    const int64_t key_tiles = (max_keys + Shape::kLeft - 1) / Shape::kLeft;
-    launch(kOp, score_queries_kernel<T, kHeadSize>, {key_tiles * p.num_kv_heads, p.num_rows},
-           Shape::kThreads, sizeof(Shared), queue.stream, p, lse);
-  });
+        const Kernels kernels = choose_kernels<T, kHeadSize, C>();
+        const float* lse = p.lse;
+        if (lse == nullptr) {
+          auto* computed = static_cast<float*>(
+              queue.allocate(p.num_tokens * p.num_heads * int64_t{sizeof(float)}));
+          p.lse_token_stride = p.num_heads;
+          p.lse_head_stride = 1;
+          launch(kOp, kernels.compute_lse, {max_query_tiles(p, kernels.tile_size), p.num_kv_heads},
+                 kernels.num_threads, kernels.shared_bytes, queue.stream, p, computed);
+          lse = computed;
+        }
+        const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
+        const int64_t key_tiles = (max_keys + kernels.tile_size - 1) / kernels.tile_size;
+        launch(kOp, kernels.add_scores, {key_tiles * p.num_kv_heads, p.num_rows},
+               kernels.num_threads, kernels.shared_bytes, queue.stream, p, lse);
+      });
 }
 
 }  // namespace ems::cuda

@@ -144,6 +144,8 @@ def compile_sources(
     flags = [
         *FLAGS,
         *gencode(archs),
+        # Kernels that exist for this architecture alone are chosen only where they were built.
+        *(["-DEMS_HAS_SM90A=1"] if "9.0a" in archs else []),
         *(f"-I{path}" for path in include_dirs),
         *([f"-ccbin={shlex.split(host)[0]}"] if host else []),
     ]

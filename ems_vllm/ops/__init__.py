@@ -9,6 +9,9 @@ Every operator writes its outputs in place and returns nothing. Conventions they
 - Entry e of row r lies in block block_table[r, e // block_size], slot e % block_size. Columns that
   hold no entry of the row are never read.
 - Float inputs are float32, bfloat16 or float16, the same for all of one call; sums are float32.
+  A cache may be float8_e4m3fn instead (on a GPU not with float32 queries). Its scale, one for a
+  whole tensor, matters to scores only: cosines, weighted means, and unit directions with a
+  centre's norm do not change when all vectors are multiplied by the same positive number.
 - Query head g belongs to kv_head g // (num_heads / num_kv_heads).
 - A row without work (length 0) is allowed.
 
@@ -72,7 +75,8 @@ def score_queries(
         lse: [num_tokens, num_heads], float32, or None - log of the softmax denominator (natural
             log, scale included) as attention kernels return it; None computes it.
             Needed for sampled queries only.
-        scale: factor on the dot products before the softmax.
+        scale: factor on the dot products before the softmax; the scale of a float8 cache is part
+            of it.
         sample_stride: 1..16.
         scores: [num_pages, num_kv_heads, block_size], float32 - higher is kept.
     Mutates:
@@ -110,6 +114,7 @@ def score_window(
     num_entries: torch.Tensor,
     scale: float,
     scores: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
 ) -> None:
     """Score entries by the attention of the last queries, which a ring buffer holds.
 
@@ -125,12 +130,15 @@ def score_window(
         ring_rows: [num_rows], int32 - the row's place in the ring.
         num_queries: [num_rows], int32 - queries to use, <= obs_window and <= end_positions.
         end_positions: [num_rows], int32 - one more than the position of the newest query.
-        key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float.
+        key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float, or
+            float8_e4m3fn.
         block_table: [num_rows, num_columns], int32 - its column 0 holds entry 0.
         live_lens: [num_rows], int32 - entries the newest query sees.
         num_entries: [num_rows], int32 - entries to score, <= live_lens and <= max_entries.
         scale: factor on the dot products before the softmax.
         scores: [num_layers, num_rows, num_kv_heads, max_entries], float32 - higher is kept.
+        key_scales: [num_layers], float32, or None - what stored keys are multiplied with; 1 each
+            where None.
     Mutates:
         scores: all of it; 0 beyond num_entries.
     Raises:
@@ -149,6 +157,7 @@ def score_window(
         num_entries,
         scale,
         scores,
+        key_scales,
     )
 
 

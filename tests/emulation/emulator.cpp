@@ -3,6 +3,8 @@
 #include "emulator.h"
 
 #include <algorithm>
+#include <array>
+#include <cstdlib>
 #include <cstring>
 #include <exception>
 #include <memory>
@@ -15,8 +17,8 @@
 namespace ems::emulator {
 namespace {
 
-// A GPU of compute capability 8.0 gives a CTA this much.
-constexpr int64_t kMaxSharedBytes = 163 << 10;
+// Turns of waiting threads after which nothing can come any more.
+constexpr int kMaxIdleTurns = 1 << 20;
 constexpr int64_t kMaxGridYZ = 65535;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float format
 
@@ -34,6 +36,9 @@ struct Scheduler {
   int current = 0;
   std::vector<int> ready;
   int num_at_cta_barrier = 0;
+  // Threads that wait at each numbered barrier.
+  std::array<std::vector<int>, 16> at_barrier;
+  int num_idle_turns = 0;
   int num_done = 0;
   Fiber main;
   const std::function<void()>* body = nullptr;
@@ -75,7 +80,8 @@ void run_cta(const char* name) {
   std::memset(s.cta.shared.data(), kPoison, s.cta.shared.lines.size() * sizeof(SharedLine));
   s.warps.assign((s.num_threads + kWarpSize - 1) / kWarpSize, Warp{});
   s.ready.clear();
-  s.num_at_cta_barrier = s.num_done = 0;
+  s.num_at_cta_barrier = s.num_done = s.num_idle_turns = 0;
+  for (auto& waiting : s.at_barrier) waiting.clear();
   s.error = nullptr;
   for (int i = 0; i < s.num_threads; ++i) {
     s.threads[i]->state = Thread{};
@@ -99,6 +105,7 @@ Cta& cta() { return scheduler.cta; }
 
 void sync_cta() {
   Scheduler& s = scheduler;
+  s.num_idle_turns = 0;
   if (++s.num_at_cta_barrier == s.num_threads) {
     s.num_at_cta_barrier = 0;
     for (int i = 0; i < s.num_threads; ++i) s.ready.push_back(i);
@@ -108,6 +115,7 @@ void sync_cta() {
 
 void sync_warp() {
   Scheduler& s = scheduler;
+  s.num_idle_turns = 0;
   const int first = s.current / kWarpSize * kWarpSize;
   const int size = std::min(kWarpSize, s.num_threads - first);
   if (++warp().num_waiting == size) {
@@ -117,6 +125,30 @@ void sync_warp() {
   s.yield();
 }
 
+void sync_some(int id, int count) {
+  Scheduler& s = scheduler;
+  s.num_idle_turns = 0;
+  auto& waiting = s.at_barrier.at(id);
+  waiting.push_back(s.current);
+  if (static_cast<int>(waiting.size()) == count) {
+    s.ready.insert(s.ready.end(), waiting.begin(), waiting.end());
+    waiting.clear();
+  }
+  s.yield();
+}
+
+void give_way() {
+  Scheduler& s = scheduler;
+  require(++s.num_idle_turns < kMaxIdleTurns, "threads wait for what never comes");
+  s.ready.push_back(s.current);
+  s.yield();
+}
+
+int compute_capability() {
+  const char* value = std::getenv("EMS_EMULATED_CAPABILITY");
+  return value == nullptr ? 80 : std::atoi(value);
+}
+
 void require(bool condition, const char* what) {
   if (!condition) throw std::runtime_error(what);
 }
@@ -124,7 +156,8 @@ void require(bool condition, const char* what) {
 void run(const char* name, int64_t x, int64_t y, int64_t z, int num_threads, int64_t shared_bytes,
          const std::function<void()>& body) {
   require(num_threads % kWarpSize == 0 && num_threads <= 1024, "a CTA has 1 to 32 whole warps");
-  require(shared_bytes <= kMaxSharedBytes, "a CTA has at most 163 KiB of shared memory");
+  const int64_t max_shared_bytes = (compute_capability() >= 90 ? 227 : 163) << 10;
+  require(shared_bytes <= max_shared_bytes, "a CTA asks for more shared memory than the GPU has");
   require(y <= kMaxGridYZ && z <= kMaxGridYZ, "a grid has at most 65535 CTAs in y and z");
   Scheduler& s = scheduler;
   s.body = &body;

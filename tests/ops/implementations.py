@@ -3,15 +3,19 @@
 
 cpu       the CPU kernels
 emulated  the CUDA kernels on the emulator of tests/emulation
+sm90      the same with what only compute capability 9.0a has, where a kernel uses it
 cuda      the CUDA kernels on a GPU, on copies of the CPU tensors that a test makes
 """
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from ems_vllm.ops.library import operators
+
+EMULATED_CAPABILITIES = {"emulated": "80", "sm90": "90"}
 
 
 class _OnGpu:
@@ -45,8 +49,9 @@ def _to_gpu(arg: Any, storages: dict[int, tuple[torch.Tensor, torch.Tensor]]) ->
 
 def namespace(implementation: str) -> Any:
     """What stands for torch.ops.ems_vllm."""
-    if implementation == "emulated":
+    if implementation in EMULATED_CAPABILITIES:
         from emulation.build import operators as emulated
 
+        os.environ["EMS_EMULATED_CAPABILITY"] = EMULATED_CAPABILITIES[implementation]
         return emulated()
     return _OnGpu() if implementation == "cuda" else operators()

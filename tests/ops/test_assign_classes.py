@@ -97,6 +97,13 @@ def test_dtype_and_layout(dtype, layout):
     check(*make_case(dtype=dtype, layout=layout), PROTECTED, 0.05)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_size", [64, 96, 256])
+def test_float8_cache(head_size, layout):
+    cache, selection = make_case(dtype=torch.float16, layout=layout, head_size=head_size)
+    check(cache.to_float8(), selection, PROTECTED, 0.05)
+
+
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.04, 2.0])
 def test_head_size_and_threshold(threshold, head_size):

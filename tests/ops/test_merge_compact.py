@@ -116,6 +116,13 @@ def test_dtype_and_layout(dtype, layout):
     check(make_case(ROWS, dtype=dtype, layout=layout))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+def test_float8_cache(head_size, layout):
+    case = make_case(ROWS, dtype=torch.float16, layout=layout, head_size=head_size)
+    check(replace(case, cache=case.cache.to_float8()))
+
+
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("with_scores", [True, False])
 def test_head_size(with_scores, head_size):

@@ -115,6 +115,14 @@ def test_dtype_and_layout(dtype, layout):
     check(make_case(ROWS, dtype=dtype, layout=layout))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+def test_float8_cache(head_size, dtype, layout):
+    case = make_case(ROWS, head_size=head_size, dtype=dtype, layout=layout)
+    check(replace(case, cache=case.cache.to_float8(), scale=0.3 * case.scale))
+
+
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_heads(group, head_size):

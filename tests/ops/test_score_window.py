@@ -27,6 +27,7 @@ class Case:
     num_entries: list[int]
     scale: float
     max_entries: int
+    key_scales: torch.Tensor | None = None
 
     def args(self) -> tuple:
         num_layers, _, num_kv_heads = self.cache.key.shape[:3]
@@ -42,12 +43,13 @@ class Case:
             int_tensor(self.num_entries),
             self.scale,
             torch.full(shape, float("nan")),
+            self.key_scales,
         )
 
     def run(self, score_window) -> torch.Tensor:
         args = self.args()
         score_window(*args)
-        return args[-1]
+        return args[-2]
 
 
 def make_case(
@@ -108,6 +110,15 @@ ROWS = [(129, 8, 100), (63, 3, 63), (0, 0, 0), (17, 8, 0), (5, 8, 5), (300, 0, 2
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_and_layout(dtype, layout):
     check(make_case(ROWS, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_size", [64, 80, 256])
+def test_float8_cache(head_size, dtype, layout):
+    case = make_case(ROWS, head_size=head_size, dtype=dtype, layout=layout)
+    scales = torch.linspace(0.5, 2.0, case.cache.key.shape[0])
+    check(replace(case, cache=case.cache.to_float8(), key_scales=scales))
 
 
 @pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])

@@ -57,7 +57,7 @@ constexpr int kNormThreads = 256;
 
 // Warp of CTA (x, item): one centre of item first_item + y. inverses: [items, 2, max_budget]; keys'
 // first.
-template <typename T, int HEAD_SIZE>
+template <typename C, int HEAD_SIZE>
 EMS_KERNEL(kNormThreads, 1)
 centre_norms_kernel(AssignClassesParams p, int64_t first_item, float* inverses) {
   const Item item = item_at(p, first_item + device::cta_y());
@@ -65,18 +65,19 @@ centre_norms_kernel(AssignClassesParams p, int64_t first_item, float* inverses) 
                        device::thread_index() / device::kWarpSize;
   if (rank >= p.budgets[item.row]) return;
   const int32_t entry = p.kept_idx.at(item.layer, item.row, item.head)[rank];
-  const float key = inverse_norm_by_warp<T, HEAD_SIZE>(
-      p.key_cache.entry<const T>(p.block_table, item.row, item.layer, item.head, entry));
-  const float value = inverse_norm_by_warp<T, HEAD_SIZE>(
-      p.value_cache.entry<const T>(p.block_table, item.row, item.layer, item.head, entry));
+  const float key = inverse_norm_by_warp<C, HEAD_SIZE>(
+      p.key_cache.entry<const C>(p.block_table, item.row, item.layer, item.head, entry));
+  const float value = inverse_norm_by_warp<C, HEAD_SIZE>(
+      p.value_cache.entry<const C>(p.block_table, item.row, item.layer, item.head, entry));
   if (device::thread_index() % device::kWarpSize != 0) return;
   float* out = inverses + device::cta_y() * 2 * p.kept_idx.length;
   out[rank] = entry < p.num_protected[item.row] ? kNoMembers : key;
   out[p.kept_idx.length + rank] = value;
 }
 
-// CTA (x, item): members x * kMembers.. of item first_item + y.
-template <typename T, int HEAD_SIZE>
+// CTA (x, item): members x * kMembers.. of item first_item + y. T is the type of the arithmetic, C
+// that of the cache: T, or float8.
+template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((AssignShape<T, HEAD_SIZE>::kThreads), 1)
 assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* inverses) {
   using Shape = AssignShape<T, HEAD_SIZE>;
@@ -121,18 +122,18 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
   };
   const auto fetch = [&](int32_t tile) {
     shared.centre_keys[tile % 2].template gather<Shape::kThreads>(
-        static_cast<const T*>(p.key_cache.data), shared.centre_key_offsets[tile % 3]);
+        static_cast<const C*>(p.key_cache.data), shared.centre_key_offsets[tile % 3]);
     shared.centre_values[tile % 2].template gather<Shape::kThreads>(
-        static_cast<const T*>(p.value_cache.data), shared.centre_value_offsets[tile % 3]);
+        static_cast<const C*>(p.value_cache.data), shared.centre_value_offsets[tile % 3]);
     device::commit_copies();
   };
   if (num_tiles > 0) {
     prepare(0);
     if (num_tiles > 1) prepare(1);
     device::sync_cta();
-    shared.member_keys.template gather<Shape::kThreads>(static_cast<const T*>(p.key_cache.data),
+    shared.member_keys.template gather<Shape::kThreads>(static_cast<const C*>(p.key_cache.data),
                                                         shared.member_key_offsets);
-    shared.member_values.template gather<Shape::kThreads>(static_cast<const T*>(p.value_cache.data),
+    shared.member_values.template gather<Shape::kThreads>(static_cast<const C*>(p.value_cache.data),
                                                           shared.member_value_offsets);
     fetch(0);
   }
@@ -194,9 +195,10 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
                 inverse_norm_by_warp<T, HEAD_SIZE>(shared.member_values.row(row));
     }
     if (lane != i % 8 * 4 || first_member + row >= p.merge_idx.length) continue;
-    const int half = i / 8;
-    const bool fits = is_member && best[half] * inverse >= p.similarity_threshold;
-    classes[first_member + row] = fits ? best_rank[half] : num_centres;
+    // Not indexed by i / 8, which would move the arrays to local memory.
+    const float redundancy = (i < 8 ? best[0] : best[1]) * inverse;
+    const bool fits = is_member && redundancy >= p.similarity_threshold;
+    classes[first_member + row] = !fits ? num_centres : i < 8 ? best_rank[0] : best_rank[1];
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "ems/device.cuh"
+#include "ems/lane_softmax.cuh"
 #include "ems/paged_kv.h"
 #include "ems/tile.cuh"
 
@@ -12,6 +13,9 @@
 // softmax denominator, and the attention that each key receives in sum. score_queries.cuh and
 // score_window.cuh say which queries there are; here a "query" is a vector of one query head, and
 // "visible" counts the leading keys that it sees.
+//
+// T is the type of the queries and of the arithmetic, C that of the keys in the cache: T, or
+// float8.
 //
 // A QUERIES type gives, for one kv_head of one row:
 //     int32_t size()                       queries, some of which may not exist
@@ -24,9 +28,6 @@ struct Query {
   int32_t visible;    // keys it sees; 0 when there is no such query
   int64_t lse_index;  // of its log-sum-exp
 };
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // How a CTA divides a product: kLeft vectors stay, kRight at a time stream past. Larger vectors get
 // fewer rows per warp, because the staying ones are held in registers; float32 runs on the ordinary
@@ -73,7 +74,7 @@ struct MassShared {
 };
 
 // The staying vectors are keys first..first+kLeft-1; out(key, mass) takes what each receives.
-template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
+template <typename T, int HEAD_SIZE, typename C, typename QUERIES, typename OUT>
 EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
                          int32_t first_key, int32_t num_keys, float scale, const float* lse,
                          const OUT& out) {
@@ -115,7 +116,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
     prepare(start);
     if (start + 1 < end) prepare(start + 1);
     device::sync_cta();
-    shared.left.template gather<Shape::kThreads>(static_cast<const T*>(keys.cache.data),
+    shared.left.template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
                                                  shared.left_offsets);
     fetch(start);
   }
@@ -175,7 +176,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
 
 // The staying vectors are queries first..first+kLeft-1, against keys first_key..end_key-1;
 // out(lse_index, lse) takes the log-sum-exp of each over these keys, -inf when it sees none.
-template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
+template <typename T, int HEAD_SIZE, typename C, typename QUERIES, typename OUT>
 EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
                             int32_t first_query, int32_t first_key, int32_t end_key, float scale,
                             const OUT& out) {
@@ -211,7 +212,7 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
     }
   };
   const auto fetch = [&](int32_t tile) {
-    shared.right[tile % 2].template gather<Shape::kThreads>(static_cast<const T*>(keys.cache.data),
+    shared.right[tile % 2].template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
                                                             shared.right_offsets[tile % 3]);
     device::commit_copies();
   };
@@ -223,16 +224,12 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
     fetch(0);
   }
 
-  // Every lane keeps a maximum and a sum of its own columns; they meet at the end.
-  float maxima[Shape::kLeftTiles][2];
-  float sums[Shape::kLeftTiles][2];
+  LaneSoftmax softmax[Shape::kLeftTiles][2];
   int32_t visible[Shape::kLeftTiles][2];
 #pragma unroll
   for (int i = 0; i < Shape::kLeftTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      maxima[i][half] = -INFINITY;
-      sums[i][half] = 0;
       visible[i][half] =
           shared.left_visible[(warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4];
     }
@@ -255,7 +252,6 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float logits[kRight / 4];
-        float maximum = maxima[i][half];
         const int32_t num_seen =
             (visible[i][half] < tile_end ? visible[i][half] : tile_end) - tile_key;
 #pragma unroll
@@ -263,15 +259,8 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
           logits[j] = products.values[i][j / 2][2 * half + j % 2] * scale_log2;
           const int column = j / 2 * 8 + 2 * (lane % 4) + j % 2;
           if (is_masked && column >= num_seen) logits[j] = -INFINITY;
-          maximum = logits[j] > maximum ? logits[j] : maximum;
         }
-        // A lane that has seen nothing yet subtracts 0, not -inf.
-        const float reference = maximum == -INFINITY ? 0.0f : maximum;
-        float sum = sums[i][half] * device::exp2_fast(maxima[i][half] - reference);
-#pragma unroll
-        for (int j = 0; j < kRight / 4; ++j) sum += device::exp2_fast(logits[j] - reference);
-        maxima[i][half] = maximum;
-        sums[i][half] = sum;
+        softmax[i][half].update(logits);
       }
     }
   }
@@ -280,22 +269,11 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   for (int i = 0; i < Shape::kLeftTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float maximum = maxima[i][half];
-      float sum = sums[i][half];
-#pragma unroll
-      for (int mask = 1; mask <= 2; mask *= 2) {
-        const float other_maximum = device::shuffle_xor(maximum, mask);
-        const float other_sum = device::shuffle_xor(sum, mask);
-        const float merged = other_maximum > maximum ? other_maximum : maximum;
-        const float reference = merged == -INFINITY ? 0.0f : merged;
-        sum = sum * device::exp2_fast(maximum - reference) +
-              other_sum * device::exp2_fast(other_maximum - reference);
-        maximum = merged;
-      }
+      const float value = softmax[i][half].lse_of_quad();
       const int32_t index = first_query + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
       if (lane % 4 == 0 && index < queries.size()) {
         const Query query = queries.at(index);
-        if (query.visible > 0) out(query.lse_index, (maximum + device::log2_accurate(sum)) * kLn2);
+        if (query.visible > 0) out(query.lse_index, value);
       }
     }
   }

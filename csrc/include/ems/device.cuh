@@ -3,11 +3,13 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 #include <cstdint>
 #include <type_traits>
 
 #include "ems/numeric.h"
+#include "ems/vector.h"
 
 // Everything a kernel asks of the hardware, and the only file that names an intrinsic or an
 // instruction. tests/emulation/ has a file of the same name that does the same on a CPU, so that
@@ -29,7 +31,7 @@ EMS_DEVICE int64_t cta_z() { return blockIdx.z; }
 // All of a CTA's shared memory is one struct, allocated dynamically.
 template <typename SHARED>
 EMS_DEVICE SHARED& shared_memory() {
-  extern __shared__ __align__(128) unsigned char shared_bytes[];
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
   return *reinterpret_cast<SHARED*>(shared_bytes);
 }
 
@@ -103,13 +105,15 @@ EMS_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
   }
 }
 
-// Rounds to nearest even.
+// Rounds to nearest even; float8 saturates.
 template <typename T>
 EMS_DEVICE T round_to(float value) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     return {__bfloat16_as_ushort(__float2bfloat16_rn(value))};
   } else if constexpr (std::is_same_v<T, Float16>) {
     return {__half_as_ushort(__float2half_rn(value))};
+  } else if constexpr (std::is_same_v<T, Float8E4M3>) {
+    return {__nv_cvt_float_to_fp8(value, __NV_SATFINITE, __NV_E4M3)};
   } else {
     return value;
   }
@@ -121,8 +125,29 @@ EMS_DEVICE float widen(T value) {
     return __uint_as_float(static_cast<uint32_t>(value.bits) << 16);
   } else if constexpr (std::is_same_v<T, Float16>) {
     return __half2float(__ushort_as_half(value.bits));
+  } else if constexpr (std::is_same_v<T, Float8E4M3>) {
+    return __half2float(__half(__nv_cvt_fp8_to_halfraw(value.bits, __NV_E4M3)));
   } else {
     return value;
+  }
+}
+
+// 16 values of float8 as the same 16 values of T, half of them in each output.
+template <typename T>
+EMS_DEVICE void widen_vector(const Vector16& packed, Vector16 (&out)[2]) {
+  static_assert(std::is_same_v<T, BFloat16> || std::is_same_v<T, Float16>);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const auto pair = static_cast<__nv_fp8x2_storage_t>(packed.words[i / 2] >> (16 * (i % 2)));
+    const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(pair, __NV_E4M3);
+    if constexpr (std::is_same_v<T, Float16>) {
+      out[i / 4].words[i % 4] = static_cast<uint32_t>(halves.y) << 16 | halves.x;
+    } else {
+      // Every value of float8 is one of bfloat16 too: the lower halves of these floats are 0.
+      const float2 floats = __half22float2(__half2(halves));
+      out[i / 4].words[i % 4] =
+          __byte_perm(__float_as_uint(floats.x), __float_as_uint(floats.y), 0x7632);
+    }
   }
 }
 

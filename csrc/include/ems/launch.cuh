@@ -22,6 +22,17 @@ inline void check_cuda(cudaError_t status, const char* what) {
   throw std::runtime_error(std::string("ems_vllm: ") + what + ": " + cudaGetErrorString(status));
 }
 
+// 10 * major + minor of the current device.
+inline int compute_capability() {
+  int device = 0, major = 0, minor = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device),
+             "capability");
+  check_cuda(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device),
+             "capability");
+  return 10 * major + minor;
+}
+
 // Runs `kernel` on a stream; an empty grid is no work.
 template <typename... PARAMS>
 void launch(const char* name, void (*kernel)(PARAMS...), Grid grid, int num_threads,

@@ -9,10 +9,11 @@
 // public function of the same name in ems_vllm/ops/__init__.py.
 namespace ems {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 struct ScoreQueriesParams {
-  DType dtype;  // of query and key_cache
+  DType dtype;        // of query
+  DType cache_dtype;  // of key_cache: dtype or kFloat8E4M3
   int64_t num_rows;
   int64_t num_tokens;
   int64_t num_heads;
@@ -20,7 +21,7 @@ struct ScoreQueriesParams {
   int64_t head_size;
   float scale;
   TokenHeads query;                // [num_tokens, num_heads, head_size] dtype
-  PagedTensor key_cache;           // [num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor key_cache;           // [num_blocks, num_kv_heads, block_size, head_size] cache_dtype
   BlockTable block_table;          // [num_rows, num_columns] int32
   const int32_t* query_starts;     // [num_rows] int32
   const int32_t* query_lens;       // [num_rows] int32
@@ -35,7 +36,8 @@ struct ScoreQueriesParams {
 };
 
 struct ScoreWindowParams {
-  DType dtype;  // of ring and key_cache
+  DType dtype;        // of ring
+  DType cache_dtype;  // of key_cache: dtype or kFloat8E4M3
   int64_t num_layers;
   int64_t num_rows;
   int64_t num_heads;
@@ -46,10 +48,12 @@ struct ScoreWindowParams {
   const int32_t* ring_rows;      // [num_rows] int32
   const int32_t* num_queries;    // [num_rows] int32
   const int32_t* end_positions;  // [num_rows] int32
-  PagedTensor key_cache;     // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
-  BlockTable block_table;    // [num_rows, num_columns] int32
-  const int32_t* live_lens;  // [num_rows] int32
+  // [num_layers, num_blocks, num_kv_heads, block_size, head_size] cache_dtype
+  PagedTensor key_cache;
+  BlockTable block_table;      // [num_rows, num_columns] int32
+  const int32_t* live_lens;    // [num_rows] int32
   const int32_t* num_entries;  // [num_rows] int32
+  const float* key_scales;     // [num_layers] float32, nullable
   HeadRows<float> scores;      // [num_layers, num_rows, num_kv_heads, max_entries] float32
 };
 

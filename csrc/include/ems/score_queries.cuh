@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ems/attention_mass.cuh"
+#include "ems/attention_mass_sm90.cuh"
 #include "ems/params.h"
 #include "ems/sampling.h"
 
@@ -61,40 +62,63 @@ class ChunkQueries {
   TokenHeads query_;
 };
 
-// Upper bound, known without reading the device, of the tiles of kLeft queries of a batch.
-template <typename SHAPE>
-int64_t max_query_tiles(const ScoreQueriesParams& p) {
+// Upper bound, known without reading the device, of the tiles of tile_size queries of a batch.
+inline int64_t max_query_tiles(const ScoreQueriesParams& p, int64_t tile_size) {
   const int64_t strata = p.num_tokens / (kSampleBlock * p.sample_stride) + 2 * p.num_rows;
   const int64_t queries = strata * kSampleBlock * (p.num_heads / p.num_kv_heads);
-  return queries / SHAPE::kLeft + p.num_rows;
+  return queries / tile_size + p.num_rows;
 }
 
-// CTA (x, kv_head): one tile of queries; x counts the tiles of all rows from the last one, because
-// the last queries see the most keys. CTAs beyond the tiles that exist have nothing to do.
-template <typename T, int HEAD_SIZE>
-EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
-score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
-  constexpr int32_t kLeft = MassShape<T, HEAD_SIZE>::kLeft;
-  const int64_t kv_head = device::cta_y();
-  int32_t tile = static_cast<int32_t>(device::cta_x());
+// Calls f(row, queries, first_query) for the tile of a CTA that counts the tiles of all rows from
+// the last one, because the last queries see the most keys. CTAs beyond the tiles that exist have
+// nothing to do.
+template <int TILE_SIZE, typename F>
+EMS_DEVICE void for_own_tile(const ScoreQueriesParams& p, int64_t cta, int64_t kv_head,
+                             const F& f) {
+  int32_t tile = static_cast<int32_t>(cta);
   for (int64_t row = p.num_rows - 1; row >= 0; --row) {
     const ChunkQueries queries(p, row, kv_head);
-    const int32_t num_tiles = (queries.size() + kLeft - 1) / kLeft;
-    if (tile >= num_tiles) {
-      tile -= num_tiles;
-      continue;
+    const int32_t num_tiles = (queries.size() + TILE_SIZE - 1) / TILE_SIZE;
+    if (tile < num_tiles) {
+      f(row, queries, (num_tiles - 1 - tile) * TILE_SIZE);
+      return;
     }
-    const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
-    compute_lse<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys,
-                              (num_tiles - 1 - tile) * kLeft, 0, p.seq_lens[row], p.scale,
-                              [&](int64_t index, float value) { lse[index] = value; });
-    return;
+    tile -= num_tiles;
   }
+}
+
+// Adds what a key received to its score, or replaces it.
+struct AddToScore {
+  const ScoreQueriesParams& p;
+  int64_t row;
+  int64_t kv_head;
+
+  EMS_DEVICE void operator()(int32_t key, float mass) const {
+    const float group = static_cast<float>(p.num_heads / p.num_kv_heads);
+    const float mean = mass * static_cast<float>(p.sample_stride) / group;
+    float* score = p.scores.entry<float>(p.score_table, row, 0, kv_head, key);
+    *score = mean + (key < p.accumulate_lens[row] ? *score : 0.0f);
+  }
+};
+
+// CTA (x, kv_head): one tile of queries.
+template <typename T, int HEAD_SIZE, typename C>
+EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
+  const int64_t kv_head = device::cta_y();
+  for_own_tile<MassShape<T, HEAD_SIZE>::kLeft>(
+      p, device::cta_x(), kv_head,
+      [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
+        const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+        compute_lse<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.query.data), keys,
+                                     first_query, 0, p.seq_lens[row], p.scale,
+                                     [&](int64_t index, float value) { lse[index] = value; });
+      });
 }
 
 // CTA (x, row): kv_head x % num_kv_heads and tile of keys x / num_kv_heads, so that the first keys,
 // which the most queries see, come first.
-template <typename T, int HEAD_SIZE>
+template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
 score_queries_kernel(ScoreQueriesParams p, const float* lse) {
   const int64_t row = device::cta_y();
@@ -103,17 +127,43 @@ score_queries_kernel(ScoreQueriesParams p, const float* lse) {
       static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * MassShape<T, HEAD_SIZE>::kLeft;
   const int32_t num_keys = p.seq_lens[row];
   if (first_key >= num_keys) return;
-
-  const ChunkQueries queries(p, row, kv_head);
   const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
-  const float factor =
-      static_cast<float>(p.sample_stride) / static_cast<float>(p.num_heads / p.num_kv_heads);
-  add_mass<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys, first_key, num_keys,
-                         p.scale, lse, [&](int32_t key, float mass) {
-                           float* score =
-                               p.scores.entry<float>(p.score_table, row, 0, kv_head, key);
-                           *score = mass * factor + (key < p.accumulate_lens[row] ? *score : 0.0f);
-                         });
+  add_mass<T, HEAD_SIZE, C>(ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data),
+                            keys, first_key, num_keys, p.scale, lse, AddToScore{p, row, kv_head});
+}
+
+// The same two for compute capability 9.0a, and empty in code for other GPUs.
+template <typename T, int HEAD_SIZE>
+EMS_KERNEL(sm90::MassShape<HEAD_SIZE>::kThreads, 1)
+score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
+#if EMS_IS_SM90A
+  const int64_t kv_head = device::cta_y();
+  for_own_tile<sm90::MassShape<HEAD_SIZE>::kLeft>(
+      p, device::cta_x(), kv_head,
+      [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
+        const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+        sm90::compute_lse<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys,
+                                        first_query, p.scale,
+                                        [&](int64_t index, float value) { lse[index] = value; });
+      });
+#endif
+}
+
+template <typename T, int HEAD_SIZE>
+EMS_KERNEL(sm90::MassShape<HEAD_SIZE>::kThreads, 1)
+score_queries_sm90_kernel(ScoreQueriesParams p, const float* lse) {
+#if EMS_IS_SM90A
+  const int64_t row = device::cta_y();
+  const int64_t kv_head = device::cta_x() % p.num_kv_heads;
+  const int32_t first_key =
+      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * sm90::MassShape<HEAD_SIZE>::kLeft;
+  const int32_t num_keys = p.seq_lens[row];
+  if (first_key >= num_keys) return;
+  const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+  sm90::add_mass<T, HEAD_SIZE>(ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data),
+                               keys, first_key, num_keys, p.scale, lse,
+                               AddToScore{p, row, kv_head});
+#endif
 }
 
 }  // namespace ems

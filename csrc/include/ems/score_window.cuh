@@ -54,9 +54,13 @@ class WindowQueries {
   int32_t size_;
 };
 
+EMS_DEVICE float window_scale(const ScoreWindowParams& p, int64_t layer) {
+  return p.key_scales == nullptr ? p.scale : p.scale * p.key_scales[layer];
+}
+
 // CTA (x, split, tile): item x, one part of its keys, one tile of its queries.
 // partial: [num_splits, num_items * max_window_queries], float32.
-template <typename T, int HEAD_SIZE>
+template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
 score_window_lse_kernel(ScoreWindowParams p, int32_t keys_per_split, int64_t num_items,
                         float* partial) {
@@ -71,9 +75,9 @@ score_window_lse_kernel(ScoreWindowParams p, int32_t keys_per_split, int64_t num
       first_key + keys_per_split < live_len ? first_key + keys_per_split : live_len;
   const PagedKeys keys{p.key_cache, p.block_table, item.layer, item.row, item.head};
   float* out = partial + device::cta_y() * num_items * max_window_queries(p);
-  compute_lse<T, HEAD_SIZE>(queries, static_cast<const T*>(p.ring.data), keys, first_query,
-                            first_key, end_key, p.scale,
-                            [&](int64_t index, float value) { out[index] = value; });
+  compute_lse<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.ring.data), keys, first_query,
+                               first_key, end_key, window_scale(p, item.layer),
+                               [&](int64_t index, float value) { out[index] = value; });
 }
 
 constexpr int kCombineThreads = 256;
@@ -98,7 +102,7 @@ inline EMS_KERNEL(kCombineThreads, 1)
 }
 
 // CTA (x, tile): item x, one tile of its keys. Also clears what lies beyond the entries.
-template <typename T, int HEAD_SIZE>
+template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
 score_window_kernel(ScoreWindowParams p, const float* lse) {
   constexpr int32_t kLeft = MassShape<T, HEAD_SIZE>::kLeft;
@@ -115,9 +119,9 @@ score_window_kernel(ScoreWindowParams p, const float* lse) {
 
   const PagedKeys keys{p.key_cache, p.block_table, item.layer, item.row, item.head};
   const float factor = 1.0f / static_cast<float>(p.num_heads / p.num_kv_heads);
-  add_mass<T, HEAD_SIZE>(queries, static_cast<const T*>(p.ring.data), keys, first_key, num_entries,
-                         p.scale, lse,
-                         [&](int32_t key, float mass) { scores[key] = mass * factor; });
+  add_mass<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.ring.data), keys, first_key,
+                            num_entries, window_scale(p, item.layer), lse,
+                            [&](int32_t key, float mass) { scores[key] = mass * factor; });
 }
 
 }  // namespace ems

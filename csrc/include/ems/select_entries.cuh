@@ -84,7 +84,7 @@ EMS_DEVICE Threshold find_threshold(const float* scores, int32_t first, int32_t 
 
 // CTA x: item first_item + x. sort_scratch: [CTAs, sort_len] keys, used where they do not fit in
 // shared memory, which begins with a SelectShared and goes on with them.
-inline EMS_KERNEL(kSelectThreads, 2)
+inline EMS_KERNEL(kSelectThreads, 1)
     select_entries_kernel(SelectEntriesParams p, int64_t first_item, int32_t sort_len,
                           uint64_t* sort_scratch) {
   auto& shared = device::shared_memory<SelectShared>();

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ems/device.cuh"
+#include "ems/vector.h"
 
 // Tiles of vectors in shared memory and their products, the common core of the kernels that compare
 // vectors with vectors.
@@ -33,6 +34,36 @@ struct alignas(16) Tile {
       const int64_t offset = offsets[row];
       device::copy_async(elements + row * kStride + element,
                          base + (offset < 0 ? 0 : offset + element), offset >= 0);
+    }
+  }
+
+  // The same from rows of float8, which become T. What is copied in the background cannot be
+  // converted on the way, so this one is done when it returns: a thread requests all that it
+  // copies, waits once, converts and stores. Callers need nothing else for it, since the barrier
+  // after which background copies may be read is one for stores as well. Keeping the loads in
+  // registers until the current tile has been multiplied would hide that wait, at the price of
+  // registers that the products use; half as many bytes arrive as for T, and other CTAs run.
+  template <int NUM_THREADS>
+  EMS_DEVICE void gather(const Float8E4M3* base, const int64_t* offsets) {
+    constexpr int kPerRow = HEAD_SIZE / 16;
+    constexpr int kPerThread = (NUM_ROWS * kPerRow + NUM_THREADS - 1) / NUM_THREADS;
+    Vector16 packed[kPerThread];
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const int i = k * NUM_THREADS + device::thread_index();
+      const int64_t offset = i < NUM_ROWS * kPerRow ? offsets[i / kPerRow] : -1;
+      packed[k] = offset < 0 ? Vector16{}
+                             : *reinterpret_cast<const Vector16*>(base + offset + i % kPerRow * 16);
+    }
+#pragma unroll
+    for (int k = 0; k < kPerThread; ++k) {
+      const int i = k * NUM_THREADS + device::thread_index();
+      if (i >= NUM_ROWS * kPerRow) continue;
+      Vector16 wide[2];
+      device::widen_vector<T>(packed[k], wide);
+      auto* out = reinterpret_cast<Vector16*>(elements + i / kPerRow * kStride + i % kPerRow * 16);
+      out[0] = wide[0];
+      out[1] = wide[1];
     }
   }
 };

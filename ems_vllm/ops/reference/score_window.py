@@ -17,6 +17,7 @@ def score_window(
     num_entries: torch.Tensor,
     scale: float,
     scores: torch.Tensor,
+    key_scales: torch.Tensor | None = None,
 ) -> None:
     """See ems_vllm.ops.score_window. Runs in float64."""
     num_layers, _, window = ring.shape[:3]
@@ -26,6 +27,8 @@ def score_window(
         for row in range(block_table.shape[0]):
             live_len, entries = int(live_lens[row]), int(num_entries[row])
             keys = gather_entries(key_cache[layer], block_table[row], live_len).double()
+            if key_scales is not None:
+                keys = keys * key_scales[layer].double()
             for age in range(int(num_queries[row])):
                 num_visible = live_len - age
                 if num_visible <= 0:

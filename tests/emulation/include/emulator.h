@@ -27,14 +27,25 @@ struct Copy {
   const void* from;  // nullptr: zeros
 };
 
+// A product of a group of warps that has not been waited for.
+struct GroupProduct {
+  float (*sums)[4];
+  uint32_t left[4];
+  uint64_t right;
+  bool accumulate;
+  void (*run)(GroupProduct&);
+};
+
 struct Thread {
   int index = 0;
+  std::vector<GroupProduct> products;
+  std::deque<std::vector<GroupProduct>> product_groups;
   std::vector<Copy> copies;
   std::deque<std::vector<Copy>> groups;
 };
 
-struct alignas(128) SharedLine {
-  unsigned char bytes[128];
+struct alignas(1024) SharedLine {
+  unsigned char bytes[1024];
 };
 
 struct SharedMemory {
@@ -57,9 +68,16 @@ Cta& cta();
 
 void sync_cta();
 void sync_warp();
+// Meets `count` threads at one of the numbered barriers.
+void sync_some(int id, int count);
+// Lets another thread run, for one that waits in a loop.
+void give_way();
 
 // Throws when a kernel does what a GPU would not forgive.
 void require(bool condition, const char* what);
+
+// 10 * major + minor of the GPU that is emulated, from EMS_EMULATED_CAPABILITY; 80 without it.
+int compute_capability();
 
 // Runs `body` once per thread of every CTA.
 void run(const char* name, int64_t x, int64_t y, int64_t z, int num_threads, int64_t shared_bytes,

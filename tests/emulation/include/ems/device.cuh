@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "ems/numeric.h"
+#include "ems/vector.h"
 #include "emulator.h"
 
 #define EMS_DEVICE inline
@@ -164,6 +165,16 @@ T round_to(float value) {
 template <typename T>
 float widen(T value) {
   return to_float(value);
+}
+
+template <typename T>
+void widen_vector(const Vector16& packed, Vector16 (&out)[2]) {
+  emulator::require(reinterpret_cast<uintptr_t>(out) % 16 == 0, "a vector is not aligned");
+  Float8E4M3 narrow[16];
+  T wide[16];
+  std::memcpy(narrow, &packed, sizeof(narrow));
+  for (int i = 0; i < 16; ++i) wide[i] = round_to<T>(widen(narrow[i]));
+  std::memcpy(out, wide, sizeof(wide));
 }
 
 inline uint32_t float_bits(float value) { return bit_cast<uint32_t>(value); }

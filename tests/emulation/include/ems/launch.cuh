@@ -9,6 +9,8 @@
 // csrc/include/ems/launch.cuh on a CPU.
 namespace ems {
 
+inline int compute_capability() { return emulator::compute_capability(); }
+
 struct Grid {
   int64_t x;
   int64_t y = 1;

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that only a GPU can tell, in one command: `make gpu-check`.
+
+    python benchmarks/gpu_check.py --out results [--stages bench serving] [--dry-run]
+
+Builds the extension, runs the operators' GPU tests, CUDA graphs, compute-sanitizer, the benchmark,
+and vLLM dense and compressed. Needs an NVIDIA GPU, nvcc, Python with torch, triton and
+transformers; no network. What else is needed travels in .gpu/ (`make gpu-pack`). A stage that
+fails, or takes longer than its limit, does not keep the next from running. The exit code is 0 only
+when every stage passed.
+
+Results: check.json (machine, versions, commit, outcomes), check.log (all output), and what the
+stages write. Numbers of a run go to benchmarks/results/ as they are.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from gpu import machine
+from gpu.stages import STAGES, Stage
+from gpu.summary import (
+    FAILED,
+    PASSED,
+    SKIPPED,
+    TIMED_OUT,
+    Outcome,
+    details_of,
+    exit_code,
+    table,
+    write,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+SITE = ROOT / "build" / "gpu-site"
+# With less left, a stage is not begun.
+LEAST_S = 15
+TAIL_LINES = 15
+
+
+def environment() -> dict[str, str]:
+    """Of every stage: this checkout and .gpu/'s packages first, no network."""
+    paths = [str(ROOT), str(SITE), os.environ.get("PYTHONPATH", "")]
+    cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "PATH": os.pathsep.join([os.environ.get("PATH", ""), f"{cuda}/bin"]),
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+
+
+def command_of(stage: Stage, python: str, out: Path) -> list[str]:
+    """The stage's command with its placeholders filled in."""
+    return [part.format(python=python, out=out) for part in stage.command]
+
+
+def obstacle(stage: Stage, has_gpu: bool, seconds_left: float) -> str | None:
+    """Why a stage cannot run here."""
+    if stage.needs_gpu and not has_gpu:
+        return "no GPU"
+    if stage.tool is not None and machine.tool(stage.tool) is None:
+        return f"no {stage.tool}"
+    if seconds_left < LEAST_S:
+        return "no time left"
+    return None
+
+
+def run(stage: Stage, command: list[str], limit_s: float, env: dict[str, str], log: IO[str]) -> str:
+    """Run a stage and everything it starts, for so long at most; its status."""
+    log.write(f"\n==== {stage.name}: {' '.join(command)}\n")
+    log.flush()
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=env | dict(stage.env),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # A group of its own, so that it can be stopped as a whole.
+            start_new_session=True,
+        )
+    except OSError as error:
+        log.write(f"{error}\n")
+        return FAILED
+    try:
+        return PASSED if process.wait(limit_s) == 0 else FAILED
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def tail(log: Path, start: int) -> str:
+    """The last lines that a stage wrote."""
+    with log.open("rb") as file:
+        file.seek(start)
+        text = file.read().decode(errors="replace")
+    return "\n".join(f"    {line}" for line in text.splitlines()[-TAIL_LINES:])
+
+
+def check(
+    stages: list[Stage], out: Path, python: str, seconds: float, env: dict[str, str]
+) -> tuple[dict[str, object], list[Outcome]]:
+    """Run stages one after the other; the summary is written after each."""
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + seconds
+    described = machine.describe(python, env)
+    capability = described["capability"]
+    if capability is not None:
+        env.setdefault("TORCH_CUDA_ARCH_LIST", machine.arch_of(capability))
+    outcomes: list[Outcome] = []
+    log_path = out / "check.log"
+    with log_path.open("w") as log:
+        for stage in stages:
+            left = deadline - time.monotonic()
+            reason = obstacle(stage, capability is not None, left)
+            if reason is not None:
+                outcomes.append(Outcome(stage.name, SKIPPED, 0.0, reason))
+                continue
+            print(f"{stage.name}: {stage.what} ...", flush=True)
+            log.flush()
+            before, begun = log_path.stat().st_size, time.monotonic()
+            command = command_of(stage, python, out)
+            status = run(stage, command, min(stage.limit_s, left), env, log)
+            log.flush()
+            seconds_taken = time.monotonic() - begun
+            outcomes.append(Outcome(stage.name, status, seconds_taken, details_of(stage.name, out)))
+            if status != PASSED:
+                print(tail(log_path, before), flush=True)
+            if stage.name in ("packages", "build"):
+                # What was missing may be there now.
+                described = machine.describe(python, env)
+            write(out / "check.json", described, outcomes)
+    write(out / "check.json", described, outcomes)
+    return described, outcomes
+
+
+def plan(stages: list[Stage], out: Path, python: str, env: Mapping[str, str]) -> str:
+    """What would be run, for --dry-run."""
+    lines = [f"{'stage':10} {'limit s':>7}  command"]
+    for stage in stages:
+        settings = "".join(f"{name}={value} " for name, value in stage.env)
+        command = " ".join(command_of(stage, python, out))
+        lines.append(f"{stage.name:10} {stage.limit_s:7}  {settings}{command}")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder of results; $OUT or build/gpu-check")
+    parser.add_argument("--stages", nargs="+", choices=[stage.name for stage in STAGES])
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all stages together")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    options = parser.parse_args()
+    out = options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
+    out = out.resolve()
+    stages = [s for s in STAGES if not options.stages or s.name in options.stages]
+    env = environment()
+    if options.dry_run:
+        print(plan(stages, out, sys.executable, env))
+        return 0
+    described, outcomes = check(stages, out, sys.executable, 60 * options.minutes, env)
+    print(table(described, outcomes))
+    print(f"results in {out}")
+    return exit_code(outcomes)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is timed: every operator on one shape, with the work it must do at least."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ems_vllm import ops
+from opbench import attention, baselines
+from opbench.shapes import BLOCK_SIZE, OBS_WINDOW, Shape
+from opbench.timing import graph_of
+
+SAMPLE_STRIDES = (1, 2, 4, 8, 16)
+DECODE_ROWS = 64
+NUM_PROTECTED = 4
+THRESHOLD = 0.1
+# PyTorch builds rows of the attention matrix: seconds per call beyond this.
+_LONGEST_BASELINE = 32 << 10
+
+
+@dataclass
+class Case:
+    """One line of the report, or one per provider.
+
+    Attributes:
+        providers: What does the same work, by name; "ems_vllm" is ours.
+        num_bytes: The least that must be read and written.
+        flops: Of the products it cannot do without.
+        target: (what its time is compared with, the share it may take): "attention" of one layer,
+            "attention, all layers", "decode step" at its bandwidth floor, or "floor".
+    """
+
+    op: str
+    variant: str
+    providers: dict[str, Callable[[], object]] = field(repr=False)
+    num_bytes: float
+    flops: float
+    target: tuple[str, float] | None = None
+
+
+def filled(shape: Shape, value: int) -> torch.Tensor:
+    """[num_rows], int32."""
+    return torch.full((shape.num_rows,), value, dtype=torch.int32, device=shape.device)
+
+
+def block_table(shape: Shape) -> torch.Tensor:
+    """Blocks scattered over the whole cache."""
+    blocks = torch.randperm(shape.num_rows * shape.num_columns, device=shape.device)
+    return blocks.view(shape.num_rows, shape.num_columns).int()
+
+
+def score_queries_args(shape: Shape, sample_stride: int = 1, with_lse: bool = True) -> tuple:
+    model, num_tokens = shape.model, shape.num_rows * shape.length
+    query = _random(shape, num_tokens, model.num_heads, model.head_size)
+    num_blocks = shape.num_rows * shape.num_columns
+    key = _random(shape, num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size)
+    table = block_table(shape)
+    starts = torch.arange(shape.num_rows, device=shape.device, dtype=torch.int32) * shape.length
+    lens = filled(shape, shape.length)
+    # About what random keys give.
+    seen = torch.arange(1, shape.length + 1, device=shape.device).repeat(shape.num_rows)
+    lse = (seen.log() + 0.5)[:, None].repeat(1, model.num_heads)
+    scores = torch.zeros(num_blocks, model.num_kv_heads, BLOCK_SIZE, device=shape.device)
+    return (
+        *(query, key, table, starts, lens, lens, filled(shape, 0), table),
+        *(lse if with_lse else None, shape.scale, sample_stride, scores),
+    )
+
+
+def caches(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of all layers; vectors are not centred, so that some resemble each other."""
+    model, num_blocks = shape.model, shape.num_rows * shape.num_columns
+    size = (model.num_layers, num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size)
+    return _random(shape, *size).add_(0.5), _random(shape, *size).add_(0.5)
+
+
+def window_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple:
+    model = shape.model
+    ring = _random(
+        shape, model.num_layers, shape.num_rows, OBS_WINDOW, model.num_heads, model.head_size
+    )
+    rows = torch.arange(shape.num_rows, device=shape.device, dtype=torch.int32)
+    length = filled(shape, shape.length)
+    window = filled(shape, min(OBS_WINDOW, shape.length))
+    heads = (model.num_layers, shape.num_rows, model.num_kv_heads)
+    scores = torch.rand(*heads, shape.length, device=shape.device)
+    return ring, rows, window, length, key, table, length, length, shape.scale, scores
+
+
+@dataclass
+class Compaction:
+    """Arguments of the three operators of a compaction, each made by the one before."""
+
+    select: tuple
+    assign: tuple
+    merge: tuple
+
+    def run(self, namespace: object) -> None:
+        """One compaction of all layers."""
+        namespace.select_entries(*self.select)  # type: ignore[attr-defined]
+        namespace.assign_classes(*self.assign)  # type: ignore[attr-defined]
+        namespace.merge_compact(*self.merge)  # type: ignore[attr-defined]
+
+
+def compaction_args(
+    shape: Shape, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
+) -> Compaction:
+    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
+    scores = torch.rand(*heads, shape.length, device=shape.device)
+    kept_idx, merge_idx, class_idx = (
+        torch.zeros(*heads, shape.budget, dtype=torch.int32, device=shape.device) for _ in range(3)
+    )
+    budgets, protected = filled(shape, shape.budget), filled(shape, NUM_PROTECTED)
+    length = filled(shape, shape.length)
+    target = filled(shape, shape.length // BLOCK_SIZE - -(-shape.budget // BLOCK_SIZE))
+    selection = (table, kept_idx, merge_idx)
+    args = Compaction(
+        select=(scores, length, budgets, protected, budgets, 1.0, kept_idx, merge_idx),
+        assign=(key, value, *selection, budgets, protected, THRESHOLD, class_idx),
+        merge=(key, value, None, scores, None, *selection, class_idx, budgets, target),
+    )
+    ops.select_entries(*args.select)
+    ops.assign_classes(*args.assign)
+    return args
+
+
+def record_args(shape: Shape, num_tokens: int) -> tuple:
+    model = shape.model
+    query = _random(shape, num_tokens, model.num_heads, model.head_size)
+    ring = _random(shape, num_tokens, OBS_WINDOW, model.num_heads, model.head_size)
+    slots = torch.arange(num_tokens, device=shape.device) * OBS_WINDOW
+    return query, slots, ring
+
+
+def plan_args(shape: Shape, num_rows: int) -> tuple:
+    table = torch.randint(
+        0, 1000, (num_rows, shape.num_columns), dtype=torch.int32, device=shape.device
+    )
+    lens = torch.full((num_rows,), shape.length, dtype=torch.int32, device=shape.device)
+    first = lens // BLOCK_SIZE - shape.budget // BLOCK_SIZE
+    return table, lens, first, BLOCK_SIZE, torch.empty_like(table), torch.empty_like(lens)
+
+
+def of_shape(shape: Shape) -> Iterator[Case]:
+    """Every operator, one at a time, so that memory is free again before the next."""
+    yield from _prompt(shape)
+    yield from _compaction(shape)
+    yield from _decode(shape)
+
+
+def _prompt(shape: Shape) -> Iterator[Case]:
+    floor = attention.flops(shape) / 2
+    for with_lse in (True, False):
+        for stride in SAMPLE_STRIDES if with_lse else SAMPLE_STRIDES[:1]:
+            args = score_queries_args(shape, stride, with_lse)
+            variant = f"{'lse given' if with_lse else 'lse computed'}, sample_stride {stride}"
+            providers = {"ems_vllm": lambda args=args: ops.score_queries(*args)}
+            if stride == 1 and not with_lse and shape.length <= _LONGEST_BASELINE:
+                providers["pytorch"] = lambda args=args: baselines.score_queries(*args)
+            num_bytes = shape.num_rows * shape.length * _entry_bytes(shape) * (1 + shape.group)
+            flops = floor / stride * (1 if with_lse else 2)
+            yield Case("score_queries", variant, providers, num_bytes, flops, ("attention", 0.6))
+
+
+def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:
+    heads, head_size = shape.num_heads_in_all, shape.model.head_size
+    args = window_args(shape, key, table)
+    keys = heads * shape.length
+    return Case(
+        "score_window",
+        f"window {OBS_WINDOW}, all layers",
+        {
+            "ems_vllm": lambda: ops.score_window(*args),
+            "pytorch": lambda: baselines.score_window(*args),
+        },
+        keys * (head_size * shape.element_bytes + 4),
+        2.0 * keys * shape.group * OBS_WINDOW * head_size,
+        ("attention, all layers", 0.01),
+    )
+
+
+def _compaction(shape: Shape) -> Iterator[Case]:
+    model, heads = shape.model, shape.num_heads_in_all
+    key, value = caches(shape)
+    table = block_table(shape)
+    yield _window(shape, key, table)
+    compaction = compaction_args(shape, key, value, table)
+    entry_bytes = 2 * model.head_size * shape.element_bytes
+    moved = heads * shape.budget * entry_bytes
+    select_bytes = heads * 4.0 * (shape.length + 2 * shape.budget)
+    assign_flops = 4.0 * heads * shape.budget**2 * model.head_size
+    each = {
+        "select_entries": (compaction.select, select_bytes, 0.0, None),
+        "assign_classes": (compaction.assign, 2.0 * moved, assign_flops, None),
+        # Centres and members are read, classes are written.
+        "merge_compact": (compaction.merge, 3.0 * moved, 0.0, ("floor", 1 / 0.7)),
+    }
+    for op, (op_args, num_bytes, flops, target) in each.items():
+        providers = {
+            name: lambda op=op, op_args=op_args, namespace=namespace: getattr(namespace, op)(
+                *op_args
+            )
+            for name, namespace in (("ems_vllm", ops), ("pytorch", baselines))
+        }
+        yield Case(op, "all layers", providers, num_bytes, flops, target)
+    yield Case(
+        "select + assign + merge",
+        "all layers",
+        {
+            "ems_vllm": lambda: compaction.run(ops),
+            "pytorch": lambda: compaction.run(baselines),
+        },
+        select_bytes + 3.0 * moved,
+        assign_flops,
+        ("attention, all layers", 0.03),
+    )
+
+
+def _decode(shape: Shape) -> Iterator[Case]:
+    layers = [record_args(shape, DECODE_ROWS) for _ in range(shape.model.num_layers)]
+    plan = plan_args(shape, DECODE_ROWS)
+
+    def step(namespace: object) -> None:
+        namespace.plan_metadata(*plan)  # type: ignore[attr-defined]
+        for args in layers:
+            namespace.record_queries(*args)  # type: ignore[attr-defined]
+
+    providers: dict[str, Callable[[], object]] = {
+        "ems_vllm": lambda: step(ops),
+        "pytorch": lambda: step(baselines),
+    }
+    if shape.device.type == "cuda":
+        providers = {name: graph_of(run) for name, run in providers.items()}
+    query = layers[0][0]
+    num_bytes = 2.0 * len(layers) * query.numel() * query.element_size() + 8.0 * plan[0].numel()
+    yield Case(
+        "record_queries + plan_metadata",
+        f"{DECODE_ROWS} rows, all layers" + (", graph" if shape.device.type == "cuda" else ""),
+        providers,
+        num_bytes,
+        0.0,
+        ("decode step", 0.01) if shape.model.weight_bytes else None,
+    )
+
+
+def decode_step_bytes(shape: Shape) -> float:
+    """What a decode step of DECODE_ROWS compressed requests reads at least: weights and cache."""
+    live = shape.budget + OBS_WINDOW
+    return shape.model.weight_bytes + (
+        DECODE_ROWS * live * 2 * shape.model.num_layers * _entry_bytes(shape)
+    )
+
+
+def budget_of(length: int) -> int:
+    """1024, and less for short prompts: whole blocks, at most a quarter."""
+    return min(1024, max(length // 4 // BLOCK_SIZE, 1) * BLOCK_SIZE)
+
+
+def _entry_bytes(shape: Shape) -> int:
+    """Keys of one token in one layer."""
+    return shape.model.num_kv_heads * shape.model.head_size * shape.element_bytes
+
+
+def _random(shape: Shape, *size: int) -> torch.Tensor:
+    # Straight into the dtype: in float32 the largest would not fit beside the others.
+    assert math.prod(size) > 0
+    return torch.empty(size, device=shape.device, dtype=shape.dtype).normal_()

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators of a decoding step in CUDA graphs: captured once, replayed on new contents."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from compare import assert_bitwise
+
+from ems_vllm import ops
+from ems_vllm.ops import reference
+
+pytestmark = pytest.mark.gpu
+
+NUM_ROWS, NUM_COLUMNS, BLOCK_SIZE = 5, 40, 16
+WINDOW, NUM_HEADS, HEAD_SIZE = 8, 4, 128
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """A graph of the call, which has run before as vLLM's warm-up does."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+def new_slots() -> torch.Tensor:
+    slots = torch.randperm(NUM_ROWS * WINDOW)[:NUM_ROWS]
+    slots[::2] = -1
+    return slots
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_record_queries(dtype):
+    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=dtype)
+    ring = torch.zeros(NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=dtype)
+    slots = torch.full((NUM_ROWS,), -1, device="cuda")
+    graph = captured(lambda: ops.record_queries(query, slots, ring))
+    assert not ring.any()
+    expected = ring.cpu()
+    for _ in range(4):
+        query.normal_()
+        slots.copy_(new_slots())
+        graph.replay()
+        reference.record_queries(query.cpu(), slots.cpu(), expected)
+        assert_bitwise(ring.cpu(), expected)
+
+
+def test_plan_metadata():
+    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, device="cuda", dtype=torch.int32)
+    lens, first = (torch.zeros(NUM_ROWS, device="cuda", dtype=torch.int32) for _ in range(2))
+    outputs = torch.full_like(table, -7), torch.full_like(lens, -7)
+    graph = captured(lambda: ops.plan_metadata(table, lens, first, BLOCK_SIZE, *outputs))
+    for _ in range(4):
+        table.random_(1, 1000)
+        lens.random_(1, BLOCK_SIZE * NUM_COLUMNS)
+        first.random_(0, NUM_COLUMNS + 2)
+        graph.replay()
+        expected = torch.empty_like(table, device="cpu"), torch.empty_like(lens, device="cpu")
+        reference.plan_metadata(table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected)
+        for got, want in zip(outputs, expected, strict=True):
+            assert_bitwise(got.cpu(), want)
+
+
+def test_both_in_one_graph_on_another_stream():
+    """As in a decoding step, where the metadata is built before the layers record."""
+    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
+    rings = torch.zeros(3, NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=query.dtype)
+    slots = torch.full((NUM_ROWS,), -1, device="cuda")
+    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, device="cuda", dtype=torch.int32)
+    lens, first = (torch.zeros(NUM_ROWS, device="cuda", dtype=torch.int32) for _ in range(2))
+    outputs = torch.empty_like(table), torch.empty_like(lens)
+
+    def step() -> None:
+        ops.plan_metadata(table, lens, first, BLOCK_SIZE, *outputs)
+        for ring in rings:
+            ops.record_queries(query, slots, ring)
+
+    graph = captured(step)
+    slots.copy_(new_slots())
+    table.random_(1, 1000)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.replay()
+    stream.synchronize()
+    expected = torch.zeros_like(rings[0], device="cpu")
+    reference.record_queries(query.cpu(), slots.cpu(), expected)
+    for ring in rings:
+        assert_bitwise(ring.cpu(), expected)
+    assert_bitwise(outputs[0].cpu(), table.cpu())
+
+
+def test_work_goes_to_the_current_stream():
+    """A launch on another stream would overtake the copy that fills its input."""
+    size = 1 << 24
+    source = torch.randn(size // (NUM_HEADS * HEAD_SIZE), NUM_HEADS, HEAD_SIZE).pin_memory()
+    query = torch.zeros_like(source, device="cuda")
+    ring = torch.zeros(len(source), 1, NUM_HEADS, HEAD_SIZE, device="cuda")
+    slots = torch.arange(len(source), device="cuda")
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)
+        query.copy_(source, non_blocking=True)
+        ops.record_queries(query, slots, ring)
+    stream.synchronize()
+    assert_bitwise(ring.cpu().flatten(0, 1), source)

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU check, as far as a machine without a GPU can try it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gpu_check
+import pytest
+from gpu import machine
+from gpu.stages import STAGES, Stage
+from gpu.summary import FAILED, PASSED, SKIPPED, TIMED_OUT, Outcome, details_of, exit_code, table
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
+
+
+def run_check(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_dry_run_names_every_stage_and_does_nothing(tmp_path):
+    done = run_check("--dry-run", "--out", str(tmp_path / "results"))
+    assert done.returncode == 0, done.stderr
+    for stage in STAGES:
+        assert f"{stage.name} " in done.stdout
+    assert not (tmp_path / "results").exists()
+
+
+def test_what_stages_run_exists():
+    for stage in STAGES:
+        scripts = [part for part in stage.command if part.endswith(".py") or "tests/" in part]
+        assert scripts, stage.name
+        for part in scripts:
+            assert (ROOT / part).exists(), part
+
+
+def test_results_are_few_files_in_one_folder():
+    """A machine that is lent brings back no more than eight."""
+    files = {"check.json", "check.log", *(name for stage in STAGES for name in stage.writes)}
+    assert len(files) <= 8
+
+
+def script(tmp_path: Path, text: str, **changes: object) -> Stage:
+    path = tmp_path / "stage.py"
+    path.write_text(text)
+    stage = Stage("stage", "a test", ("{python}", str(path), "{out}"), limit_s=60, needs_gpu=False)
+    return replace(stage, **changes)
+
+
+def outcome_of(stage: Stage, tmp_path: Path, seconds: float = 60) -> Outcome:
+    env = gpu_check.environment()
+    _, outcomes = gpu_check.check([stage], tmp_path / "out", sys.executable, seconds, env)
+    written = json.loads((tmp_path / "out" / "check.json").read_text())
+    assert [found["status"] for found in written["stages"]] == [outcomes[0].status]
+    assert written["passed"] == (outcomes[0].status == PASSED)
+    assert written["machine"]["python"]
+    return outcomes[0]
+
+
+def test_a_stage_passes_or_fails_by_its_exit_code(tmp_path, capsys):
+    assert outcome_of(script(tmp_path, "print('fine')"), tmp_path).status == PASSED
+    assert "fine" in (tmp_path / "out" / "check.log").read_text()
+    assert outcome_of(script(tmp_path, "raise SystemExit('wrong')"), tmp_path).status == FAILED
+    assert "wrong" in capsys.readouterr().out
+
+
+def test_a_stage_that_takes_too_long_is_stopped_with_its_children(tmp_path):
+    text = """
+import subprocess, sys, time, pathlib
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path(sys.argv[1], "child").write_text(str(child.pid))
+time.sleep(600)
+"""
+    assert outcome_of(script(tmp_path, text, limit_s=5), tmp_path).status == TIMED_OUT
+    child = Path("/proc", (tmp_path / "out" / "child").read_text(), "status")
+    assert not child.exists() or "State:\tZ" in child.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "seconds", "reason"),
+    [
+        ({"needs_gpu": True}, 60, "no GPU"),
+        ({"tool": "no-such-tool"}, 60, "no no-such-tool"),
+        ({}, 1, "no time left"),
+    ],
+)
+def test_a_stage_that_cannot_run_says_why(tmp_path, monkeypatch, changes, seconds, reason):
+    monkeypatch.setattr(machine, "describe", lambda *args: {"capability": None, "python": "3"})
+    outcome = outcome_of(script(tmp_path, "", **changes), tmp_path, seconds)
+    assert (outcome.status, outcome.details) == (SKIPPED, reason)
+
+
+def test_only_everything_passed_is_success():
+    passed = Outcome("a", PASSED, 1.0)
+    assert exit_code([passed, passed]) == 0
+    for status in (FAILED, TIMED_OUT, SKIPPED):
+        assert exit_code([passed, Outcome("b", status, 1.0)]) == 1
+    assert exit_code([]) == 1
+
+
+def test_table_of_made_up_results():
+    found = {"gpu": "A GPU", "driver": "580", "torch": "2.11.0", "commit": "abc", "vllm": None}
+    text = table(found, [Outcome("build", PASSED, 31.5, "fine"), Outcome("bench", SKIPPED, 0.0)])
+    assert text.splitlines()[0] == "A GPU; driver 580, torch 2.11.0; commit abc"
+    assert "build      passed       31.5  fine" in text
+    assert text.endswith("NOT PASSED")
+
+
+def test_what_stages_wrote_is_summed_up(tmp_path):
+    line = {"provider": "ems_vllm", "length": 32768, "num_rows": 1, "of_target": 1.2}
+    lines = [line, {**line, "of_target": 0.9}, {**line, "of_target": None}, {**line, "length": 4}]
+    (tmp_path / "ops.json").write_text(json.dumps({"lines": lines}))
+    assert details_of("bench", tmp_path) == "4 timings; at 32k, 1 of 2 targets met"
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>'
+    )
+    assert details_of("tests", tmp_path) == "9 tests, 2 failed, 2 skipped"
+    assert "cannot be read" in details_of("graphs", tmp_path)
+    assert details_of("build", tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch"), [([8, 0], "8.0"), ([8, 9], "8.9"), ([9, 0], "9.0a"), ([10, 0], "10.0a")]
+)
+def test_the_extension_is_built_for_the_gpu_there(capability, arch):
+    assert machine.arch_of(capability) == arch
+
+
+def test_operators_exercised_for_the_sanitizer_are_correct():
+    command = [sys.executable, "benchmarks/gpu/exercise.py", "--device", "cpu"]
+    for tool in ("memcheck", "racecheck"):
+        done = subprocess.run([*command, "--only", tool], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_serving_compares_dense_and_compressed(tmp_path):
+    """The real engine, a tiny model, on this machine's CPU."""
+    out = tmp_path / "serving.json"
+    command = [sys.executable, "benchmarks/gpu/serving.py", "--out", str(out)]
+    options = ["--size", "tiny", "--device", "cpu"]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["tokens_identical"]
+    assert report["wrong"] == []
+    dense, ems = (report["runs"][name] for name in ("dense", "ems"))
+    assert ems["compactions"] > 0
+    assert ems["tight"]["peak_blocks"] <= dense["tight"]["peak_blocks"]
+    assert "tokens identical; peak blocks" in details_of("serving", tmp_path)
