@@ -79,6 +79,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
+def attend(q: Tensor, k: Tensor, v: Tensor, chunk: int = 256) -> Tensor:
+    """Causal attention with grouped heads.
+
+    On a CPU in bf16, products over blocks of queries take half the time of SDPA's kernel, most of
+    whose time goes into the backward pass.
+
+    Args:
+        q: [B, H, T, D].
+        k: [B, G, T, D] with G dividing H.
+        v: [B, G, T, D].
+        chunk: Queries per block.
+
+    Returns:
+        [B, H, T, D].
+    """
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    b, h, t, d = q.shape
+    g = k.shape[1]
+    group = h // g
+    k, v = k.reshape(b * g, t, d), v.reshape(b * g, t, d)
+    future = torch.full((chunk, chunk), float("-inf"), dtype=q.dtype).triu(1)
+    found = []
+    for start in range(0, t, chunk):
+        stop = min(start + chunk, t)
+        n = stop - start
+        rows = q[:, :, start:stop].reshape(b * g, group * n, d)
+        mask = F.pad(future[:n, :n], (start, 0)).repeat(group, 1)[None]
+        scores = torch.baddbmm(mask, rows, k[:, :stop].mT, alpha=d**-0.5)
+        found.append((scores.softmax(-1) @ v[:, :stop]).view(b, h, n, d))
+    return torch.cat(found, 2)
+
+
 class Attention(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
@@ -96,7 +129,7 @@ class Attention(nn.Module):
         qkv = qkv.view(b, t, -1, c.head_dim).transpose(1, 2)
         qk, v = qkv.split([c.heads + c.kv_heads, c.kv_heads], 1)
         q, k = rotate(qk, cos, sin).split([c.heads, c.kv_heads], 1)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out = attend(q, k, v)
         return self.o_proj(out.transpose(1, 2).reshape(b, t, -1))
 
 

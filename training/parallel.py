@@ -6,6 +6,8 @@ step, which matters most on a machine that has other work.
 """
 
 import os
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,4 +75,6 @@ def launch(workers: int, out: Path, run: Callable[..., None], args: tuple) -> No
         return
     meeting = (out / "meeting").resolve()
     meeting.unlink(missing_ok=True)
-    mp.spawn(_entry, (workers, str(meeting), run, args), nprocs=workers)
+    # Ended by a signal, this process must still take the others with it.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    mp.spawn(_entry, (workers, str(meeting), run, args), nprocs=workers, daemon=True)

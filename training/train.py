@@ -197,7 +197,7 @@ def run(trainer: Trainer, out: Path, minutes: float | None) -> None:
                 print(json.dumps(line), file=log, flush=True)
                 bar.update(task, description=f"answers {means['right']:.1%} right")
                 sums = {}
-            if main and time.monotonic() - saved > 120:
+            if main and time.monotonic() - saved > 60:
                 trainer.save(out / "checkpoint.pt")
                 saved = time.monotonic()
     if main:

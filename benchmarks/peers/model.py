@@ -85,7 +85,7 @@ class Model:
         # Any press keeps everything at ratio 0.
         name = "knorm" if method.press == FULL else method.press
         prompt_len = len(prompt.prompt_token_ids)
-        entries = method.entries(prompt.length, prompt_len)
+        entries = method.entries(prompt.budget_length, prompt_len)
         # Every prompt draws entries of its own.
         return build(name, PressOptions.of(entries, prompt_len, seed + prompt.index))
 

@@ -42,6 +42,12 @@ class PromptLine(_Line):
     choices: tuple[str, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
+    natural_length: int | None = None
+
+    @property
+    def budget_length(self) -> int:
+        """Tokens that a budget's fraction is a fraction of."""
+        return self.length if self.natural_length is None else self.natural_length
 
     @classmethod
     def of(cls, sample: Sample) -> PromptLine:

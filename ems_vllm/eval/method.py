@@ -32,7 +32,7 @@ class Method:
         """What a request of this sample asks for; None where the budget is too small for it.
 
         Args:
-            sample: Its nominal length decides about the budget.
+            sample: Its length decides about the budget.
             prompt_len: Tokens of the request's prompt.
             server: Of all servers.
         """
@@ -51,7 +51,7 @@ class Method:
 
     def _total(self, sample: Sample, server: ServerSettings) -> int:
         """Entries right after a compression."""
-        total = self.budget.total(sample.length)
+        total = self.budget.total(sample.budget_length)
         assert total is not None
         if sample.written_token_ids:
             # A request that writes holds so many more before it is compressed again.

@@ -39,6 +39,7 @@ class Sample:
         written_token_ids: What the model is made to write before its answer, after the prompt.
         continuation_token_ids: For teacher forcing, the tokens that follow the prompt.
         continuation_bytes: Length of their text in UTF-8.
+        natural_length: Tokens of prompt and answer where there was not enough to fill `length`.
     """
 
     task: str
@@ -56,6 +57,12 @@ class Sample:
     written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
+    natural_length: int | None = None
+
+    @property
+    def budget_length(self) -> int:
+        """Tokens that a budget's fraction is a fraction of."""
+        return self.length if self.natural_length is None else self.natural_length
 
     @property
     def key(self) -> Key:

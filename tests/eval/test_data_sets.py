@@ -59,6 +59,7 @@ def test_squad_question_comes_with_its_document_and_as_many_others_as_fit(tokeni
 def test_all_documents_and_no_more(tokenizer, squad):
     sample = TASKS.get("qa_1")(squad).sample(Key("qa_1", 20000, 0, 0), tokenizer)
     assert sample.prompt.count("Document ") == 40
+    assert sample.budget_length == len(sample.prompt_token_ids) + sample.max_tokens < 20000
 
 
 def test_a_seed_goes_through_all_questions(tokenizer, squad):
@@ -90,6 +91,8 @@ def test_longbench_prompt_is_the_benchmark_s_and_is_cut_in_the_middle(tokenizer,
     for sample in (long, short):
         assert sample.prompt.startswith("You are given a scientific article and a question.")
         assert sample.prompt.endswith("Question: Why?\n\nAnswer:")
+    assert (long.natural_length, long.budget_length) == (None, 1000)
+    assert short.budget_length == len(short.prompt_token_ids) + 128 < 1000
     assert "w1999\n" in long.prompt
     assert "w1000" not in long.prompt
     assert "Article: short\n" in short.prompt

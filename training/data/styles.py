@@ -112,6 +112,14 @@ OPENERS = [
     "Some important facts are hidden in a long text. Find them.",
     "You are given a text. Answer the question at its end.",
     "The {noun}s below will be needed later.",
+    # The words that the question will repeat, with no value behind them.
+    "A {what} is hidden somewhere in the pages that follow. I will ask for the {what} later.",
+    "Some {what}s are kept in this text. Learn them, for I shall ask about the {what}s at the end.",
+    "A {what} is written in what follows. Make sure to keep it in mind.",
+    "The {what} is asked for at the end of this text, so note every {what} that you see.",
+    "There is a {what} in the document. The {what} is what I want to know.",
+    "One {what} is mentioned below. Please read with care, a quiz about the {what} will follow.",
+    "Each {what} is a value that belongs to a name; look for every {what} and learn it.",
 ]
 
 
@@ -154,8 +162,29 @@ def _phrase(rng: Rng) -> str:
     return f"{rng.choice(ADJECTIVES)} {noun}" if rng.random() < 0.6 else noun
 
 
+def _where(rng: Rng, words: list[str]) -> str:
+    """What stands between a key and its value in a question; nothing, or as far as nine words.
+
+    Random words half of the time, so that the key is found by what it is and not by its distance.
+    """
+    if rng.random() < 0.3:
+        return ""
+    if rng.random() < 0.5:
+        return rng.choice(WHERE)
+    small = rng.choices(
+        ["the", "in", "of", "a", "that", "which", "was", "to", "by", "on", "from"], k=3
+    )
+    picked = rng.sample(words, 4) + small
+    rng.shuffle(picked)
+    return " " + " ".join(picked[: rng.randint(1, 7)]) + rng.choice(["", rng.choice(WHERE)])
+
+
 def _opener(rng: Rng, noun: str) -> str:
-    return rng.choice(OPENERS).replace("{noun}", noun) + "\n" if rng.random() < 0.5 else ""
+    """An introduction, or none; `noun` may be a phrase, of which the last word is the noun."""
+    if rng.random() < 0.4:
+        return ""
+    text = rng.choice(OPENERS)
+    return text.replace("{noun}", noun.split()[-1]).replace("{what}", noun) + "\n"
 
 
 def prose(rng: Rng, words: list[str]) -> Style:
@@ -163,7 +192,7 @@ def prose(rng: Rng, words: list[str]) -> Style:
     what = _phrase(rng)
     if rng.random() < 0.3:  # any words may take the place of the usual ones
         what = " ".join(rng.sample(words, rng.randint(1, 3)))
-    rel, cop, where = rng.choice(RELATIONS), rng.choice(COPULAS), rng.choice(WHERE)
+    rel, cop, where = rng.choice(RELATIONS), rng.choice(COPULAS), _where(rng, words)
     quote = rng.choice(["", "", "", "", '"', "'"])
     many = what + ("s" if rng.random() < 0.9 else "")
     lead = rng.choice(["The", "The", "The", "One of the", "Note: the",
@@ -179,7 +208,7 @@ def prose(rng: Rng, words: list[str]) -> Style:
     full = f"{what} {rel} {quote}{{key}}{quote}"
     body = body.replace("{key}", f"{quote}{{key}}{quote}")
     ask_cop = rng.choice([" is", " is", " is", cop, cop, ":", " is:"])
-    answer_leads = [f" The {full}{where}{ask_cop}", f" The {full}{ask_cop}", f"{body}{cop}"]
+    answer_leads = [f" The {full}{where}{ask_cop}", f" The {full}{where}{ask_cop}", f"{body}{cop}"]
     questions = [
         f"\nWhat is the {full}{where}?",
         f"\nWhat is the {full}?",
@@ -218,8 +247,11 @@ def table(rng: Rng, words: list[str]) -> Style:
     value_lead, tail = (" ", "") if not left else ("", right)
     body = f"{sep} {label}{'' if value_lead == ' ' else lead}"
     full = f"{start}{body}"
+    where, opening = _where(rng, words), lead if left else ""
     asks = [
         f"\n{full}",
+        f"\nWhat is in {start}?{where}. The {left}{name}{right} in {start} is{opening}",
+        f"\nTell me about {start}{where}: {name}{opening}",
         f"\nQuestion: what is in {start}?\nAnswer: {full}",
         f"\nTell me the {left}{name}{right} of {start}. The {left}{name}{right} of {start} is",
         f"\nWhat does {start} say? I want the value. {start[0].upper() + start[1:]} says",
@@ -228,7 +260,7 @@ def table(rng: Rng, words: list[str]) -> Style:
     ]
     queries = []
     for ask in rng.sample(asks, rng.choice([1, 1, 2])):
-        closed = ask.endswith(full) or ask.endswith("has" + lead)
+        closed = bool(left) and ask.endswith(lead)
         spaced = value_lead == " " or not closed
         queries.append((ask, " " if spaced else "", "\n" if spaced else tail))
     glue = "\n"
@@ -252,9 +284,18 @@ def mapping(rng: Rng, words: list[str]) -> Style:
         (f"\n{q}{{key}}{q} ->", " ", "\n"),
         (f"\nThe value of {q}{{key}}{q} is {q}", "", q),
     ]
+    word, other = rng.choice(words), " ".join(rng.sample(words, rng.randint(1, 2)))
+    where = _where(rng, words)
+    asks += [
+        (f"\n\n{word.title()}: {q}{{key}}{q}\n{other.capitalize()}: {q}", "", q),
+        (f"\n{word}: {q}{{key}}{q}\n{other}: {q}", "", q),
+        (f"\n{q}{{key}}{q}{where}: {q}", "", q),
+        (f"\nThe value for {q}{{key}}{q}{where} is {q}", "", q),
+    ]
     left, right = rng.choice(["{}", "{}", "[]", "()"])
     opener = rng.choice(["", "", "Here are keys and values.\n", "Dictionary:\n", "Data: ",
-                         "A mapping follows, find a value in it.\n", "config = "])  # fmt: skip
+                         f"Take the value of a key out of this {word}.\n\n{word}:\n",
+                         "config = "])  # fmt: skip
     return Style(opener, glue, f"{q}{{key}}{q}", f"{colon}{q}", q, rng.sample(asks, 2),
                  open=left, close=right + "\n", filler=False)  # fmt: skip
 

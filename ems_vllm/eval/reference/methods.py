@@ -47,11 +47,11 @@ class Method:
         """What a request with this prompt asks for; None where the budget has no room for it.
 
         Args:
-            prompt: Its nominal length decides about the budget.
+            prompt: Its length decides about the budget.
             config: The server's.
             block_size: The server's.
         """
-        total = self.budget.total(prompt.length)
+        total = self.budget.total(prompt.budget_length)
         if self.recipe == FULL or total is None:
             return RequestOptions(enabled=False)
         # As for a server, by the cell: some of its prompts might have room, others not.

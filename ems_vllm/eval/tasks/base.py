@@ -125,10 +125,10 @@ class Task(ABC):
             build: The question of a given size; the same size gives the same question.
             minimum, maximum: Smallest and largest size; there is no largest if it is None.
         """
-        _, question, prompt, token_ids = self.largest(
+        size, question, prompt, token_ids = self.largest(
             key, tokenizer.encode, build, self.num_new_tokens, minimum, maximum, tokenizer.render
         )
-        return self.finished(key, question, prompt, token_ids)
+        return self.finished(key, question, prompt, token_ids, is_all=size == maximum)
 
     @staticmethod
     def largest(
@@ -154,8 +154,20 @@ class Task(ABC):
             raise too_short(key, len(encoded[minimum][2]) + reserved)
         return (size, *encoded[size])
 
-    def finished(self, key: Key, question: Question, prompt: str, token_ids: list[int]) -> Sample:
-        """A sample from a question and its encoded prompt."""
+    def finished(
+        self,
+        key: Key,
+        question: Question,
+        prompt: str,
+        token_ids: list[int],
+        *,
+        is_all: bool = False,
+    ) -> Sample:
+        """A sample from a question and its encoded prompt.
+
+        Args:
+            is_all: There was no more to fill the length with.
+        """
         return Sample(
             task=key.task,
             length=key.length,
@@ -168,6 +180,7 @@ class Task(ABC):
             references=question.references,
             stop=(*self.stop, *self.options.stop),
             choices=question.choices,
+            natural_length=len(token_ids) + self.num_new_tokens if is_all else None,
         )
 
 

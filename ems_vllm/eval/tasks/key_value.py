@@ -46,4 +46,4 @@ class KeyValueRetrieval75(KeyValueRetrieval):
         token_ids = tokenizer.encode(prompt)
         if len(token_ids) + self.num_new_tokens > key.length:
             raise too_short(key, len(token_ids) + self.num_new_tokens)
-        return self.finished(key, question, prompt, token_ids)
+        return self.finished(key, question, prompt, token_ids, is_all=True)

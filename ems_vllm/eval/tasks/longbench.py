@@ -65,10 +65,10 @@ class LongBenchTask(Task):
         def render(text: str, answer_prefix: str) -> str:
             return tokenizer.render(text) if self.is_chat else tokenizer.render_plain(text)
 
-        _, question, prompt, encoded = self.largest(
+        size, question, prompt, encoded = self.largest(
             key, tokenizer.encode, build, self.num_new_tokens, 2, len(token_ids), render
         )
-        return self.finished(key, question, prompt, encoded)
+        return self.finished(key, question, prompt, encoded, is_all=size == len(token_ids))
 
 
 @functools.cache
