@@ -102,7 +102,7 @@ peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PE
 
 clean: ## remove what was built; .venv/ stays
 	rm -rf build dist *.egg-info .gpu .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf models/ems-* $(DONE)/extension $(DONE)/emulation $(DONE)/models
+	rm -rf models/ems-tiny models/ems-tiny-qwen3 $(DONE)/extension $(DONE)/emulation $(DONE)/models
 	find ems_vllm -name '*.so' -delete
 
 $(DONE)/venv:

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import maximum, where
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,8 +29,17 @@ class EMSScorer(Scorer):
 
     The maximum keeps what the whole prompt looked at as well as what the end of it looks at.
     Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
-    global score of an entry grows by the attention of the recorded queries (ours).
+    global score of an entry grows by the attention of the recorded queries (ours). Pooling is
+    SnapKV's idea, with a maximum (ours): what stands beside an attended entry is often needed next.
     """
+
+    kernel_size: Annotated[int, Field(ge=1, le=63)] = 1
+    """Width of the pooling over neighbouring entries, odd; 1 switches it off."""
+
+    pooling: Pooling = "max"
+    """How scores are pooled: max or avg."""
+
+    _odd = field_validator("kernel_size")(odd)
 
     sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
     """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
@@ -52,7 +62,7 @@ class EMSScorer(Scorer):
         carry = context.accumulated_scores()
         carry = where(context.is_decode[None, :, None, None], carry + window, carry)
         weights = maximum(carry * _mean_ratio(window, carry), window)
-        return Scores(weights, carry)
+        return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
 
 
 def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores that carry over to neighbouring entries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
+
+from torch import where
+from torch.nn.functional import avg_pool1d, max_pool1d
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Pooling = Literal["avg", "max"]
+
+
+def odd(value: int) -> int:
+    """Checks the width of a kernel that has a centre.
+
+    Raises:
+        ValueError: it is even.
+    """
+    if value % 2 == 0:
+        raise ValueError(f"the kernel has a centre; use {value - 1} or {value + 1}")
+    return value
+
+
+def pool(scores: Tensor, is_entry: Tensor, kernel_size: int, pooling: Pooling) -> Tensor:
+    """The mean or the maximum of scores over the entries under a kernel.
+
+    A row's result does not depend on how much longer another row of the batch is.
+
+    Args:
+        scores: [num_layers, num_rows, num_kv_heads, max_entries], float32, >= 0, 0 beyond the
+            entries of a row.
+        is_entry: [1, num_rows, 1, max_entries], bool.
+        kernel_size: Width of the kernel, odd; 1 leaves the scores as they are.
+    Returns:
+        Like scores.
+    """
+    if kernel_size == 1:
+        return scores
+    if pooling == "max":
+        pooled = _pooled(scores, max_pool1d, kernel_size)
+    else:
+        share = _pooled(is_entry[:, :, 0].float(), avg_pool1d, kernel_size)[:, :, None]
+        pooled = _pooled(scores, avg_pool1d, kernel_size) / share
+    return where(is_entry, pooled, 0.0)
+
+
+def _pooled(values: Tensor, operation: Callable[..., Tensor], kernel_size: int) -> Tensor:
+    """Over the last dimension; nothing beyond its ends."""
+    flat = values.flatten(0, -2).unsqueeze(1)
+    return operation(flat, kernel_size, stride=1, padding=kernel_size // 2).view_as(values)
