@@ -7,12 +7,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
 from torch import where
-from torch.nn.functional import avg_pool1d, max_pool1d
+from torch.nn.functional import avg_pool1d, max_pool1d, pad
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Pooling = Literal["avg", "max"]
+Pooling = Literal["avg", "max", "forward"]
 
 
 def odd(value: int) -> int:
@@ -27,7 +27,11 @@ def odd(value: int) -> int:
 
 
 def pool(scores: Tensor, is_entry: Tensor, kernel_size: int, pooling: Pooling) -> Tensor:
-    """The mean or the maximum of scores over the entries under a kernel.
+    """Scores pooled over the entries under a kernel.
+
+    "avg" and "max" take the mean or the maximum of an entry and its neighbours on both sides,
+    "forward" (ours) the maximum of an entry and those before it: an attended entry keeps what
+    follows it, which is what a model that copies reads next.
 
     A row's result does not depend on how much longer another row of the batch is.
 
@@ -43,6 +47,9 @@ def pool(scores: Tensor, is_entry: Tensor, kernel_size: int, pooling: Pooling) -
         return scores
     if pooling == "max":
         pooled = _pooled(scores, max_pool1d, kernel_size)
+    elif pooling == "forward":
+        flat = pad(scores.flatten(0, -2).unsqueeze(1), (kernel_size - 1, 0))
+        pooled = max_pool1d(flat, kernel_size, stride=1).view_as(scores)
     else:
         share = _pooled(is_entry[:, :, 0].float(), avg_pool1d, kernel_size)[:, :, None]
         pooled = _pooled(scores, avg_pool1d, kernel_size) / share

@@ -37,7 +37,7 @@ class EMSScorer(Scorer):
     """Width of the pooling over neighbouring entries, odd; 1 switches it off."""
 
     pooling: Pooling = "max"
-    """How scores are pooled: max or avg."""
+    """How: avg, max, or forward, the maximum over an entry and those before it (ours)."""
 
     _odd = field_validator("kernel_size")(odd)
 
