@@ -121,12 +121,21 @@ class LayerBinding:
         self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
         self._scores = None if tensors.scores is None else tensors.scores[index]
 
-    def observe(self, query: torch.Tensor, kv_cache: torch.Tensor) -> None:
+    @property
+    def scores_queries(self) -> bool:
+        """Whether the batch holds prompt queries that this layer accumulates."""
+        return self._scores is not None and self._binding.score_rows is not None
+
+    def observe(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, lse: torch.Tensor | None = None
+    ) -> None:
         """Record and score the queries of a batch.
 
         Args:
             query: [num_tokens, num_heads, head_size] - after RoPE, as attention saw it.
             kv_cache: The layer's cache, with the keys of this batch already written.
+            lse: [num_scored_tokens, num_heads], float32, or None - log of the softmax denominators
+                that attention computed, sinks left out; computed again where there is none.
         """
         if self._ring is not None:
             ops.record_queries(query, self._ring_slots[: query.shape[0]], self._ring)
@@ -134,7 +143,7 @@ class LayerBinding:
         if rows is not None and self._scores is not None:
             key_cache, _ = split_kv(kv_cache, self._num_kv_heads)
             ops.score_queries(
-                query,
+                query if lse is None else query[: lse.shape[0]],
                 key_cache,
                 rows.block_table,
                 rows.query_starts,
@@ -142,7 +151,7 @@ class LayerBinding:
                 rows.seq_lens,
                 rows.accumulate_lens,
                 rows.score_table,
-                None,
+                lse,
                 self._scale,
                 self._global_stride,
                 self._scores,

@@ -3,7 +3,14 @@
 
 from collections.abc import Iterable
 
-from ems_vllm.patches import async_llm, engine_args, input_processor, kv_cache_manager, scheduler
+from ems_vllm.patches import (
+    async_llm,
+    engine_args,
+    flash_attn,
+    input_processor,
+    kv_cache_manager,
+    scheduler,
+)
 from ems_vllm.patches.record import Patch
 
 PATCHES: tuple[Patch, ...] = (
@@ -12,6 +19,7 @@ PATCHES: tuple[Patch, ...] = (
     *async_llm.PATCHES,
     *kv_cache_manager.PATCHES,
     *scheduler.PATCHES,
+    *flash_attn.PATCHES,
 )
 
 

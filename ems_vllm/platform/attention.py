@@ -120,7 +120,15 @@ class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetad
 
 
 class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
-    """scaled_dot_product_attention over K/V gathered from the paged cache."""
+    """scaled_dot_product_attention over K/V gathered from the paged cache.
+
+    Attributes:
+        keep_softmax_lse: Whether `forward` keeps the log of its softmax denominators.
+        softmax_lse: [num_tokens, num_heads], float32 - what it kept, attention sinks left out.
+    """
+
+    keep_softmax_lse = False
+    softmax_lse: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -203,14 +211,28 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
             return output.fill_(0)
         grouped = (-1, self.num_kv_heads, self.num_queries_per_kv, self.head_size)
         query, out = query.view(grouped), output.view(grouped)
+        lse = None
+        if self.keep_softmax_lse:
+            lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         for call in attn_metadata.calls(self.sliding_window):
-            out[call.tokens] = self._attend(query[call.tokens], kv_cache, call)
+            out[call.tokens], call_lse = self._attend(query[call.tokens], kv_cache, call)
+            if lse is not None and call_lse is not None:
+                lse[call.tokens] = call_lse
+        self.softmax_lse = None if lse is None else lse.flatten(1)
         return output
 
     def _attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, call: AttentionCall
-    ) -> torch.Tensor:
-        """One call; query and result: [tokens, num_kv_heads, num_queries_per_kv, head_size]."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One call.
+
+        Args:
+            query: [tokens, num_kv_heads, num_queries_per_kv, head_size].
+
+        Returns:
+            Output, shaped as the query; the log of its softmax denominators, less the last
+            dimension, or None where nobody asked.
+        """
         kv = kv_cache[call.block_ids, :, call.block_offsets].to(query.dtype)
         k, v = kv.transpose(1, 2).split(self.head_size, dim=-1)
         if call.query_len == 1:
@@ -219,15 +241,18 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         # One request: kv heads are the batch, and strides of 0 repeat K/V for the group.
         shape = (-1, self.num_queries_per_kv, -1, -1)
         k, v = k[0, :, None].expand(shape), v[0, :, None].expand(shape)
-        return self._sdpa(query.permute(1, 2, 0, 3), k, v, call).permute(2, 0, 1, 3)
+        out, lse = self._sdpa(query.permute(1, 2, 0, 3), k, v, call)
+        return out.permute(2, 0, 1, 3), None if lse is None else lse.permute(2, 0, 1)
 
     def _sdpa(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttentionCall
-    ) -> torch.Tensor:
-        if self.sinks is None and self.logits_soft_cap is None:
-            return F.scaled_dot_product_attention(
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        keeps_lse = self.keep_softmax_lse or self.sinks is not None
+        if not keeps_lse and self.logits_soft_cap is None:
+            out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
             )
+            return out, None
         if self.logits_soft_cap is None:
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                 q, k, v, attn_mask=call.mask, is_causal=call.is_causal, scale=self.scale
@@ -236,12 +261,12 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
             logits = (q.float() @ k.float().transpose(-1, -2)) * self.scale
             out, lse = _soft_capped(logits, v, call, self.logits_soft_cap)
         if self.sinks is None:
-            return out
+            return out, lse
         # A sink adds exp(sink) to the softmax's denominator, which is exp(lse) without it.
         sinks = self.sinks.view(self.num_kv_heads, self.num_queries_per_kv)
         if call.query_len > 1:
             sinks = sinks[..., None]
-        return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype)
+        return out * torch.sigmoid(lse - sinks)[..., None].to(out.dtype), lse
 
 
 def _soft_capped(

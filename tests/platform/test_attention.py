@@ -66,8 +66,23 @@ CASES = {
 }
 
 
-def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Results of the backend and of the naive computation, [num_tokens, num_heads, head_size]."""
+@dataclass
+class Result:
+    """Attention and the log of its softmax denominators without sinks.
+
+    Attributes:
+        out: [num_tokens, num_heads, head_size].
+        lse: [num_tokens, num_heads], float32.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+
+
+def run_backend(
+    case: Case, batch: list[tuple[int, int]], keep_softmax_lse: bool = False
+) -> tuple[Result, Result]:
+    """Results of the backend and of the naive computation."""
     torch.manual_seed(0)
     seq_lens = [computed + queries for computed, queries in batch]
     num_tokens = sum(queries for _, queries in batch)
@@ -91,8 +106,9 @@ def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor,
         logits_soft_cap=case.soft_cap,
         sinks=sinks,
     )
+    impl.keep_softmax_lse = keep_softmax_lse
     query = torch.randn(num_tokens, case.num_heads, HEAD_SIZE, dtype=case.dtype)
-    expected = torch.empty_like(query)
+    expected = Result(torch.empty_like(query), torch.empty(num_tokens, case.num_heads))
     row = 0
     slot_mapping = []
     for blocks, (computed, queries) in zip(block_table, batch, strict=True):
@@ -104,7 +120,9 @@ def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor,
         impl.do_kv_cache_update(None, keys, values, cache, slots)
         slot_mapping.append(slots[computed:])
         for position in range(computed, seq_len):
-            expected[row] = naive(query[row], keys, values, position, case, sinks)
+            expected.out[row], expected.lse[row] = naive(
+                query[row], keys, values, position, case, sinks
+            )
             row += 1
 
     query_start_loc = torch.tensor([0] + [queries for _, queries in batch]).cumsum(0).int()
@@ -129,7 +147,7 @@ def run_backend(case: Case, batch: list[tuple[int, int]]) -> tuple[torch.Tensor,
     output = torch.full((num_tokens, case.num_heads * HEAD_SIZE), float("nan"), dtype=case.dtype)
     result = impl.forward(None, query, None, None, cache, metadata, output)
     assert result is output
-    return output.view_as(expected), expected
+    return Result(output.view_as(query), impl.softmax_lse), expected
 
 
 def naive(
@@ -139,9 +157,10 @@ def naive(
     position: int,
     case: Case,
     sinks: torch.Tensor | None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     first = max(0, position + 1 - (case.sliding_window or position + 1))
     out = torch.empty(query.shape, dtype=torch.float64)
+    lse = torch.empty(case.num_heads, dtype=torch.float64)
     for head in range(case.num_heads):
         kv_head = head // (case.num_heads // case.num_kv_heads)
         k = keys[first : position + 1, kv_head].double()
@@ -152,20 +171,30 @@ def naive(
         weights = logits.exp()
         denominator = weights.sum() + (sinks[head].double().exp() if sinks is not None else 0)
         out[head] = weights @ v / denominator
-    return out
+        lse[head] = weights.sum().log()
+    return out, lse
 
 
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_naive_attention(case: Case, batch: list[tuple[int, int]]) -> None:
-    output, expected = run_backend(case, batch)
-    torch.testing.assert_close(output, expected, **TOLERANCE[case.dtype])
+    result, expected = run_backend(case, batch)
+    torch.testing.assert_close(result.out, expected.out, **TOLERANCE[case.dtype])
+    assert result.lse is None
+
+
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_keeps_the_softmax_lse_when_asked(case: Case, batch: list[tuple[int, int]]) -> None:
+    result, expected = run_backend(case, batch, keep_softmax_lse=True)
+    torch.testing.assert_close(result.out, expected.out, **TOLERANCE[case.dtype])
+    torch.testing.assert_close(result.lse, expected.lse, **TOLERANCE[case.dtype])
 
 
 def test_decodes_that_exceed_the_gather_limit_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_plan, "_MAX_GATHERED_ENTRIES", 100)
-    output, expected = run_backend(Case(), [(45, 1)] * 5)
-    torch.testing.assert_close(output, expected, **TOLERANCE[torch.float32])
+    result, expected = run_backend(Case(), [(45, 1)] * 5)
+    torch.testing.assert_close(result.out, expected.out, **TOLERANCE[torch.float32])
 
 
 def test_decodes_of_similar_length_share_a_call() -> None:

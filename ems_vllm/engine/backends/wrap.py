@@ -12,7 +12,9 @@ if TYPE_CHECKING:
     from ems_vllm.engine.runtime import GroupBinding, LayerBinding
 
 
-def wrap_backend(base: type[AttentionBackend], module: str) -> type[AttentionBackend]:
+def wrap_backend(
+    base: type[AttentionBackend], module: str, impl_cls: type[Any] | None = None
+) -> type[AttentionBackend]:
     """A subclass of `base` that keeps its name and kernels.
 
     Until a binding is set (profiling before the cache exists, layers that are not compressed) the
@@ -21,9 +23,10 @@ def wrap_backend(base: type[AttentionBackend], module: str) -> type[AttentionBac
     Args:
         base: Backend of vLLM or of this package's CPU platform.
         module: Name of the module in which the result is defined.
+        impl_cls: Implementation to wrap instead of the backend's own.
     """
     name = f"Compressed{base.__name__}"
-    impl = _wrap_impl(base.get_impl_cls(), module)
+    impl = _wrap_impl(impl_cls or base.get_impl_cls(), module)
     builder = _wrap_builder(base.get_builder_cls(), module)
     return type(
         name,
@@ -60,6 +63,9 @@ def _wrap_builder(base: type[Any], module: str) -> type[Any]:
 def _wrap_impl(base: type[Any], module: str) -> type[Any]:
     class CompressedImpl(base):
         compression: LayerBinding | None = None
+        # An implementation that can, keeps the log of its softmax denominators here when asked to.
+        keep_softmax_lse = False
+        softmax_lse: torch.Tensor | None = None
 
         def forward(
             self,
@@ -72,12 +78,14 @@ def _wrap_impl(base: type[Any], module: str) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
+            self.keep_softmax_lse = self.compression is not None and self.compression.scores_queries
             result = super().forward(
                 layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
             )
             # No metadata: a profiling run, whose cache holds nothing.
             if self.compression is not None and attn_metadata is not None:
-                self.compression.observe(query, kv_cache)
+                self.compression.observe(query, kv_cache, self.softmax_lse)
+                self.softmax_lse = None
             return result
 
     return _named(CompressedImpl, base, module)

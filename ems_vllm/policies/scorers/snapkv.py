@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, field_validator
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
-from ems_vllm.policies.pooling import odd, pool
+from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -24,7 +24,10 @@ class SnapKVScorer(Scorer):
     """
 
     kernel_size: Annotated[int, Field(ge=1, le=63)] = 5
-    """Width of the average pooling, odd; 1 switches it off."""
+    """Width of the pooling over neighbouring entries, odd; 1 switches it off."""
+
+    pooling: Pooling = "avg"
+    """avg (the paper's), max, or forward, the maximum over an entry and those before it (ours)."""
 
     _odd = field_validator("kernel_size")(odd)
 
@@ -34,4 +37,4 @@ class SnapKVScorer(Scorer):
 
     def score(self, context: CompactionContext) -> Scores:
         weights = context.window_scores()
-        return Scores(pool(weights, context.is_entry, self.kernel_size, "avg"))
+        return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling))
