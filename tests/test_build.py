@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import ems_vllm
+from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(ems_vllm.__file__).parent / "_ops.abi3.so"
@@ -168,3 +169,9 @@ def test_cuda_that_is_demanded_but_missing_is_an_error(monkeypatch, tmp_path):
         nvcc.find_toolkit()
     monkeypatch.delenv("EMS_CUDA")
     assert nvcc.find_toolkit() is None
+
+
+def test_engine_keeps_the_scratch_memory_of_kernels_free():
+    source = (ROOT / "csrc" / "launchers.h").read_text()
+    (limit,) = re.findall(r"kMaxScratchBytes = (\d+) << 20;", source)
+    assert int(limit) << 20 == KERNEL_SCRATCH_BYTES

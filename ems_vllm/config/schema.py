@@ -78,7 +78,8 @@ class KVCompressionConfig(BaseModel):
         prefix_score_tokens: Capacity, in tokens, of the private scores for prefixes that came
             from the prefix cache; None derives it from max_model_len and
             max_num_batched_tokens. A hit that finds no room is shortened, never wrong.
-        workspace_mib: Upper bound of the compaction's scratch memory, in MiB.
+        workspace_mib: Upper bound of a compaction's scores, in MiB. What kernels need beside them
+            (32 MiB) and this are kept free when the KV cache is sized.
         scorer, allocator, selector, merger: The four choices of a policy.
     """
 

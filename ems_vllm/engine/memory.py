@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig
 
 _FLOAT32 = 4
+# What one operator allocates on a GPU at most: kMaxScratchBytes of csrc/launchers.h.
+KERNEL_SCRATCH_BYTES = 32 << 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Footprint:
 
     def fixed_bytes(self, specs: Mapping[str, KVCacheSpec]) -> int:
         """Bytes that do not depend on the number of blocks."""
-        total = self.config.workspace_mib << 20
+        total = (self.config.workspace_mib << 20) + KERNEL_SCRATCH_BYTES
         for name, spec in _compressed(specs).items():
             if self.config.scorer.uses_window:
                 row = self.config.obs_window * self.num_heads[name] * spec.head_size
