@@ -151,6 +151,7 @@ class Compactor:
                 ]
             ),
             end_positions=ints([item.request.num_computed for item in wave]),
+            key_scales=None if tensors.key_scales is None else tensors.key_scales[stack.layers],
         )
 
     def _live_columns(self, item: DueRequest) -> list[int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError
+from ems_vllm.engine.cache_scales import FLOAT8_CACHES
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -25,6 +26,9 @@ WORKERS = {
         "ems_vllm.engine.workers.cpu.CompressedCPUWorker"
     ),
 }
+
+# vLLM's names of caches that are not quantised.
+_PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,11 @@ def covers(arch: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
+def _cache_without_kernels(config: VllmConfig) -> str | None:
+    dtype = config.cache_config.cache_dtype
+    return None if dtype in (*_PLAIN_CACHES, *FLOAT8_CACHES) else dtype
+
+
 def _mixed_full_graphs(config: VllmConfig) -> str | None:
     mode = config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
@@ -191,13 +200,10 @@ RULES = (
     ),
     Rule(
         "kv_cache_dtype",
-        "quantised entries cannot be merged yet",
-        "use --kv-cache-dtype auto",
-        lambda c: (
-            c.cache_config.cache_dtype
-            if c.cache_config.cache_dtype not in ("auto", "float16", "bfloat16", "float32")
-            else None
-        ),
+        "the kernels that score and merge read 16- and 32-bit floats and float8 e4m3 with one "
+        "scale per layer",
+        "use --kv-cache-dtype auto or fp8",
+        _cache_without_kernels,
     ),
     Rule(
         "kv_sharing_fast_prefill",
@@ -259,13 +265,25 @@ MIXED_SCALES = Refusal(
     "layers of one KV-cache group have different softmax scales ({scales})",
     "serve another model",
 )
+HEAD_SCALES = Refusal(
+    "model",
+    "its checkpoint scales each kv_head of the fp8 cache on its own ({name})",
+    "start with --kv-cache-dtype bfloat16, or serve a checkpoint with one scale per layer",
+)
 MIXED_GROUP = Refusal(
     "model",
     "compressed layers need block tables of their own, but vLLM put {name} into one KV-cache "
     "group with layers of another kind",
     "drop --disable-hybrid-kv-cache-manager and VLLM_KV_CACHE_LAYOUT",
 )
-LAYER_REFUSALS = (NO_FULL_ATTENTION, MIXED_GROUP, SPLIT_BLOCKS, UNKNOWN_BACKEND, MIXED_SCALES)
+LAYER_REFUSALS = (
+    NO_FULL_ATTENTION,
+    MIXED_GROUP,
+    SPLIT_BLOCKS,
+    UNKNOWN_BACKEND,
+    MIXED_SCALES,
+    HEAD_SCALES,
+)
 
 
 def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:

@@ -19,6 +19,7 @@ from ems_vllm.engine.score_rows import ScoreRows, score_rows
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
+    from ems_vllm.engine.cache_scales import LayerScales
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
     from ems_vllm.engine.request_table import RunningRequest
     from ems_vllm.policies.policy import Policy
@@ -38,6 +39,9 @@ class GroupTensors:
             every request; None when the policy records none.
         obs_window: Recorded queries per request.
         scale: Softmax scale of the layers.
+        layer_scales: What a float8 cache and float8 queries are scaled with, in layer order.
+        key_scales: [num_layers], float32 - those of the keys; None when all of them are 1.
+        query_dtype: dtype in which queries are recorded and scored.
     """
 
     group_id: int
@@ -47,6 +51,9 @@ class GroupTensors:
     query_ring: torch.Tensor | None
     obs_window: int
     scale: float
+    layer_scales: Sequence[LayerScales]
+    key_scales: torch.Tensor | None
+    query_dtype: torch.dtype
 
     @classmethod
     def allocate(
@@ -58,6 +65,7 @@ class GroupTensors:
         policy: Policy,
         num_heads: int,
         scale: float,
+        layer_scales: Sequence[LayerScales],
         obs_window: int,
         max_num_seqs: int,
         query_dtype: torch.dtype,
@@ -68,7 +76,8 @@ class GroupTensors:
             caches: One per layer, in layer order, each [num_blocks, ...].
             num_heads: Query heads of a layer on this rank.
             max_num_seqs: Rows of the ring.
-            query_dtype: dtype of the queries.
+            layer_scales: One per layer.
+            query_dtype: dtype of the model, in which queries are recorded.
         """
         device = caches[0].device
         scores = ring = None
@@ -86,7 +95,23 @@ class GroupTensors:
                 device=device,
             )
         stacks = stack_layers(caches, spec.num_kv_heads)
-        return cls(group_id, spec, stacks, scores, ring, obs_window, scale)
+        key_scales = None
+        if any(scales.key != 1.0 for scales in layer_scales):
+            key_scales = torch.tensor(
+                [scales.key for scales in layer_scales], dtype=torch.float32, device=device
+            )
+        return cls(
+            group_id=group_id,
+            spec=spec,
+            stacks=stacks,
+            scores=scores,
+            query_ring=ring,
+            obs_window=obs_window,
+            scale=scale,
+            layer_scales=layer_scales,
+            key_scales=key_scales,
+            query_dtype=query_dtype,
+        )
 
     @property
     def num_layers(self) -> int:

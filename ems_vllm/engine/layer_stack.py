@@ -17,8 +17,12 @@ def split_kv(kv_cache: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, t
             side) or [num_blocks, 2 * num_kv_heads, block_size, head_size] (key heads first).
 
     Returns:
-        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_size].
+        key_cache, value_cache: [num_blocks, num_kv_heads, block_size, head_size]; float8_e4m3fn
+            where vLLM keeps bytes.
     """
+    if kv_cache.dtype == torch.uint8:
+        # Other formats that vLLM keeps as bytes are refused at start-up.
+        kv_cache = kv_cache.view(torch.float8_e4m3fn)
     if kv_cache.dim() == 4 and kv_cache.shape[1] == num_kv_heads and kv_cache.shape[3] % 2 == 0:
         key_cache, value_cache = kv_cache.chunk(2, dim=3)
     elif kv_cache.dim() == 4 and kv_cache.shape[1] == 2 * num_kv_heads:

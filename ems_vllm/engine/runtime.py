@@ -116,7 +116,9 @@ class LayerBinding:
         self._binding = binding
         self._ring_slots = binding.group.ring_slots
         self._num_kv_heads = tensors.spec.num_kv_heads
-        self._scale = tensors.scale
+        self._scale = tensors.scale * tensors.layer_scales[index].key
+        self._query_scale = tensors.layer_scales[index].query
+        self._query_dtype = tensors.query_dtype
         self._global_stride = binding.group.global_stride
         self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
         self._scores = None if tensors.scores is None else tensors.scores[index]
@@ -132,11 +134,14 @@ class LayerBinding:
         """Record and score the queries of a batch.
 
         Args:
-            query: [num_tokens, num_heads, head_size] - after RoPE, as attention saw it.
+            query: [num_tokens, num_heads, head_size] - after RoPE, as attention saw it: in the
+                model's dtype, or float8_e4m3fn, which is scaled back.
             kv_cache: The layer's cache, with the keys of this batch already written.
             lse: [num_scored_tokens, num_heads], float32, or None - log of the softmax denominators
                 that attention computed, sinks left out; computed again where there is none.
         """
+        if query.dtype == torch.float8_e4m3fn:
+            query = query.to(self._query_dtype) * self._query_scale
         if self._ring is not None:
             ops.record_queries(query, self._ring_slots[: query.shape[0]], self._ring)
         rows = self._binding.score_rows

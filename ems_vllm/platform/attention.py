@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig
+from vllm.config.cache import CacheDType
+from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -26,6 +28,13 @@ class ReferenceAttentionBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float32, torch.bfloat16, torch.float16]
+    supported_kv_cache_dtypes: ClassVar[list[CacheDType]] = [
+        "auto",
+        "float16",
+        "bfloat16",
+        "fp8",
+        "fp8_e4m3",
+    ]
 
     @staticmethod
     def get_name() -> str:
@@ -155,6 +164,7 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         self.scale = float(scale)
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
+        self.has_float8_cache = is_quantized_kv_cache(kv_cache_dtype)
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         # 0 means none, as in vLLM's other backends.
         self.logits_soft_cap = logits_soft_cap or None
@@ -173,7 +183,8 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         Args:
             key: [num_tokens, num_kv_heads, head_size]; value likewise. Rows beyond the slot
                 mapping are padding, as are tokens whose slot is -1.
-            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]; written.
+            kv_cache: [num_blocks, num_kv_heads, block_size, 2 * head_size]; written. A float8 cache
+                is one of bytes, uint8.
             slot_mapping: [num_slots], int64.
         """
         num_slots = slot_mapping.shape[0]
@@ -181,6 +192,9 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         written = slot_mapping >= 0
         if not written.all():
             key, value, slot_mapping = key[written], value[written], slot_mapping[written]
+        if self.has_float8_cache:
+            key = _float8_bytes(key, layer._k_scale_float)
+            value = _float8_bytes(value, layer._v_scale_float)
         block_size = kv_cache.shape[2]
         block_ids, block_offsets = slot_mapping // block_size, slot_mapping % block_size
         k_cache, v_cache = kv_cache.split(self.head_size, dim=-1)
@@ -215,14 +229,18 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         if self.keep_softmax_lse:
             lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
         for call in attn_metadata.calls(self.sliding_window):
-            out[call.tokens], call_lse = self._attend(query[call.tokens], kv_cache, call)
+            out[call.tokens], call_lse = self._attend(layer, query[call.tokens], kv_cache, call)
             if lse is not None and call_lse is not None:
                 lse[call.tokens] = call_lse
         self.softmax_lse = None if lse is None else lse.flatten(1)
         return output
 
     def _attend(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, call: AttentionCall
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        call: AttentionCall,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """One call.
 
@@ -233,8 +251,12 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
             Output, shaped as the query; the log of its softmax denominators, less the last
             dimension, or None where nobody asked.
         """
-        kv = kv_cache[call.block_ids, :, call.block_offsets].to(query.dtype)
-        k, v = kv.transpose(1, 2).split(self.head_size, dim=-1)
+        kv = kv_cache[call.block_ids, :, call.block_offsets]
+        if self.has_float8_cache:
+            kv = kv.view(torch.float8_e4m3fn)
+        k, v = kv.to(query.dtype).transpose(1, 2).split(self.head_size, dim=-1)
+        if self.has_float8_cache:
+            k, v = k * layer._k_scale_float, v * layer._v_scale_float
         if call.query_len == 1:
             # The queries of a group are the rows of one small attention: K/V is read once.
             return self._sdpa(query, k, v, call)
@@ -281,6 +303,13 @@ def _soft_capped(
         logits.masked_fill_(future, float("-inf"))
     lse = logits.logsumexp(-1)
     return ((logits - lse[..., None]).exp() @ v.float()).to(v.dtype), lse
+
+
+def _float8_bytes(x: torch.Tensor, scale: float) -> torch.Tensor:
+    """x / scale as float8 e4m3, what is too large for it saturated; uint8, same shape."""
+    largest = torch.finfo(torch.float8_e4m3fn).max
+    scaled = (x.float() / scale).clamp(-largest, largest)
+    return scaled.to(torch.float8_e4m3fn).view(torch.uint8)
 
 
 def _refuse(what: str, value: Any) -> None:

@@ -24,7 +24,7 @@ class CompactionContext:
 
     Attributes:
         key_cache, value_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size],
-            strided views of the cache.
+            strided views of the cache; as stored, so a float8 one is yet to be scaled.
         block_table: [num_rows, max_columns], int32 - live columns, padded with 0.
         num_entries: [num_rows], int32 - entries to choose from (the tail is not among them).
         num_live: [num_rows], int32 - entries and tail tokens.
@@ -41,6 +41,7 @@ class CompactionContext:
         ring_rows: [num_rows], int32 - the request's row of the ring.
         num_queries: [num_rows], int32 - recorded queries, at most obs_window.
         end_positions: [num_rows], int32 - position after the newest recorded query.
+        key_scales: [num_layers], float32, or None - factor of stored keys; 1 each where None.
     """
 
     key_cache: Tensor
@@ -62,6 +63,7 @@ class CompactionContext:
     ring_rows: Tensor
     num_queries: Tensor
     end_positions: Tensor
+    key_scales: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -124,11 +126,20 @@ class CompactionContext:
             self.num_entries,
             self.scale,
             scores,
+            self.key_scales,
         )
         return scores
 
     def gather_keys(self) -> Tensor:
-        """[num_layers, num_rows, num_kv_heads, max_entries, head_size]: keys of the entries."""
+        """Keys of the entries, as stored.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, max_entries, head_size], dtype of the cache, or
+            bfloat16 for a float8 cache.
+        """
         columns = -(-self.max_entries // self.block_size)
         keys = self.key_cache[:, self.block_table[:, :columns].long()]
+        if keys.dtype == torch.float8_e4m3fn:
+            # torch computes nothing in float8; bfloat16 holds every number of it.
+            keys = keys.to(torch.bfloat16)
         return keys.transpose(2, 3).flatten(3, 4)[..., : self.max_entries, :]

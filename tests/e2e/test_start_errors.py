@@ -76,10 +76,10 @@ def fork_cli() -> Iterator[subprocess.Popen[str]]:
             id="scheduler of one's own",
         ),
         pytest.param(
-            ["--kv-compression", "ems", "--kv-cache-dtype", "fp8"],
-            "kv_cache_dtype='fp8' cannot be combined with kv_compression='ems'",
-            "use --kv-cache-dtype auto",
-            id="fp8 cache",
+            ["--kv-compression", "ems", "--kv-cache-dtype", "fp8_e5m2"],
+            "kv_cache_dtype='fp8_e5m2' cannot be combined with kv_compression='ems'",
+            "use --kv-cache-dtype auto or fp8",
+            id="fp8 cache of another kind",
         ),
         pytest.param(
             ["--additional-config", '{"kv_compression": {"recipe": "bogus"}}'],

@@ -234,7 +234,7 @@ def test_profiling_run_has_defined_output() -> None:
     [
         {"alibi_slopes": [0.5, 0.25]},
         {"attn_type": "encoder_only"},
-        {"kv_cache_dtype": "fp8"},
+        {"kv_cache_dtype": "fp8_e5m2"},
     ],
     ids=lambda option: next(iter(option)),
 )

@@ -13,7 +13,9 @@ from ems_vllm.config import KVCompressionConfig
 from ems_vllm.engine import capacity
 from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.backends import OVERRIDES, override_backends, restore_backends
+from ems_vllm.engine.cache_scales import has_scales_per_head, layer_scales
 from ems_vllm.engine.compatibility import (
+    HEAD_SCALES,
     MIXED_GROUP,
     MIXED_SCALES,
     NO_FULL_ATTENTION,
@@ -153,6 +155,9 @@ class CompressionWorkerMixin(_Base):
         scales = {float(layers[name].impl.scale) for name in owners}
         if len(scales) > 1:
             raise MIXED_SCALES.error(self.model_config.model, recipe, scales=sorted(scales))
+        for name in owners:
+            if has_scales_per_head(layers[name]):
+                raise HEAD_SCALES.error(self.model_config.model, recipe, name=name)
         scheduler = self.scheduler_config
         capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
@@ -163,6 +168,7 @@ class CompressionWorkerMixin(_Base):
             policy=self._policy,
             num_heads=layers[owners[0]].num_heads,
             scale=scales.pop(),
+            layer_scales=[layer_scales(layers[name]) for name in owners],
             obs_window=self._compression_config.obs_window,
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
