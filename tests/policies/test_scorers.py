@@ -46,14 +46,15 @@ def score(recipe):
     return context, load_config(recipe).scorer.score(context)
 
 
-def test_ems_is_the_mean_aligned_maximum():
+def test_ems_is_the_mean_aligned_maximum_of_an_entry_and_those_before():
     context, scores = score("ems")
     for row, layer, head in each_head():
         window = window_attention(context, row, layer, head)
         carry = accumulated(context, row, layer, head)
         if ROWS[row].is_decode:
             carry = carry + window
-        expected = torch.maximum(carry * window.mean() / carry.mean(), window)
+        aligned = torch.maximum(carry * window.mean() / carry.mean(), window)
+        expected = torch.stack([aligned[max(0, i - 12) : i + 1].max() for i in range(len(aligned))])
         got = scores.weights[layer, row, head, : len(expected)]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(scores.carry[layer, row, head, : len(carry)], carry)

@@ -30,13 +30,14 @@ class EMSScorer(Scorer):
     The maximum keeps what the whole prompt looked at as well as what the end of it looks at.
     Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
     global score of an entry grows by the attention of the recorded queries (ours). Pooling is
-    SnapKV's idea, with a maximum (ours): what stands beside an attended entry is often needed next.
+    SnapKV's idea; that it looks back only is ours: a model that copies attends to where the copy
+    begins, and reads on from there when the prompt has long been compressed.
     """
 
-    kernel_size: Annotated[int, Field(ge=1, le=63)] = 1
+    kernel_size: Annotated[int, Field(ge=1, le=63)] = 13
     """Width of the pooling over neighbouring entries, odd; 1 switches it off."""
 
-    pooling: Pooling = "max"
+    pooling: Pooling = "forward"
     """How: avg, max, or forward, the maximum over an entry and those before it (ours)."""
 
     _odd = field_validator("kernel_size")(odd)
