@@ -102,7 +102,7 @@ peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PE
 
 clean: ## remove what was built; .venv/ stays
 	rm -rf build dist *.egg-info .gpu .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -rf models/ems-tiny models/ems-tiny-qwen3 $(DONE)/extension $(DONE)/emulation $(DONE)/models
+	rm -rf models/random-llama models/random-qwen3 $(DONE)/extension $(DONE)/emulation $(DONE)/models
 	find ems_vllm -name '*.so' -delete
 
 $(DONE)/venv:
@@ -141,9 +141,9 @@ $(DONE)/extension: $(DONE)/vllm pyproject.toml setup.py $(wildcard csrc/tools/*.
 	@$(INSTALL) $(if $(filter cpu,$(TARGET)),--no-deps) --no-build-isolation --editable .
 	@touch $@
 
-$(DONE)/models: $(DONE)/extension models/make_tiny.py $(wildcard models/text/*.txt)
-	@echo "[5/5] tiny models"
-	@$(BIN)/python models/make_tiny.py
+$(DONE)/models: $(DONE)/extension models/make_random.py $(wildcard models/text/*.txt)
+	@echo "[5/5] models of random weights, for tests"
+	@$(BIN)/python models/make_random.py
 	@touch $@
 
 # The CUDA kernels compiled for the CPU; on its own, so that what does not compile shows here.

@@ -209,7 +209,7 @@ def print_table(console: Console, settings: Settings, rows: Sequence[Row]) -> No
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "models/ems-tiny",
+    model: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "models/random-llama",
     num_prompts: Annotated[int, typer.Option(min=1)] = 20,
     prefix_len: Annotated[int, typer.Option(min=1)] = 2000,
     tail_len: Annotated[int, typer.Option(min=1)] = 400,

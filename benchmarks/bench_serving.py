@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dense and compressed serving side by side: same pool, same prompts, a fresh server each.
 
-Usage: python benchmarks/bench_serving.py --model models/ems-tiny --out results/serving.json
+Usage: python benchmarks/bench_serving.py --model models/random-llama --out results/serving.json
 
 Cases differ in the pool: `ample` holds all requests without compression, `tight` a few of them.
 All prompts are sent at once by streaming clients; the pool is watched through `/metrics`, as an
@@ -104,7 +104,7 @@ def vocab_size(model: str) -> int:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "models/ems-tiny",
+    model: Annotated[str, typer.Option(help="As for `vllm serve`.")] = "models/random-llama",
     num_prompts: Annotated[int, typer.Option(min=1)] = 16,
     prompt_len: Annotated[int, typer.Option(min=1)] = 4000,
     num_new_tokens: Annotated[int, typer.Option(min=2)] = 256,

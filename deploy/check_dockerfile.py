@@ -67,7 +67,7 @@ class Image:
         for source in map(ROOT.joinpath, sources):
             destination = self.workdir / target
             if source.is_dir():
-                ignore = shutil.ignore_patterns("*.so", "__pycache__", "ems-tiny*")
+                ignore = shutil.ignore_patterns("*.so", "__pycache__", "random-*")
                 shutil.copytree(source, destination, symlinks=True, ignore=ignore)
             else:
                 destination.mkdir(parents=True, exist_ok=True)

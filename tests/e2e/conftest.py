@@ -14,7 +14,7 @@ from openai import OpenAI
 from ems_vllm.eval.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-MODELS = ("ems-tiny", "ems-tiny-qwen3")
+MODELS = ("random-llama", "random-qwen3")
 StartServer = Callable[..., AbstractContextManager[Server]]
 
 
@@ -38,10 +38,10 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def models() -> Path:
-    """Folder of the tiny models, made on first use."""
+    """Folder of the models, the random ones made on first use."""
     folder = ROOT / "models"
     if not all((folder / name / "config.json").is_file() for name in MODELS):
-        subprocess.run([sys.executable, str(folder / "make_tiny.py")], check=True)
+        subprocess.run([sys.executable, str(folder / "make_random.py")], check=True)
     return folder
 
 
@@ -60,7 +60,7 @@ def start_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Star
 def server(start_server: StartServer) -> Iterator[Server]:
     """A compressing server with room for everything, shared by all modules."""
     args = ("--kv-compression", "ems", "--kv-compression-config", '{"budget": 128}')
-    with start_server("ems-tiny", *args) as running:
+    with start_server("random-llama", *args) as running:
         yield running
 
 

@@ -108,7 +108,7 @@ def make_model(folder: Path) -> str:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    source = ROOT / "models" / "ems-tiny"
+    source = ROOT / "models" / "random-llama"
     config = LlamaConfig.from_pretrained(
         source,
         num_hidden_layers=2,

@@ -85,7 +85,7 @@ def prescribing(start_server: Callable[..., Server]) -> Iterator[Server]:
     """A compressing server with room for everything that takes prescribed answers."""
     config = '{"budget": 2048, "recent_window": 16, "obs_window": 16, "recompress_interval": 64}'
     with start_server(
-        "ems-tiny",
+        "random-llama",
         *("--kv-compression", "ems", "--kv-compression-config", config),
         *("--logits-processors", PROCESSOR),
     ) as running:

@@ -79,7 +79,7 @@ def configuration(request: Any) -> Configuration:
 @pytest.fixture(scope="module")
 def small_server(start_server: Any, configuration: Configuration) -> Iterator[Server]:
     """A server that has to preempt: its pool holds little more than the longest request."""
-    with start_server("ems-tiny", *configuration.arguments(MAX_LEN)) as running:
+    with start_server("random-llama", *configuration.arguments(MAX_LEN)) as running:
         yield running
 
 

@@ -16,7 +16,7 @@ def two_of_each(start_server):
     """As the `server` fixture, twice."""
     args = ("--kv-compression", "ems", "--kv-compression-config", '{"budget": 128}')
     parallel = ("--api-server-count", "2", "--data-parallel-size", "2")
-    with start_server("ems-tiny", *args, *parallel) as running:
+    with start_server("random-llama", *args, *parallel) as running:
         yield running
 
 

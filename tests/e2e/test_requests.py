@@ -20,7 +20,7 @@ BUDGET, RECENT_WINDOW = 128, 64
 @pytest.fixture(scope="module")
 def dense_answers(start_server: Any) -> Iterator[list[str]]:
     """Answers of vLLM alone to a prompt too short to compress and to a long one."""
-    with start_server("ems-tiny") as dense:
+    with start_server("random-llama") as dense:
         return [complete(dense, tokens, 48) for tokens in (prompt(200, seed=12), LONG)]
 
 

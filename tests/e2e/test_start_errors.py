@@ -139,7 +139,7 @@ def test_any_mistake_ends_with_a_sentence(
 
 def refusal(fork_cli: subprocess.Popen[str], models: Path, log: Path, args: list[str]) -> str:
     """The last line of a `vllm serve` that does not start."""
-    argv = ["vllm", "serve", str(models / "ems-tiny"), *args]
+    argv = ["vllm", "serve", str(models / "random-llama"), *args]
     fork_cli.stdin.write(json.dumps({"argv": argv, "log": str(log)}) + "\n")
     fork_cli.stdin.flush()
     # The answer follows whatever the imports have printed.

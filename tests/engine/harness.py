@@ -26,8 +26,8 @@ _ENVIRONMENT = {
 }
 
 ROOT = Path(__file__).resolve().parents[2]
-LLAMA = str(ROOT / "models" / "ems-tiny")
-QWEN3 = str(ROOT / "models" / "ems-tiny-qwen3")
+LLAMA = str(ROOT / "models" / "random-llama")
+QWEN3 = str(ROOT / "models" / "random-qwen3")
 BLOCK_SIZE = 16
 
 

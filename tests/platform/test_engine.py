@@ -60,7 +60,7 @@ def generated(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["ems-tiny", "ems-tiny-qwen3"])
+@pytest.mark.parametrize("model", ["random-llama", "random-qwen3"])
 def test_greedy_tokens_with_chunked_prefill(model: str) -> None:
     lengths = (600, 33, 1, 250)
     assert generated(model, lengths, max_num_batched_tokens=128) == expected(model, *lengths)
@@ -69,16 +69,16 @@ def test_greedy_tokens_with_chunked_prefill(model: str) -> None:
 @pytest.mark.slow
 def test_greedy_tokens_with_two_workers() -> None:
     lengths = (90, 7)
-    tokens = generated("ems-tiny", lengths, tensor_parallel_size=2)
-    assert tokens == expected("ems-tiny", *lengths)
+    tokens = generated("random-llama", lengths, tensor_parallel_size=2)
+    assert tokens == expected("random-llama", *lengths)
 
 
 @pytest.mark.slow
 @pytest.mark.interpreter
 def test_greedy_tokens_of_the_second_model_runner() -> None:
     lengths = (90, 7)
-    tokens = generated("ems-tiny", lengths, interpreter.environment(), max_num_batched_tokens=64)
-    assert tokens == expected("ems-tiny", *lengths)
+    tokens = generated("random-llama", lengths, interpreter.environment(), max_num_batched_tokens=64)
+    assert tokens == expected("random-llama", *lengths)
 
 
 @pytest.mark.slow
@@ -87,7 +87,7 @@ def test_seeded_tokens_do_not_depend_on_the_chunks_of_the_prompt() -> None:
     (prompt,) = prompts(300)
     answers = []
     for chunk in (64, 512):
-        with engine(None, str(MODELS / "ems-tiny-qwen3"), max_num_batched_tokens=chunk) as probe:
+        with engine(None, str(MODELS / "random-qwen3"), max_num_batched_tokens=chunk) as probe:
             both = probe.generate([prompt, prompt[:40]], 12, temperature=1.0, seed=5)
             assert probe.generate([prompt], 12, temperature=1.0, seed=6) != both[:1]
             answers.append(both)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny models come out the same every time, and are of use."""
+"""The random models come out the same every time, and are of use."""
 
 import importlib.util
 import json
@@ -16,8 +16,8 @@ TEXT = next((MODELS / "text").glob("*.txt")).read_text()
 
 
 @pytest.fixture(scope="module")
-def make_tiny() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_tiny", MODELS / "make_tiny.py")
+def make_random() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("make_random", MODELS / "make_random.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -27,24 +27,24 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_same_bytes_every_time(make_tiny: ModuleType, tmp_path: Path) -> None:
-    name = "ems-tiny-qwen3"
-    assert make_tiny.make(name, tmp_path / "a")
-    assert make_tiny.make(name, tmp_path / "b")
+def test_same_bytes_every_time(make_random: ModuleType, tmp_path: Path) -> None:
+    name = "random-qwen3"
+    assert make_random.make(name, tmp_path / "a")
+    assert make_random.make(name, tmp_path / "b")
     assert contents(tmp_path / "a" / name) == contents(tmp_path / "b" / name)
 
 
-def test_made_once_and_again_when_outdated(make_tiny: ModuleType, tmp_path: Path) -> None:
-    name = "ems-tiny-qwen3"
-    assert make_tiny.make(name, tmp_path)
-    assert not make_tiny.make(name, tmp_path)
-    (tmp_path / name / make_tiny.STAMP).write_text(json.dumps({"make_tiny": "older"}))
-    assert make_tiny.make(name, tmp_path)
+def test_made_once_and_again_when_outdated(make_random: ModuleType, tmp_path: Path) -> None:
+    name = "random-qwen3"
+    assert make_random.make(name, tmp_path)
+    assert not make_random.make(name, tmp_path)
+    (tmp_path / name / make_random.STAMP).write_text(json.dumps({"make_random": "older"}))
+    assert make_random.make(name, tmp_path)
 
 
-def test_tokenizer_is_lossless_and_fills_the_vocabulary(make_tiny: ModuleType) -> None:
-    tokenizer = make_tiny.train_tokenizer(TEXT)
-    assert len(tokenizer) == make_tiny.COMMON["vocab_size"]
+def test_tokenizer_is_lossless_and_fills_the_vocabulary(make_random: ModuleType) -> None:
+    tokenizer = make_random.train_tokenizer(TEXT)
+    assert len(tokenizer) == make_random.COMMON["vocab_size"]
     for text in (TEXT, "naïve 东京 🙂\t\n"):
         ids = tokenizer.encode(text, add_special_tokens=False)
         assert tokenizer.decode(ids) == text
@@ -53,11 +53,11 @@ def test_tokenizer_is_lossless_and_fills_the_vocabulary(make_tiny: ModuleType) -
     assert chat == "<s>user: Hello\nassistant:"
 
 
-@pytest.mark.parametrize("name", ["ems-tiny", "ems-tiny-qwen3"])
-def test_attention_is_not_uniform_and_output_varies(make_tiny: ModuleType, name: str) -> None:
-    model = make_tiny.build(name).eval()
+@pytest.mark.parametrize("name", ["random-llama", "random-qwen3"])
+def test_attention_is_not_uniform_and_output_varies(make_random: ModuleType, name: str) -> None:
+    model = make_random.build(name).eval()
     model.set_attn_implementation("eager")
-    ids = make_tiny.train_tokenizer(TEXT).encode(TEXT[:2000], return_tensors="pt")
+    ids = make_random.train_tokenizer(TEXT).encode(TEXT[:2000], return_tensors="pt")
     with torch.no_grad():
         attentions = model(ids, output_attentions=True).attentions
         tokens = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)[0]

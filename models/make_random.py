@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the tiny models that the examples and tests run: random weights, a tokenizer of real text.
+"""Make the small models that the examples and tests run: random weights, a tokenizer of real text.
 
-Usage: python models/make_tiny.py [--out FOLDER]
+Usage: python models/make_random.py [--out FOLDER]
 
 Nothing is downloaded, the result depends on the seed alone, and a model that is there already is
 left as it is.
@@ -44,14 +44,14 @@ COMMON = {
     "dtype": "float32",
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "ems-tiny": {
+    "random-llama": {
         "num_hidden_layers": 4,
         "hidden_size": 512,
         "intermediate_size": 1024,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },
-    "ems-tiny-qwen3": {
+    "random-qwen3": {
         "num_hidden_layers": 3,
         "hidden_size": 256,
         "intermediate_size": 512,
@@ -113,7 +113,7 @@ def fingerprint(name: str, text: str) -> str:
 def make(name: str, out: Path) -> bool:
     """Write one model; False where it is there already."""
     text = "\n".join(path.read_text() for path in sorted((HERE / "text").glob("*.txt")))
-    stamp = {"make_tiny": fingerprint(name, text)}
+    stamp = {"make_random": fingerprint(name, text)}
     folder = out / name
     if (folder / STAMP).is_file() and json.loads((folder / STAMP).read_text()) == stamp:
         return False
