@@ -128,6 +128,11 @@ def _cache_without_kernels(config: VllmConfig) -> str | None:
     return None if dtype in (*_PLAIN_CACHES, *FLOAT8_CACHES) else dtype
 
 
+def _layers_left_unquantised(config: VllmConfig) -> list[str] | None:
+    cache = config.cache_config
+    return None if cache.cache_dtype in _PLAIN_CACHES else cache.kv_cache_dtype_skip_layers or None
+
+
 def _mixed_full_graphs(config: VllmConfig) -> str | None:
     mode = config.compilation_config.cudagraph_mode
     if mode is None or not mode.has_full_cudagraphs():
@@ -204,6 +209,12 @@ RULES = (
         "scale per layer",
         "use --kv-cache-dtype auto or fp8",
         _cache_without_kernels,
+    ),
+    Rule(
+        "kv_cache_dtype_skip_layers",
+        "blocks of several sizes would need more memory for scores than is set aside",
+        "drop --kv-cache-dtype-skip-layers",
+        _layers_left_unquantised,
     ),
     Rule(
         "kv_sharing_fast_prefill",

@@ -67,6 +67,10 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("ubatch_size", {"parallel_config": {"ubatch_size": 4}}),
     ("scheduler_cls", {"scheduler_config": {"scheduler_cls": "mine.Scheduler"}}),
     ("kv_cache_dtype", {"cache_config": {"cache_dtype": "fp8_e5m2"}}),
+    (
+        "kv_cache_dtype_skip_layers",
+        {"cache_config": {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}},
+    ),
     ("kv_sharing_fast_prefill", {"cache_config": {"kv_sharing_fast_prefill": True}}),
     ("hisparse_config", {"attention_config": {"hisparse_config": "a HiSparseConfig"}}),
     (

@@ -223,6 +223,19 @@ def test_padding_tokens_are_not_written() -> None:
     assert cache[1, 0, 1].tolist() == [1.0] * HEAD_SIZE + [2.0] * HEAD_SIZE
 
 
+def test_float8_cache_holds_scaled_and_saturated_numbers() -> None:
+    impl = ReferenceAttentionBackend.get_impl_cls()(1, HEAD_SIZE, 1.0, kv_cache_dtype="fp8")
+    layer = SimpleNamespace(_k_scale_float=2.0, _v_scale_float=0.5)
+    cache = torch.zeros(2, 1, 4, 2 * HEAD_SIZE, dtype=torch.uint8)
+    key = torch.full((2, 1, HEAD_SIZE), 3.0)
+    value = torch.stack([key[0], -1000 * key[0]])
+    impl.do_kv_cache_update(layer, key, value, cache, torch.tensor([5, 6]))
+    stored = cache.view(torch.float8_e4m3fn).float()
+    assert stored[1, 0, 1].tolist() == [1.5] * HEAD_SIZE + [6.0] * HEAD_SIZE
+    assert stored[1, 0, 2].tolist() == [1.5] * HEAD_SIZE + [-448.0] * HEAD_SIZE
+    assert not stored[0].any()
+
+
 def test_profiling_run_has_defined_output() -> None:
     impl = ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0)
     output = torch.full((3, 2, HEAD_SIZE), float("nan"))

@@ -77,7 +77,9 @@ def test_greedy_tokens_with_two_workers() -> None:
 @pytest.mark.interpreter
 def test_greedy_tokens_of_the_second_model_runner() -> None:
     lengths = (90, 7)
-    tokens = generated("random-llama", lengths, interpreter.environment(), max_num_batched_tokens=64)
+    tokens = generated(
+        "random-llama", lengths, interpreter.environment(), max_num_batched_tokens=64
+    )
     assert tokens == expected("random-llama", *lengths)
 
 

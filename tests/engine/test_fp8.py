@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Float8 caches: as dense ones where nothing is dropped, and the same answers at every scale."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+from unittest import mock
+
+import pytest
+import torch
+from engine.harness import LLAMA, QWEN3, engine, tokens
+from safetensors.torch import load_file, save_file
+
+from ems_vllm.config import ConfigError
+from ems_vllm.engine.cache_scales import FLOAT8_CACHES
+
+PROMPTS = [tokens(length, seed=length) for length in (420, 30, 250)]
+MAX_TOKENS = 48
+RECIPES = ("ems", "snapkv", "h2o", "knorm")
+
+
+def settings(recipe: str, budget: int = 64) -> dict[str, Any]:
+    return {
+        "recipe": recipe,
+        "budget": budget,
+        "recent_window": 32,
+        "recompress_interval": 16,
+        "min_blocks_saved": 1,
+    }
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Scales of every layer; those of one layer repeat where there are more layers."""
+
+    key: Sequence[float] = (1.0,)
+    value: Sequence[float] = (1.0,)
+    query: Sequence[float] = (1.0,)
+
+
+ONES = Scales()
+# Powers of two: what is stored has the same mantissas, so nothing is rounded in another way.
+POWERS = Scales(key=(0.125, 4.0, 0.03125, 0.5), value=(0.25, 2.0, 0.0625, 4.0))
+QUERY_POWERS = Scales(key=POWERS.key, value=POWERS.value, query=(0.25, 0.125, 2.0, 0.0625))
+
+
+@contextmanager
+def scaled(scales: Scales, float8_queries: bool = False, exact: bool = True) -> Iterator[None]:
+    """Gives every attention layer scales.
+
+    Args:
+        scales: Of the layers.
+        float8_queries: Whether vLLM quantises queries, as it does for FlashAttention 3.
+        exact: Whether keys, values and queries are first made such that float8 holds them at each
+            of the scales above.
+    """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
+
+    from ems_vllm.platform.attention import ReferenceAttentionImpl
+
+    load, write = Attention.process_weights_after_loading, ReferenceAttentionImpl.do_kv_cache_update
+    attend, quantise = ReferenceAttentionImpl.forward, QuantFP8.forward_native
+
+    def load_scales(layer: Any, *args: Any) -> None:
+        load(layer, *args)
+        index = int(layer.layer_name.split(".")[2])
+        for name in ("key", "value", "query"):
+            values = getattr(scales, name)
+            scale = values[index % len(values)]
+            getattr(layer, f"_{name[0]}_scale").fill_(scale)
+            setattr(layer, f"_{name[0]}_scale_float", scale)
+
+    def write_rounded(
+        impl: Any, layer: Any, key: torch.Tensor, value: torch.Tensor, *args: Any
+    ) -> None:
+        if exact:
+            key, value = rounded(key), rounded(value)
+        write(impl, layer, key, value, *args)
+
+    def quantise_rounded(quant: Any, x: torch.Tensor, scale: torch.Tensor, **kwargs: Any) -> Any:
+        return quantise(quant, rounded(x), scale, **kwargs)
+
+    def attend_scaled_back(
+        impl: Any, layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        assert query.dtype == torch.float8_e4m3fn
+        return attend(impl, layer, query.float() * layer._q_scale, *args, **kwargs)
+
+    patches: list[tuple[type[Any], str, Callable[..., Any] | bool]] = [
+        (Attention, "process_weights_after_loading", load_scales),
+        (ReferenceAttentionImpl, "do_kv_cache_update", write_rounded),
+    ]
+    if float8_queries:
+        patches += [
+            (ReferenceAttentionImpl, "supports_quant_query_input", True),
+            (ReferenceAttentionImpl, "forward", attend_scaled_back),
+            (QuantFP8, "forward_native", quantise_rounded),
+        ]
+    with ExitStack() as stack:
+        for owner, name, new in patches:
+            stack.enter_context(mock.patch.object(owner, name, new))
+        yield
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    """x in float8, without what is too large or subnormal at some scale."""
+    x = x.clamp(-8.0, 8.0).to(torch.float8_e4m3fn).to(x.dtype)
+    return torch.where(x.abs() < 2**-4, 0.0, x)
+
+
+def answers(compression: dict[str, Any] | None, model: str = LLAMA) -> list[list[int]]:
+    with engine(compression, model, kv_cache_dtype="fp8") as probe:
+        found = probe.generate(PROMPTS, MAX_TOKENS)
+        if compression is not None:
+            compacted = probe.stats()["num_compactions"] > 0
+            assert compacted == (compression["budget"] < max(map(len, PROMPTS)))
+        probe.assert_pool_is_empty()
+    return found
+
+
+@pytest.fixture(scope="module")
+def at_scale_one() -> dict[str, list[list[int]]]:
+    """Answers by recipe; "dense" without compression."""
+    with scaled(ONES):
+        found = {recipe: answers(settings(recipe)) for recipe in RECIPES}
+        return {**found, "dense": answers(None)}
+
+
+@pytest.mark.parametrize("model", [LLAMA, QWEN3], ids=["llama", "qwen3"])
+def test_budget_beyond_the_length_answers_as_vllm_alone(model):
+    assert answers(settings("ems", budget=8192), model) == answers(None, model)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_scales_change_nothing(at_scale_one, recipe):
+    with scaled(POWERS):
+        assert answers(settings(recipe)) == at_scale_one[recipe]
+
+
+def test_dense_answers_do_not_depend_on_the_scales_either(at_scale_one):
+    """The platform's own part of it."""
+    with scaled(POWERS):
+        assert answers(None) == at_scale_one["dense"]
+
+
+def test_recipes_differ(at_scale_one):
+    """The control of the tests above: which entries stay shows in the answers."""
+    first = [tuple(found[0]) for found in at_scale_one.values()]
+    assert len(set(first)) == len(first)
+
+
+def test_layers_that_take_turns_keep_their_scales():
+    """1 MiB holds the scores of this prompt for two of the four layers."""
+    found = []
+    for scales in (ONES, POWERS):
+        compression = {**settings("snapkv"), "workspace_mib": 1}
+        with scaled(scales), engine(compression, kv_cache_dtype="fp8") as probe:
+            found += probe.generate([tokens(3000)], MAX_TOKENS)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("recipe", ["ems", "snapkv"])
+def test_float8_queries_are_scaled_back(recipe):
+    found = []
+    for scales in (ONES, QUERY_POWERS):
+        with scaled(scales, float8_queries=True):
+            found.append(answers(settings(recipe)))
+    assert found[0] == found[1]
+
+
+def test_scales_of_a_checkpoint_are_used(tmp_path):
+    """A checkpoint as llm-compressor writes it: its scales reach the layers and the scores."""
+    key, value = (0.125, 0.25, 0.5, 0.0625), (0.5, 0.25, 0.125, 0.25)
+    model = checkpoint_with_scales(tmp_path / "scaled", key, value)
+    with engine(settings("snapkv"), model) as probe:
+        (group,) = probe.worker.compression.groups
+        assert group.tensors.stacks[0].key_cache.dtype == torch.float8_e4m3fn
+        assert group.tensors.key_scales.tolist() == list(key)
+        found = probe.generate(PROMPTS, MAX_TOKENS)
+    with scaled(Scales(key, value), exact=False):
+        assert found == answers(settings("snapkv"))
+
+
+def checkpoint_with_scales(folder: Path, key: Sequence[float], value: Sequence[float]) -> str:
+    shutil.copytree(LLAMA, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "dense",
+        "config_groups": {},
+        "ignore": [],
+        "kv_cache_scheme": {
+            "num_bits": 8,
+            "type": "float",
+            "strategy": "tensor",
+            "symmetric": True,
+            "dynamic": False,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "model.safetensors")
+    for layer, scales in enumerate(zip(key, value, strict=True)):
+        for name, scale in zip("kv", scales, strict=True):
+            weights[f"model.layers.{layer}.self_attn.{name}_scale"] = torch.tensor([scale])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_everything_beside_the_cache_is_counted():
+    """Queries are recorded in the model's dtype, and a block of the cache is a quarter as large."""
+    limit = 256 << 20
+    options = {"kv_cache_dtype": "fp8", "kv_cache_memory_bytes": limit}
+    with engine({**settings("ems"), "workspace_mib": 16}, **options) as probe:
+        (group,) = probe.worker.compression.groups
+        tensors = group.tensors
+        assert tensors.query_ring.dtype == torch.float32
+        assert tensors.scores.dtype == torch.float32
+        elements = sum(2 * stack.key_cache.numel() for stack in tensors.stacks)
+        assert tensors.spec.page_size_bytes * tensors.num_layers * tensors.num_blocks == elements
+        footprint = probe.worker._footprint()
+        specs = probe.worker.get_kv_cache_spec()
+        pages = tensors.num_layers * tensors.spec.num_prefix_score_pages
+        page_scores = pages * tensors.spec.num_kv_heads * tensors.spec.block_size * 4
+        total = elements + tensors.scores.nbytes - page_scores + footprint.fixed_bytes(specs)
+        assert limit - (1 << 20) < total <= limit
+        assert footprint.query_itemsize == tensors.query_ring.itemsize
+
+
+class TestRefusals:
+    """What is refused at start-up, in one sentence."""
+
+    @pytest.fixture(autouse=True)
+    def stopped(self) -> Iterator[None]:
+        """Puts back what a worker that was refused had set up."""
+        from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+        from ems_vllm.engine.backends import restore_backends
+
+        yield
+        restore_backends()
+        cleanup_dist_env_and_memory()
+
+    def test_other_formats(self):
+        from vllm.config.cache import CacheDType
+        from vllm.engine.arg_utils import EngineArgs
+
+        from ems_vllm.config import load_config
+        from ems_vllm.engine.compatibility import check_compatibility
+
+        vllm_config = EngineArgs(model=LLAMA).create_engine_config()
+        config = load_config({"recipe": "ems"})
+        accepted = ("auto", "float16", "bfloat16", *FLOAT8_CACHES)
+        assert set(accepted) < set(get_args(CacheDType))
+        for dtype in get_args(CacheDType):
+            vllm_config.cache_config.cache_dtype = dtype
+            if dtype in accepted:
+                check_compatibility(vllm_config, config)
+                continue
+            sentence = f"kv_cache_dtype='{dtype}' cannot be combined"
+            with pytest.raises(ConfigError, match=sentence):
+                check_compatibility(vllm_config, config)
+
+    def test_a_format_in_an_engine(self):
+        with (
+            pytest.raises(Exception, match=r"kv_cache_dtype='fp8_e5m2' .*use --kv-cache-dtype"),
+            engine(settings("ems"), kv_cache_dtype="fp8_e5m2"),
+        ):
+            pass
+
+    def test_scales_per_head(self):
+        from vllm.model_executor.layers.attention import Attention
+
+        def load_scales(layer: Any, *args: Any) -> None:
+            layer._k_scale = torch.ones(layer.num_kv_heads)
+
+        with (
+            mock.patch.object(Attention, "process_weights_after_loading", load_scales),
+            pytest.raises(ConfigError, match=r"scales each kv_head .*--kv-cache-dtype bfloat16"),
+            engine(settings("ems"), kv_cache_dtype="fp8"),
+        ):
+            pass
