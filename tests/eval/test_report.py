@@ -166,6 +166,10 @@ def test_the_verdict_compares_engines():
     assert "it differs by \N{MINUS SIGN}50.0." in text
     same = flat("ems", 0.90, 0.06).model_copy(update={"engine": "transformers"})
     assert "within noise at 1 of 1 budget." in sentences(flat_run(*found[:2], same))
+    # It is the same method, not a rival that ties.
+    assert "clearly the best" not in sentences(flat_run(*found[:2], same))
+    rival = flat("snapkv", 0.70, 0.06)
+    assert "clearly the best at 6 %" in sentences(flat_run(*found[:2], same, rival))
 
 
 def test_the_verdict_says_who_answered_less():

@@ -125,11 +125,7 @@ def _rank_claims(report: Report, table: Table, series: Series) -> list[str]:
     if not rank:
         return ["There is no other method to compare it with."]
     good = [column for column, cell in rank if cell.is_best or cell.is_tied]
-    alone = [
-        column
-        for column, cell in rank
-        if cell.is_best and not any(other.is_tied for _, other in table.column(column))
-    ]
+    alone = [column for column, cell in rank if cell.is_best and _is_alone(table, series, column)]
     found = [
         f"It is the best or within noise of the best at {len(good)} of "
         f"{count(len(rank), 'budget')}"
@@ -143,6 +139,12 @@ def _rank_claims(report: Report, table: Table, series: Series) -> list[str]:
             points = f"{ahead} points" if table.relative else ahead
             found.append(f"At {percent(column)}, {_name(best)} is ahead by {points} ({interval}).")
     return found
+
+
+def _is_alone(table: Table, series: Series, column: float) -> bool:
+    """Whether every other method is behind; the same one in another engine is no rival."""
+    rivals = [cell for each, cell in table.column(column) if each.method != series.method]
+    return bool(rivals) and not any(cell.is_tied for cell in rivals)
 
 
 def _agreement(report: Report, table: Table, series: Series) -> list[str]:
