@@ -51,6 +51,12 @@ def test_every_kind_of_request_is_answered(smoke: Path) -> None:
     assert [s.output for s in full] != [s.output for s in ems]
 
 
+def test_needles_survive_compression(smoke: Path) -> None:
+    """models/ems-tiny finds them with its full cache, and with a quarter of it."""
+    for method in EvalResult.read(smoke / "results.json").methods:
+        assert [s.score for s in method.samples if s.task == "niah"] == [1, 1]
+
+
 def test_memory_is_what_the_budget_says(smoke: Path) -> None:
     full, ems = (m.serving for m in EvalResult.read(smoke / "results.json").methods)
     # A quarter of the length and less than a block of it, and the column that is begun.
