@@ -5,7 +5,7 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 
 # The same image compiles the kernels: torch and CUDA are then those that the server has.
 FROM ${VLLM_IMAGE} AS builder
-# GPU architectures, in torch's notation; 8.0 and 10.0 serve the later ones of their kind too.
+# GPU architectures, in torch's notation; all but 9.0a serve the later ones of their kind too.
 ARG TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0 12.0"
 # CUDA's headers at the release of its compiler in the image.
 RUN apt-get update \

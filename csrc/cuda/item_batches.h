@@ -8,14 +8,18 @@
 
 namespace ems::cuda {
 
+// A grid has no more CTAs in y, where kernels have one per item of a batch.
+constexpr int64_t kMaxBatch = 65535;
+
 // Calls f(first, count, scratch) until all items are done, with scratch for `count` items: as many
-// as kMaxScratchBytes hold, at least one. The batches run one after the other and share the memory.
+// as kMaxScratchBytes hold and a grid takes, at least one. The batches run one after the other and
+// share the memory.
 template <typename F>
 void for_item_batches(int64_t num_items, int64_t scratch_per_item, const Queue& queue, const F& f) {
   if (num_items == 0) return;
   const int64_t most =
       scratch_per_item == 0 ? num_items : std::max<int64_t>(kMaxScratchBytes / scratch_per_item, 1);
-  const int64_t batch = std::min(most, num_items);
+  const int64_t batch = std::min({most, kMaxBatch, num_items});
   void* scratch = scratch_per_item == 0 ? nullptr : queue.allocate(batch * scratch_per_item);
   for (int64_t first = 0; first < num_items; first += batch) {
     f(first, std::min(batch, num_items - first), scratch);

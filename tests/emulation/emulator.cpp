@@ -22,6 +22,18 @@ constexpr int kMaxIdleTurns = 1 << 20;
 constexpr int64_t kMaxGridYZ = 65535;
 constexpr unsigned char kPoison = 0xff;  // NaN in every float format
 
+// Shared memory that a CTA may ask for, in KiB, by compute capability: "maximum amount of shared
+// memory per thread block" in the CUDA programming guide's table of technical specifications. Not
+// shared_limits.h, which is what the kernels believe.
+struct SharedLimit {
+  int capability;
+  int64_t kib;
+};
+constexpr SharedLimit kSharedLimits[] = {
+    {80, 163},  {86, 99},   {87, 163}, {89, 99},  {90, 227},
+    {100, 227}, {103, 227}, {120, 99}, {121, 99},
+};
+
 struct CudaThread {
   Thread state;
   Fiber fiber;
@@ -146,7 +158,15 @@ void give_way() {
 
 int compute_capability() {
   const char* value = std::getenv("EMS_EMULATED_CAPABILITY");
-  return value == nullptr ? 80 : std::atoi(value);
+  return value == nullptr ? 89 : std::atoi(value);
+}
+
+int64_t max_shared_bytes() {
+  for (const auto& [capability, kib] : kSharedLimits) {
+    if (capability == compute_capability()) return kib << 10;
+  }
+  throw std::runtime_error("EMS_EMULATED_CAPABILITY=" + std::to_string(compute_capability()) +
+                           " is no GPU that the emulator knows");
 }
 
 void require(bool condition, const char* what) {
@@ -156,8 +176,11 @@ void require(bool condition, const char* what) {
 void run(const char* name, int64_t x, int64_t y, int64_t z, int num_threads, int64_t shared_bytes,
          const std::function<void()>& body) {
   require(num_threads % kWarpSize == 0 && num_threads <= 1024, "a CTA has 1 to 32 whole warps");
-  const int64_t max_shared_bytes = (compute_capability() >= 90 ? 227 : 163) << 10;
-  require(shared_bytes <= max_shared_bytes, "a CTA asks for more shared memory than the GPU has");
+  if (shared_bytes > max_shared_bytes()) {
+    throw std::runtime_error(std::string(name) + ": a CTA asks for " +
+                             std::to_string(shared_bytes) + " bytes of shared memory, the GPU " +
+                             "gives " + std::to_string(max_shared_bytes()));
+  }
   require(y <= kMaxGridYZ && z <= kMaxGridYZ, "a grid has at most 65535 CTAs in y and z");
   Scheduler& s = scheduler;
   s.body = &body;

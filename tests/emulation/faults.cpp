@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// A kernel with one mistake at a time, to show that the emulator notices each.
+// A kernel with one mistake at a time, to show that the emulator notices each, and the batches that
+// launchers divide their items into.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <string>
-
+#include "cuda/item_batches.h"
 #include "ems/device.cuh"
 #include "ems/launch.cuh"
 
@@ -21,7 +21,6 @@ enum Fault : int64_t {
   kCopyNotWaitedFor,
   kBarrierPassedBy,
   kTooLittleShared,
-  kTooMuchShared,
   kMisalignedCopy,
 };
 
@@ -41,19 +40,38 @@ void reverse_kernel(const float* in, float* out, int64_t fault) {
   for (int i = 0; i < 4; ++i) out[4 * t + i] = shared.values[kThreads - 1 - t][i];
 }
 
-void reverse(const torch::stable::Tensor& in, const torch::stable::Tensor& out, int64_t fault) {
-  int64_t shared_bytes = sizeof(Shared);
+// shared_bytes: 0 for what the kernel needs.
+void reverse(const torch::stable::Tensor& in, const torch::stable::Tensor& out, int64_t fault,
+             int64_t shared_bytes) {
+  if (shared_bytes == 0) shared_bytes = sizeof(Shared);
   if (fault == kTooLittleShared) shared_bytes /= 2;
-  if (fault == kTooMuchShared) shared_bytes = 300 << 10;
   launch("reverse", reverse_kernel, {1}, kThreads, shared_bytes, nullptr,
          static_cast<const float*>(in.const_data_ptr()),
          static_cast<float*>(out.mutable_data_ptr()), fault);
+}
+
+// Writes the size of every batch; returns how many there are.
+int64_t item_batches(const torch::stable::Tensor& sizes, int64_t num_items, int64_t scratch) {
+  auto* out = static_cast<int64_t*>(sizes.mutable_data_ptr());
+  int64_t num_batches = 0, next = 0;
+  const cuda::Queue queue{nullptr, [](int64_t) -> void* { return nullptr; }};
+  cuda::for_item_batches(num_items, scratch, queue, [&](int64_t first, int64_t count, void*) {
+    emulator::require(first == next, "a batch does not begin where the last one ended");
+    emulator::require(num_batches < sizes.numel(), "more batches than there is room for");
+    out[num_batches++] = count;
+    next = first + count;
+  });
+  return num_batches;
 }
 
 }  // namespace
 }  // namespace ems
 
 STABLE_TORCH_LIBRARY(ems_vllm_faults, m) {
-  m.def("reverse(Tensor values, Tensor(a!) out, int fault) -> ()");
+  m.def("reverse(Tensor values, Tensor(a!) out, int fault, int shared_bytes) -> ()");
+  m.def("item_batches(Tensor(a!) sizes, int num_items, int scratch) -> int");
 }
-STABLE_TORCH_LIBRARY_IMPL(ems_vllm_faults, CPU, m) { m.impl("reverse", TORCH_BOX(&ems::reverse)); }
+STABLE_TORCH_LIBRARY_IMPL(ems_vllm_faults, CPU, m) {
+  m.impl("reverse", TORCH_BOX(&ems::reverse));
+  m.impl("item_batches", TORCH_BOX(&ems::item_batches));
+}

@@ -14,13 +14,16 @@
 // past), of keys and of values at once; the best centre so far stays in registers.
 namespace ems {
 
+// As many members as fit beside two tiles of centres: the more, the less often centres are read.
 template <typename T, int HEAD_SIZE>
 struct AssignShape {
   static constexpr bool kIsFloat = sizeof(T) == 4;
-  static constexpr int kWarps = kIsFloat ? 2 : 4;
+  static constexpr int kWarps = kIsFloat ? 2 : HEAD_SIZE > 128 ? 3 : 4;
   static constexpr int kThreads = kWarps * device::kWarpSize;
   static constexpr int kMembers = 16 * kWarps;
-  static constexpr int kCentres = kIsFloat ? 16 : HEAD_SIZE > 128 ? 32 : 64;
+  static constexpr int kFloatCentres = HEAD_SIZE > 128 ? 8 : 16;
+  static constexpr int kHalfCentres = HEAD_SIZE > 128 ? 16 : HEAD_SIZE == 128 ? 32 : 64;
+  static constexpr int kCentres = kIsFloat ? kFloatCentres : kHalfCentres;
 };
 
 // Inverse norms of a centre; kNoMembers in place of the key's when it takes none.

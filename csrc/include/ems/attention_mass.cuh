@@ -30,18 +30,20 @@ struct Query {
 };
 
 // How a CTA divides a product: kLeft vectors stay, kRight at a time stream past. Larger vectors get
-// fewer rows per warp, because the staying ones are held in registers; float32 runs on the ordinary
-// cores and is limited by shared memory.
+// fewer rows per warp, because the staying ones are held in registers, and fewer at a time, because
+// shared memory is limited; so is float32, which runs on the ordinary cores.
 template <typename T, int HEAD_SIZE>
 struct MassShape {
   static constexpr bool kIsFloat = sizeof(T) == 4;
   static constexpr int kLeftTiles = kIsFloat || HEAD_SIZE > 128 ? 1 : 2;
-  static constexpr int kWarps = !kIsFloat && HEAD_SIZE > 128 ? 8 : 4;
+  static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * device::kWarpSize;
   static constexpr int kLeft = 16 * kLeftTiles * kWarps;
-  static constexpr int kRight = kIsFloat ? 32 : 64;
-  // Registers for two CTAs of 128 threads at a time, at least.
-  static constexpr int kMinCtas = kWarps == 8 ? 1 : 2;
+  static constexpr int kFloatRight = HEAD_SIZE > 128 ? 8 : 32;
+  static constexpr int kHalfRight = HEAD_SIZE > 128 ? 32 : 64;
+  static constexpr int kRight = kIsFloat ? kFloatRight : kHalfRight;
+  // Registers for two CTAs at a time, at least.
+  static constexpr int kMinCtas = 2;
 };
 
 // Keys of one kv_head of one row.

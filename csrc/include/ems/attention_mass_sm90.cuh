@@ -9,8 +9,8 @@
 
 // attention_mass.cuh for compute capability 9.0a. One group of warps gathers the streaming vectors;
 // two others multiply, each the 64 staying vectors that it holds in registers. A multiplying group
-// has the next product in flight while it takes the exponentials of the last: the tensor cores and
-// the exponential units have about equally much to do, and neither should wait for the other.
+// waits for its product and then takes the exponentials, so the tensor cores are busy meanwhile
+// only where the other group is at another point of its tile; nothing makes it be.
 namespace ems::sm90 {
 
 template <int HEAD_SIZE>
@@ -171,7 +171,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
                          const OUT& out) {
   using Shape = MassShape<HEAD_SIZE>;
   constexpr int kRight = Shape::kRight;
-  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE>>();
+  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE>, kSharedBytesSm90>();
   const int thread = device::thread_index();
   const int32_t first_tile = queries.first_seeing(first_key) / kRight;
   const int32_t end_tile = (queries.size() + kRight - 1) / kRight;
@@ -248,7 +248,7 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
                             int32_t first_query, float scale, const OUT& out) {
   using Shape = MassShape<HEAD_SIZE>;
   constexpr int kRight = Shape::kRight;
-  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE>>();
+  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE>, kSharedBytesSm90>();
   const int thread = device::thread_index();
 
   if (thread < 2) shared.bounds[thread] = thread == 0 ? 0x7fffffff : 0;

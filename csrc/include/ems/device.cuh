@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "ems/numeric.h"
+#include "ems/shared_limits.h"
 #include "ems/vector.h"
 
 // Everything a kernel asks of the hardware, and the only file that names an intrinsic or an
@@ -29,8 +30,9 @@ EMS_DEVICE int64_t cta_y() { return blockIdx.y; }
 EMS_DEVICE int64_t cta_z() { return blockIdx.z; }
 
 // All of a CTA's shared memory is one struct, allocated dynamically.
-template <typename SHARED>
+template <typename SHARED, int64_t MAX_BYTES = kSharedBytesAnywhere>
 EMS_DEVICE SHARED& shared_memory() {
+  static_assert(sizeof(SHARED) <= MAX_BYTES, "more shared memory than a CTA gets");
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   return *reinterpret_cast<SHARED*>(shared_bytes);
 }

@@ -33,6 +33,21 @@ inline int compute_capability() {
   return 10 * major + minor;
 }
 
+// Lets a kernel have more shared memory than it gets unasked.
+inline void allow_shared_bytes(const char* name, const void* kernel, int64_t num_bytes) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(num_bytes));
+  if (status == cudaSuccess) return;
+  // "Invalid argument" would not say which.
+  int device = 0, allowed = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&allowed, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "shared memory");
+  throw std::runtime_error(std::string("ems_vllm: ") + name + ": a CTA asks for " +
+                           std::to_string(num_bytes) + " bytes of shared memory, the GPU gives " +
+                           std::to_string(allowed) + ": " + cudaGetErrorString(status));
+}
+
 // Runs `kernel` on a stream; an empty grid is no work.
 template <typename... PARAMS>
 void launch(const char* name, void (*kernel)(PARAMS...), Grid grid, int num_threads,
@@ -40,10 +55,7 @@ void launch(const char* name, void (*kernel)(PARAMS...), Grid grid, int num_thre
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
   constexpr int64_t kDefaultSharedBytes = 48 << 10;
   if (shared_bytes > kDefaultSharedBytes) {
-    check_cuda(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                    cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               name);
+    allow_shared_bytes(name, reinterpret_cast<const void*>(kernel), shared_bytes);
   }
   void* addresses[] = {&args...};
   const dim3 dims(static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y),

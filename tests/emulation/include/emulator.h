@@ -76,8 +76,12 @@ void give_way();
 // Throws when a kernel does what a GPU would not forgive.
 void require(bool condition, const char* what);
 
-// 10 * major + minor of the GPU that is emulated, from EMS_EMULATED_CAPABILITY; 80 without it.
+// 10 * major + minor of the GPU that is emulated, from EMS_EMULATED_CAPABILITY. 89 without it: the
+// kernels are those of 80, and no GPU that runs them gives a CTA less shared memory.
 int compute_capability();
+
+// What that GPU gives a CTA at most; the table is in emulator.cpp. Throws for a GPU not in it.
+int64_t max_shared_bytes();
 
 // Runs `body` once per thread of every CTA.
 void run(const char* name, int64_t x, int64_t y, int64_t z, int num_threads, int64_t shared_bytes,

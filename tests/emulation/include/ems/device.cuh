@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "ems/numeric.h"
+#include "ems/shared_limits.h"
 #include "ems/vector.h"
 #include "emulator.h"
 
@@ -26,8 +27,9 @@ inline int64_t cta_x() { return emulator::cta().x; }
 inline int64_t cta_y() { return emulator::cta().y; }
 inline int64_t cta_z() { return emulator::cta().z; }
 
-template <typename SHARED>
+template <typename SHARED, int64_t MAX_BYTES = kSharedBytesAnywhere>
 SHARED& shared_memory() {
+  static_assert(sizeof(SHARED) <= MAX_BYTES, "more shared memory than a CTA gets");
   emulator::require(sizeof(SHARED) <= emulator::cta().shared.size(),
                     "a kernel uses more shared memory than its launch gives");
   return *reinterpret_cast<SHARED*>(emulator::cta().shared.data());
