@@ -77,8 +77,8 @@ def fat_binaries(data: bytes) -> Iterator[str]:
 
 @with_cuda
 def test_device_code_is_there_for_every_architecture_asked_for():
-    asked = {code for flag in nvcc.gencode(ARCHS) for code in re.findall(r"sm_\w+", flag)}
-    asked |= {f"compute_{arch[:-4].replace('.', '')}" for arch in ARCHS if arch.endswith("+PTX")}
+    codes = " ".join(flag.partition(",code=")[2] for flag in nvcc.gencode(ARCHS))
+    asked = set(re.findall(r"(?:sm|compute)_\w+", codes))
     assert set(fat_binaries(LIBRARY.read_bytes())) == asked
 
 
@@ -93,11 +93,11 @@ def test_kernels_of_every_operator_are_there_and_keep_to_registers(capsys, monke
     report = capsys.readouterr().out
     launchers = "".join(path.read_text() for path in ROOT.glob("csrc/cuda/*.cu"))
     kernels = set(re.findall(r"\b(\w+_kernel)\b", launchers))
+    built = re.findall(r"\bsm_(\w+)", " ".join(nvcc.gencode(ARCHS)))
     assert kernels
     for kernel in kernels:
-        for arch in ARCHS:
-            number = arch.partition("+")[0].replace(".", "")
-            assert re.search(rf"^{kernel} .* {number} ", report, re.M), (kernel, arch)
+        for number in built:
+            assert re.search(rf"^{kernel} .* {number} ", report, re.M), (kernel, number)
     for op in ops.__all__:
         assert (ROOT / "csrc" / "cuda" / f"{op}.cu").is_file()
     assert status == 0, "\n".join(line for line in report.splitlines() if "local memory" in line)
@@ -134,6 +134,13 @@ def test_report_of_a_log(tmp_path, capsys, monkeypatch, stack):
         ("", nvcc.DEFAULT_ARCHS),
         ("9.0a", ("9.0a",)),
         ("7.5;8.0 9.0a+PTX  10.0f", ("8.0", "9.0a+PTX", "10.0f")),
+        ("8.0;8.0+PTX;8.0", ("8.0+PTX",)),
+        # Never code for 9.0, which would leave out or hide the kernels for 9.0a.
+        ("8.0 9.0 10.0", ("8.0", "9.0a", "10.0")),
+        ("9.0;9.0a", ("9.0a",)),
+        ("9.0a;9.0", ("9.0a",)),
+        ("8.0 9.0+PTX", ("8.0", "9.0a", "9.0+PTX")),
+        ("9.0+PTX 9.0a+PTX 9.0", ("9.0a+PTX", "9.0+PTX")),
     ],
 )
 def test_architectures_are_read_from_the_environment(monkeypatch, value, archs):
@@ -150,11 +157,56 @@ def test_wrong_architectures_are_refused(monkeypatch, value, message):
         nvcc.requested_archs()
 
 
+@pytest.mark.parametrize(
+    ("value", "lines"),
+    [
+        ("9.0", ["ems_vllm: machine code for 9.0a in place of 9.0, for the same GPUs"]),
+        ("9.0a 9.0", []),
+    ],
+)
+def test_it_is_said_when_another_architecture_is_built(monkeypatch, capsys, value, lines):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+    nvcc.requested_archs()
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 def test_flags_of_architectures():
-    assert nvcc.gencode(["8.0", "9.0a+PTX"]) == [
+    assert nvcc.gencode(["8.0", "9.0a+PTX", "9.0+PTX"]) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=[sm_90a,compute_90a]",
+        "-gencode=arch=compute_90,code=compute_90",
     ]
+
+
+# Writes its arguments where the object belongs.
+FAKE_NVCC = """#!/bin/sh
+arguments="$*"
+while [ "$1" != -o ]; do shift; done
+echo "$arguments" > "$2"
+"""
+
+
+@pytest.mark.parametrize(
+    ("archs", "has_hopper"),
+    [
+        (["8.0"], False),
+        (["8.0", "9.0a"], True),
+        (["9.0a+PTX"], True),
+        (["9.0a", "9.0+PTX"], True),
+        (["8.0", "10.0a"], False),
+    ],
+)
+def test_kernels_for_hopper_are_chosen_where_they_are_built(tmp_path, archs, has_hopper):
+    compiler = tmp_path / "nvcc"
+    compiler.write_text(FAKE_NVCC)
+    compiler.chmod(0o755)
+    source = tmp_path / "kernel.cu"
+    source.touch()
+    toolkit = nvcc.Toolkit(str(compiler), tmp_path, "13.0")
+    (target,) = nvcc.compile_sources(toolkit, archs, [source], [], tmp_path / "objects")
+    arguments = target.read_text().split()
+    assert ("-DEMS_HAS_SM90A=1" in arguments) == has_hopper
+    assert set(nvcc.gencode(archs)) <= set(arguments)
 
 
 def test_cuda_can_be_left_out(monkeypatch):

@@ -23,7 +23,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-DEFAULT_ARCHS = ("8.0", "9.0a")
+# The architecture that some kernels have a variant of their own for.
+HOPPER = "9.0a"
+DEFAULT_ARCHS = ("8.0", HOPPER)
 # Asynchronous copies and bfloat16 on tensor cores begin here.
 OLDEST_ARCH = (8, 0)
 FLAGS = [
@@ -91,28 +93,39 @@ def find_toolkit() -> Toolkit | None:
 
 
 def requested_archs() -> tuple[str, ...]:
-    """Architectures to compile for, in torch's notation.
+    """Architectures to compile for, in torch's notation, each once.
+
+    9.0 is never among them: its machine code would run on the same GPUs as that of 9.0a, without
+    the kernels that 9.0a alone has. 9.0+PTX, for the PTX alone, comes with 9.0a.
 
     Raises:
         BuildError: TORCH_CUDA_ARCH_LIST cannot be read, or names no GPU that the kernels run on.
     """
-    archs = []
+    # Whether with PTX.
+    archs: dict[str, bool] = {}
     for arch in re.split(r"[\s;]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()):
         if not arch:
             continue
-        match = re.fullmatch(r"(\d+)\.(\d)[af]?(\+PTX)?", arch)
+        match = re.fullmatch(r"((\d+)\.(\d)[af]?)(\+PTX)?", arch)
         if match is None:
             raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST must hold compute capabilities as 8.0 or 9.0a+PTX, "
                 f"got {arch!r}"
             )
-        if (int(match[1]), int(match[2])) < OLDEST_ARCH:
+        name, with_ptx = match[1], match[4] is not None
+        if (int(match[2]), int(match[3])) < OLDEST_ARCH:
             print(f"ems_vllm: no kernels for {arch}, which is older than {OLDEST_ARCH}")
-        elif arch not in archs:
-            archs.append(arch)
+            continue
+        if name == "9.0":
+            if HOPPER not in archs:
+                print(f"ems_vllm: machine code for {HOPPER} in place of 9.0, for the same GPUs")
+                archs[HOPPER] = False
+            if not with_ptx:
+                continue
+        archs[name] = archs.get(name, False) or with_ptx
     if not archs and os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip():
         raise BuildError("TORCH_CUDA_ARCH_LIST names no architecture from 8.0 on")
-    return tuple(archs) or DEFAULT_ARCHS
+    return tuple(f"{name}+PTX" if ptx else name for name, ptx in archs.items()) or DEFAULT_ARCHS
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
@@ -121,6 +134,9 @@ def gencode(archs: Sequence[str]) -> list[str]:
     for arch in archs:
         number, _, ptx = arch.replace(".", "").partition("+")
         codes = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        if arch == "9.0+PTX":
+            # For later GPUs only; see requested_archs.
+            codes = f"compute_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={codes}")
     return flags
 
@@ -145,7 +161,7 @@ def compile_sources(
         *FLAGS,
         *gencode(archs),
         # Kernels that exist for this architecture alone are chosen only where they were built.
-        *(["-DEMS_HAS_SM90A=1"] if "9.0a" in archs else []),
+        *(["-DEMS_HAS_SM90A=1"] if HOPPER in (arch.partition("+")[0] for arch in archs) else []),
         *(f"-I{path}" for path in include_dirs),
         *([f"-ccbin={shlex.split(host)[0]}"] if host else []),
     ]

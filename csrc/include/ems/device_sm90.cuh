@@ -10,7 +10,7 @@
 // from shared memory, and barriers on which specialised warps wait for each other. Like device.cuh,
 // it has a counterpart in tests/emulation/.
 
-// Whether this pass of the compiler makes code for it; elsewhere the kernels are empty.
+// Whether this pass of the compiler makes code for it; elsewhere the kernels only trap.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define EMS_IS_SM90A 1
 #else
@@ -20,6 +20,9 @@
 namespace ems::device {
 
 constexpr int kGroupSize = 128;
+
+// Ends the kernel with an error: the work of a kernel for 9.0a in code for other GPUs.
+EMS_DEVICE void trap() { __trap(); }
 
 // A barrier in shared memory that completes a phase, alternately 0 and 1, each time `count` threads
 // have arrived.

@@ -132,7 +132,8 @@ score_queries_kernel(ScoreQueriesParams p, const float* lse) {
                             keys, first_key, num_keys, p.scale, lse, AddToScore{p, row, kv_head});
 }
 
-// The same two for compute capability 9.0a, and empty in code for other GPUs.
+// The same two for compute capability 9.0a. In code for other GPUs they are errors: an empty kernel
+// that is run by mistake would succeed and leave old scores in place.
 template <typename T, int HEAD_SIZE>
 EMS_KERNEL(sm90::MassShape<HEAD_SIZE>::kThreads, 1)
 score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
@@ -146,6 +147,8 @@ score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
                                         first_query, p.scale,
                                         [&](int64_t index, float value) { lse[index] = value; });
       });
+#else
+  device::trap();
 #endif
 }
 
@@ -163,6 +166,8 @@ score_queries_sm90_kernel(ScoreQueriesParams p, const float* lse) {
   sm90::add_mass<T, HEAD_SIZE>(ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data),
                                keys, first_key, num_keys, p.scale, lse,
                                AddToScore{p, row, kv_head});
+#else
+  device::trap();
 #endif
 }
 

@@ -16,6 +16,8 @@ namespace ems::device {
 
 constexpr int kGroupSize = 128;
 
+inline void trap() { emulator::require(false, "a kernel for 9.0a runs on another GPU"); }
+
 struct Barrier {
   int32_t count;
   int16_t num_pending;
