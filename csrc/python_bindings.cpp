@@ -8,13 +8,18 @@
 #include <limits>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "build_config.h"
+#include "cuda/head_sizes.h"
 #include "ems/plan.h"
 
-#if !defined(EMS_CUDA_ARCHS)
+#if defined(EMS_CUDA_ARCHS)
+#define EMS_CUDA_HEAD_SIZES ems::cuda::HeadSizes
+#else
 #define EMS_CUDA_ARCHS ""
 #define EMS_CUDA_COMPILER ""
+#define EMS_CUDA_HEAD_SIZES std::integer_sequence<int>
 #endif
 
 namespace py = pybind11;
@@ -97,6 +102,11 @@ class CompressionPlan {
   ems::PlanParams params_;
 };
 
+template <int... SIZES>
+py::tuple as_tuple(std::integer_sequence<int, SIZES...>) {
+  return py::make_tuple(SIZES...);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = EMS_VERSION;
@@ -113,6 +123,7 @@ py::dict build_info() {
 #endif
   info["cuda_archs"] = py::tuple(py::str(EMS_CUDA_ARCHS).attr("split")());
   info["cuda_compiler"] = py::str(EMS_CUDA_COMPILER);
+  info["cuda_head_sizes"] = as_tuple(EMS_CUDA_HEAD_SIZES{});
   return info;
 }
 

@@ -3,7 +3,9 @@
 
 from typing import Any, final
 
-def build_info() -> dict[str, Any]: ...
+def build_info() -> dict[str, Any]:
+    """As ems_vllm.build_info, which says what is in it."""
+
 
 @final
 class CompressionPlan:

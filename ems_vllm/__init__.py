@@ -14,7 +14,8 @@ def build_info() -> dict[str, Any]:
     Returns:
         A new dict: `version`, `compiler`, `torch_target` (oldest torch the operators load on),
         `cpu_variants` (instruction sets compiled in, best first), `cuda_archs` (GPU architectures
-        compiled in, in torch's notation; empty for a CPU-only build) and `cuda_compiler`.
+        compiled in, in torch's notation; empty for a CPU-only build), `cuda_compiler` and
+        `cuda_head_sizes` (those that the kernels take on a GPU; empty for a CPU-only build).
     Raises:
         ImportError: the extension modules have not been built.
     """

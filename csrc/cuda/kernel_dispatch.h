@@ -5,7 +5,9 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
+#include "cuda/head_sizes.h"
 #include "dispatch.h"
 #include "ems/paged_kv.h"
 
@@ -18,25 +20,26 @@ struct Constant {
   static constexpr int value = VALUE;
 };
 
+// Calls f with the one of SIZES that head_size is, if any.
+template <typename F, int... SIZES>
+bool call_with(int64_t head_size, const F& f, std::integer_sequence<int, SIZES...>) {
+  return ((head_size == SIZES && (f(Constant<SIZES>{}), true)) || ...);
+}
+
+// "a, b, c"
+template <int... SIZES>
+std::string listed(std::integer_sequence<int, SIZES...>) {
+  std::string text;
+  ((text += (text.empty() ? "" : ", ") + std::to_string(SIZES)), ...);
+  return text;
+}
+
 // Calls f with the head size as a constant.
 template <typename F>
 void dispatch_head_size(const char* op, int64_t head_size, const F& f) {
-  switch (head_size) {
-    case 64:
-      return f(Constant<64>{});
-    case 80:
-      return f(Constant<80>{});
-    case 96:
-      return f(Constant<96>{});
-    case 128:
-      return f(Constant<128>{});
-    case 256:
-      return f(Constant<256>{});
-    default:
-      throw std::runtime_error(std::string("ems_vllm::") + op +
-                               ": head_size must be 64, 80, 96, 128 or 256 on a GPU, got " +
-                               std::to_string(head_size));
-  }
+  if (call_with(head_size, f, HeadSizes{})) return;
+  throw std::runtime_error(std::string("ems_vllm::") + op + ": head_size must be one of " +
+                           listed(HeadSizes{}) + " on a GPU, got " + std::to_string(head_size));
 }
 
 // Calls f with a value of the C++ type of a cache's dtype and the head size as a constant.

@@ -258,7 +258,7 @@ RULES = (
 NO_FULL_ATTENTION = Refusal(
     "model",
     "it has no layer that can be compressed ({layers})",
-    "serve a model with full-attention layers",
+    "serve a model that has one",
 )
 SPLIT_BLOCKS = Refusal(
     "block_size",

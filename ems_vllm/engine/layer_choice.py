@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
+import ems_vllm
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 
 if TYPE_CHECKING:
@@ -42,6 +44,9 @@ def choose_layers(
     scorer: Scorer | None = None,
 ) -> LayerChoice:
     """Full-attention layers are compressed; whatever is bounded or recurrent already stays.
+
+    On a GPU that depends on the head size as well: kernels are compiled for some. Those of the CPU
+    take any.
 
     Scores are softmax(scale * q.k) over the entries of the cache. An attention sink (a learned
     logit in the denominator, as in gpt-oss) is left out: it would scale every score of one query
@@ -98,7 +103,17 @@ def _reason_to_keep(spec: KVCacheSpec) -> str | None:
         return "not causal"
     if spec.head_size_v != spec.head_size:
         return "keys and values differ in size"
-    return None
+    return _reason_in_head_size(spec.head_size)
+
+
+def _reason_in_head_size(head_size: int) -> str | None:
+    if not current_platform.is_cuda():
+        return None
+    sizes = ems_vllm.build_info()["cuda_head_sizes"]
+    if head_size in sizes:
+        return None
+    known = ", ".join(map(str, sizes))
+    return f"head_size {head_size}, for which there is no CUDA kernel (there are for {known})"
 
 
 def _reason_in_layer(layer: Any, scorer: Scorer | None) -> str | None:

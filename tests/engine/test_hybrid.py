@@ -9,6 +9,7 @@ from engine import tiny_models
 from engine.harness import engine, tokens
 from engine.tiny_models import MAX_MODEL_LEN
 
+import ems_vllm
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
 
@@ -166,6 +167,34 @@ def test_soft_capped_logits_are_refused_where_queries_are_scored(folder):
         pass
 
 
+@pytest.mark.usefixtures("refused_start")
+def test_a_model_whose_head_size_has_no_cuda_kernel_is_refused_on_a_gpu(folder, on_cuda):
+    on_cuda(64, 128)
+    message = (
+        r"no layer that can be compressed \(.*, \d+ layers: head_size 32, for which there is no "
+        r"CUDA kernel \(there are for 64, 128\)\); serve a model that has one"
+    )
+    with (
+        pytest.raises(ConfigError, match=message),
+        engine(settings(64, "knorm"), folder("gemma3"), **OPTIONS),
+    ):
+        pass
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """Call it with head sizes: layers are chosen as on a GPU with kernels for these."""
+    from ems_vllm.engine import layer_choice
+
+    def set_sizes(*sizes):
+        platform = SimpleNamespace(is_cuda=lambda: True)
+        info = {**ems_vllm.build_info(), "cuda_head_sizes": sizes}
+        monkeypatch.setattr(layer_choice, "current_platform", platform)
+        monkeypatch.setattr(ems_vllm, "build_info", lambda: info)
+
+    return set_sizes
+
+
 class TestLayerChoice:
     """Kinds of layers that no model here has."""
 
@@ -191,6 +220,16 @@ class TestLayerChoice:
         choice = choose_layers({"plain": self.spec(), "special": self.spec(**fields)})
         assert choice.compressed == {"plain"}
         assert reason in choice.describe_kept()
+
+    def test_on_a_gpu_layers_without_kernels_are_kept(self, on_cuda):
+        from ems_vllm.engine.layer_choice import choose_layers
+
+        specs = {f"size {size}": self.spec(head_size=size) for size in (32, 64, 72, 128)}
+        assert choose_layers(specs).compressed == specs.keys()
+        on_cuda(64, 128)
+        choice = choose_layers(specs)
+        assert choice.compressed == {"size 64", "size 128"}
+        assert choice.kept["size 72"].startswith("head_size 72, for which there is no CUDA kernel")
 
     @pytest.mark.parametrize(
         ("recipe", "impl", "is_compressed"),

@@ -79,6 +79,7 @@ def test_build_info():
     assert info["version"] == ems_vllm.__version__
     assert "portable" in info["cpu_variants"]
     assert info["torch_target"] == "2.10"
+    assert bool(info["cuda_head_sizes"]) == bool(info["cuda_archs"])
 
 
 VARIANT_TESTS = [

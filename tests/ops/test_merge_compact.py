@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from selections import Selection, random_selection
 from torch.nn.functional import pad
 
+import ems_vllm
 from ems_vllm import ops
 from ems_vllm.ops import reference
 from ems_vllm.ops.reference.paging import gather_entries
@@ -127,6 +128,19 @@ def test_float8_cache(head_size, layout):
 @pytest.mark.parametrize("with_scores", [True, False])
 def test_head_size(with_scores, head_size):
     check(make_case(ROWS, head_size=head_size, with_scores=with_scores, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("head_size", [72, 512])
+def test_other_head_sizes(implementation, head_size):
+    """The CPU takes any. Start-up keeps the CUDA kernels from ever seeing one."""
+    case = make_case(ROWS, head_size=head_size)
+    if implementation == "cpu":
+        check(case)
+        return
+    sizes = ", ".join(map(str, ems_vllm.build_info()["cuda_head_sizes"])) or r"[\d, ]+"
+    message = f"merge_compact: head_size must be one of {sizes} on a GPU, got {head_size}$"
+    with pytest.raises(RuntimeError, match=message):
+        case.run(ops.merge_compact)
 
 
 @pytest.mark.parametrize("block_size", [8, 16, 32])
