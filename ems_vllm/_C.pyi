@@ -6,7 +6,6 @@ from typing import Any, final
 def build_info() -> dict[str, Any]:
     """As ems_vllm.build_info, which says what is in it."""
 
-
 @final
 class CompressionPlan:
     """When a request is compacted, and into which block-table columns.
