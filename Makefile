@@ -19,9 +19,12 @@ EVAL_ARGS ?=
 PROMPTS ?= prompts.jsonl
 OUT ?= answers
 PEERS_ARGS ?=
-# Of gpu-check: where results go, and further arguments, as --stages bench.
-GPU_OUT ?= build/gpu-check
+# Of gpu-check: where results go ($OUT where the environment has it), and further arguments, as
+# --stages bench.
+GPU_OUT ?= $(if $(filter environment,$(origin OUT)),$(OUT),build/gpu-check)
 GPU_ARGS ?=
+# Of gpu-pack: a Python as on the GPU machine, for its headers.
+GPU_PYTHON312 ?= python3.12
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
 
@@ -90,8 +93,9 @@ bench: setup ## the benchmarks that this machine can run, into benchmarks/result
 gpu-check: ## tests, sanitizer, benchmarks and serving on this GPU; GPU_OUT=, GPU_ARGS=
 	@$(GPU_PYTHON) benchmarks/gpu_check.py --out $(GPU_OUT) $(GPU_ARGS)
 
-gpu-pack: ## what gpu-check needs on a GPU machine without a network, into .gpu/
-	@PYTHON="$(PYTHON)" bash benchmarks/gpu/pack.sh
+gpu-pack: setup ## what gpu-check needs on a GPU machine without a network, into .gpu/, .gpu-model/
+	@PYTHON="$(abspath $(BIN)/python)" GPU_PYTHON312="$(GPU_PYTHON312)" \
+	  bash benchmarks/gpu/pack/pack.sh
 
 peers: $(PEERS)/.done ## NVIDIA kvpress, into an environment of its own, and a check of it
 	@PYTHONPATH=.:benchmarks $(PEERS)/bin/python -m peers.run_kvpress --model $(MODEL) --self-check
@@ -101,7 +105,7 @@ peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PE
 	  --prompts $(PROMPTS) --out $(OUT) $(PEERS_ARGS)
 
 clean: ## remove what was built; .venv/ stays
-	rm -rf build dist *.egg-info .gpu .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info .gpu .gpu-model .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf models/random-llama models/random-qwen3 $(DONE)/extension $(DONE)/emulation $(DONE)/models
 	find ems_vllm -name '*.so' -delete
 

@@ -5,26 +5,25 @@
 
 Builds the extension, runs the operators' GPU tests, CUDA graphs, compute-sanitizer, the benchmark,
 and vLLM dense and compressed. Needs an NVIDIA GPU, nvcc, Python with torch, triton and
-transformers; no network. What else is needed travels in .gpu/ (`make gpu-pack`). A stage that
-fails, or takes longer than its limit, does not keep the next from running. The exit code is 0 only
-when every stage passed.
+transformers; no network. What else is needed travels in .gpu/ (`make gpu-pack`); docs/gpu-check.md
+says how to go about it where the machine is lent. A stage that fails, or takes longer than its
+limit, does not keep the next from running. The exit code is 0 only when every stage passed.
 
 Results: check.json (machine, versions, commit, outcomes), check.log (all output), and what the
 stages write. Numbers of a run go to benchmarks/results/ as they are.
 """
 
 import argparse
-import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import IO
 
-from gpu import machine
+from gpu import limited, machine
 from gpu.stages import STAGES, Stage
 from gpu.summary import (
     FAILED,
@@ -40,8 +39,8 @@ from gpu.summary import (
 
 ROOT = Path(__file__).resolve().parents[1]
 SITE = ROOT / "build" / "gpu-site"
-# With less left, a stage is not begun.
-LEAST_S = 15
+# With less left, a stage is not begun: it needs some seconds beside what stopping it may take.
+LEAST_S = limited.GRACE_S + 10
 TAIL_LINES = 15
 
 
@@ -51,24 +50,42 @@ def environment() -> dict[str, str]:
     cuda = os.environ.get("CUDA_HOME", "/usr/local/cuda")
     return os.environ | {
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-        "PATH": os.pathsep.join([os.environ.get("PATH", ""), f"{cuda}/bin"]),
+        "PATH": os.pathsep.join([f"{SITE}/bin", os.environ.get("PATH", ""), f"{cuda}/bin"]),
         "PYTHONUNBUFFERED": "1",
+        # A stage that hangs is aborted in the end: this says where it was.
+        "PYTHONFAULTHANDLER": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
     }
 
 
-def command_of(stage: Stage, python: str, out: Path) -> list[str]:
-    """The stage's command with its placeholders filled in."""
-    return [part.format(python=python, out=out) for part in stage.command]
+def command_of(stage: Stage, python: str, out: Path, hung: Collection[str] = ()) -> list[str]:
+    """The stage's command with its placeholders filled in.
+
+    Args:
+        hung: Names of stages that ran into their limits.
+    """
+    command = [part.format(python=python, out=out) for part in stage.command]
+    for name, arguments in stage.after_hang:
+        command += arguments if name in hung else ()
+    return command
 
 
-def obstacle(stage: Stage, has_gpu: bool, seconds_left: float) -> str | None:
-    """Why a stage cannot run here."""
+def obstacle(
+    stage: Stage, has_gpu: bool, seconds_left: float, hung: Collection[str] = ()
+) -> str | None:
+    """Why a stage cannot run here.
+
+    Args:
+        hung: Names of stages that ran into their limits.
+    """
     if stage.needs_gpu and not has_gpu:
         return "no GPU"
     if stage.tool is not None and machine.tool(stage.tool) is None:
         return f"no {stage.tool}"
+    for name in stage.not_after_hang:
+        if name in hung:
+            return f"{name} hung"
     if seconds_left < LEAST_S:
         return "no time left"
     return None
@@ -78,27 +95,17 @@ def run(stage: Stage, command: list[str], limit_s: float, env: dict[str, str], l
     """Run a stage and everything it starts, for so long at most; its status."""
     log.write(f"\n==== {stage.name}: {' '.join(command)}\n")
     log.flush()
-    try:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=env | dict(stage.env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            # A group of its own, so that it can be stopped as a whole.
-            start_new_session=True,
-        )
-    except OSError as error:
-        log.write(f"{error}\n")
-        return FAILED
-    try:
-        return PASSED if process.wait(limit_s) == 0 else FAILED
-    except subprocess.TimeoutExpired:
+    code = limited.run(
+        command,
+        limit_s,
+        cwd=ROOT,
+        env=env | dict(stage.env),
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    if code == limited.TIMED_OUT:
         return TIMED_OUT
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    return PASSED if code == 0 else FAILED
 
 
 def tail(log: Path, start: int) -> str:
@@ -120,27 +127,30 @@ def check(
     if capability is not None:
         env.setdefault("TORCH_CUDA_ARCH_LIST", machine.arch_of(capability))
     outcomes: list[Outcome] = []
+    hung: set[str] = set()
     log_path = out / "check.log"
     with log_path.open("w") as log:
         for stage in stages:
             left = deadline - time.monotonic()
-            reason = obstacle(stage, capability is not None, left)
+            reason = obstacle(stage, capability is not None, left, hung)
             if reason is not None:
                 outcomes.append(Outcome(stage.name, SKIPPED, 0.0, reason))
                 continue
             print(f"{stage.name}: {stage.what} ...", flush=True)
             log.flush()
             before, begun = log_path.stat().st_size, time.monotonic()
-            command = command_of(stage, python, out)
-            status = run(stage, command, min(stage.limit_s, left), env, log)
+            command = command_of(stage, python, out, hung)
+            status = run(stage, command, min(stage.limit_s, left - limited.GRACE_S), env, log)
             log.flush()
             seconds_taken = time.monotonic() - begun
             outcomes.append(Outcome(stage.name, status, seconds_taken, details_of(stage.name, out)))
+            if status == TIMED_OUT:
+                hung.add(stage.name)
             if status != PASSED:
                 print(tail(log_path, before), flush=True)
-            if stage.name in ("packages", "build"):
+            if stage.name == "packages":
                 # What was missing may be there now.
-                described = machine.describe(python, env)
+                described |= machine.versions(python, env)
             write(out / "check.json", described, outcomes)
     write(out / "check.json", described, outcomes)
     return described, outcomes
@@ -170,6 +180,8 @@ def main() -> int:
     if options.dry_run:
         print(plan(stages, out, sys.executable, env))
         return 0
+    # So that what a stage has started ends with this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     described, outcomes = check(stages, out, sys.executable, 60 * options.minutes, env)
     print(table(described, outcomes))
     print(f"results in {out}")

@@ -61,7 +61,7 @@ def details_of(stage: str, folder: Path) -> str:
     reader = _READERS.get(stage)
     try:
         return reader(folder) if reader else ""
-    except (OSError, ValueError, KeyError, ElementTree.ParseError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ElementTree.ParseError) as error:
         return f"its results cannot be read: {error!r}"
 
 
@@ -92,12 +92,21 @@ def _bench(folder: Path) -> str:
 
 def _serving(folder: Path) -> str:
     found = json.loads((folder / "serving.json").read_text())
+    if not found["complete"]:
+        return "; ".join(_attempt(tried) for tried in found["attempts"])
     tokens = "identical" if found["tokens_identical"] else "DIFFERENT"
     dense, ems = (found["runs"][name]["tight"] for name in ("dense", "ems"))
     return (
         f"tokens {tokens}; peak blocks {dense['peak_blocks']} and {ems['peak_blocks']}; "
         f"tokens/s {dense['tokens_per_s']:.0f} and {ems['tokens_per_s']:.0f} (dense and EMS)"
     )
+
+
+def _attempt(tried: dict[str, Any]) -> str:
+    """One try of a configuration, with the first and the last line of its error."""
+    graphs = "" if tried["cuda_graphs"] else " (no CUDA graphs)"
+    lines = (tried["error"] or "ran").splitlines()
+    return f"{tried['configuration']}{graphs}: {', '.join(dict.fromkeys([lines[0], lines[-1]]))}"
 
 
 _READERS: dict[str, Callable[[Path], str]] = {
