@@ -23,7 +23,7 @@ PEERS_ARGS ?=
 # --stages bench.
 GPU_OUT ?= $(if $(filter environment,$(origin OUT)),$(OUT),build/gpu-check)
 GPU_ARGS ?=
-# Of gpu-pack: a Python as on the GPU machine, for its headers.
+# Of gpu-pack and test-nullgpu: a Python as on the GPU machine, with its headers.
 GPU_PYTHON312 ?= python3.12
 # Two files at a time; a file's tests share engines and servers, so they stay together.
 PYTEST_ARGS ?= --numprocesses 2 --dist loadfile --durations 15
@@ -32,9 +32,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PEERS := .venv-peers
+NULLGPU := .venv-nullgpu
 # Not compiled to byte code: of torch and vLLM, Python does that for the part it imports.
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
+  --no-deps
+NULLGPU_INSTALL := $(NULLGPU)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
 # A bare GPU machine has no .venv.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
@@ -47,7 +50,7 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build kernels serve test soak load lint bench gpu-check gpu-pack peers peers-run clean
+.PHONY: help setup build kernels serve test test-nullgpu soak load lint bench gpu-check gpu-pack peers peers-run clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +71,11 @@ serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
 
 test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path on a GPU that computes nothing; TESTS= for a part
+	@$(NULLGPU)/bin/python tests/nullgpu/build.py
+	@$(NULLGPU)/bin/python tests/nullgpu/run.py $(abspath $(NULLGPU))/bin/pytest \
+	  $(if $(filter tests,$(TESTS)),tests/nullgpu,$(TESTS)) --durations 10
 
 soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, aborts, preemptions
 	@$(BIN)/python tests/engine/soak.py --events $(EVENTS)
@@ -167,4 +175,13 @@ $(PEERS)/.done: requirements/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $<)
 	@$(PEERS_INSTALL) -r $<
+	@touch $@
+
+# torch's CUDA build without NVIDIA's packages, about 3 GB; of what cpu.txt names too, the versions of
+# nullgpu.txt.
+$(NULLGPU)/.done: requirements/nullgpu.txt requirements/cpu.txt requirements/build.txt requirements/test.txt
+	@echo "vLLM's GPU build in $(NULLGPU)/"
+	@$(GPU_PYTHON312) -m venv $(NULLGPU)
+	@grep -vE "^($$(sed -n 's/==.*//p' $< | paste -sd '|'))==" requirements/cpu.txt > $(NULLGPU)/cpu.txt
+	@$(NULLGPU_INSTALL) -r $(NULLGPU)/cpu.txt -r requirements/build.txt -r requirements/test.txt -r $<
 	@touch $@

@@ -120,15 +120,19 @@ def count(events: Counter[Event], **wanted: Any) -> int:
 @functools.cache
 def served(runner: int, *runs: str) -> list[Served]:
     """What runs led to, in one process; each as `text_of` writes it, so that it can be a key."""
-    environment = os.environ | {
+    case = {"runner": runner, "runs": [json.loads(run) for run in runs]}
+    return [_read(found) for found in run_script(_SCRIPT, case, environment(runner))]
+
+
+def environment(runner: int) -> dict[str, str]:
+    """Of a process that serves with a model runner, 1 or 2; what it compiles is kept."""
+    return os.environ | {
         "VLLM_USE_V2_MODEL_RUNNER": str(runner - 1),
         "VLLM_USE_FLASHINFER_SAMPLER": "0",
         "VLLM_CACHE_ROOT": str(CACHE / "vllm"),
         "TRITON_CACHE_DIR": str(CACHE / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(CACHE / "inductor"),
     }
-    case = {"runner": runner, "runs": [json.loads(run) for run in runs]}
-    return [_read(found) for found in run_script(_SCRIPT, case, environment)]
 
 
 def text_of(run: Run) -> str:

@@ -32,6 +32,7 @@ struct MemoryV2 {
 
 extern "C" {
 
+int nvmlInit() { return kSuccess; }
 int nvmlInit_v2() { return kSuccess; }
 int nvmlInitWithFlags(unsigned) { return kSuccess; }
 int nvmlShutdown() { return kSuccess; }
@@ -48,6 +49,7 @@ int nvmlDeviceGetCount_v2(unsigned* count) {
   *count = nullgpu::num_physical_devices();
   return kSuccess;
 }
+int nvmlDeviceGetCount(unsigned* count) { return nvmlDeviceGetCount_v2(count); }
 int nvmlDeviceGetHandleByIndex_v2(unsigned index, void** handle) {
   *handle = handle_of(index);
   return static_cast<int>(index) < nullgpu::num_physical_devices() ? kSuccess : kNotFound;
