@@ -82,8 +82,8 @@ STAGES = (
     Stage(
         "wgmma",
         "the operator with Hopper's own instructions, where a mistake may hang",
-        (*RUN_TESTS, "--alone", SCORE_TESTS, "-k", "cuda and test_heads"),
-        limit_s=60,
+        (*RUN_TESTS, SCORE_TESTS, "-k", "cuda and test_heads", "--limit", "45"),
+        limit_s=70,
     ),
     Stage(
         "tests",
@@ -96,8 +96,8 @@ STAGES = (
     Stage(
         "graphs",
         "capture and replay in CUDA graphs",
-        (*RUN_TESTS, "tests/gpu", "--junitxml", "{out}/graphs.xml"),
-        limit_s=60,
+        (*RUN_TESTS, "tests/gpu", "--junitxml", "{out}/graphs.xml", "--limit", "50"),
+        limit_s=75,
         writes=("graphs.xml",),
     ),
     Stage(
@@ -109,7 +109,7 @@ STAGES = (
             *("--lengths", "32768", "4096", "131072", "8192"),
             *("--json", "{out}/ops.json", "--csv", "{out}/ops.csv"),
         ),
-        limit_s=150,
+        limit_s=110,
         writes=("ops.json", "ops.csv"),
         # It begins with one call of each.
         not_after_hang=("wgmma",),
