@@ -29,6 +29,11 @@ def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
     return graph
 
 
+def refill(tensor: torch.Tensor, low: int, high: int) -> None:
+    """Random integers, made by the CPU: all that runs on the GPU is what is tested."""
+    tensor.copy_(torch.randint(low, high, tensor.shape, dtype=tensor.dtype))
+
+
 def new_slots() -> torch.Tensor:
     slots = torch.randperm(NUM_ROWS * WINDOW)[:NUM_ROWS]
     slots[::2] = -1
@@ -37,14 +42,14 @@ def new_slots() -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_record_queries(dtype):
-    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=dtype)
-    ring = torch.zeros(NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=dtype)
-    slots = torch.full((NUM_ROWS,), -1, device="cuda")
+    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE).to("cuda", dtype)
+    ring = torch.zeros(NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, dtype=dtype).cuda()
+    slots = torch.full((NUM_ROWS,), -1).cuda()
     graph = captured(lambda: ops.record_queries(query, slots, ring))
-    assert not ring.any()
+    assert not ring.cpu().any()
     expected = ring.cpu()
     for _ in range(4):
-        query.normal_()
+        query.copy_(torch.randn(query.shape))
         slots.copy_(new_slots())
         graph.replay()
         reference.record_queries(query.cpu(), slots.cpu(), expected)
@@ -52,14 +57,14 @@ def test_record_queries(dtype):
 
 
 def test_plan_metadata():
-    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, device="cuda", dtype=torch.int32)
-    lens, first = (torch.zeros(NUM_ROWS, device="cuda", dtype=torch.int32) for _ in range(2))
-    outputs = torch.full_like(table, -7), torch.full_like(lens, -7)
+    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, dtype=torch.int32).cuda()
+    lens, first = (torch.zeros(NUM_ROWS, dtype=torch.int32).cuda() for _ in range(2))
+    outputs = torch.empty_like(table), torch.empty_like(lens)
     graph = captured(lambda: ops.plan_metadata(table, lens, first, BLOCK_SIZE, *outputs))
     for _ in range(4):
-        table.random_(1, 1000)
-        lens.random_(1, BLOCK_SIZE * NUM_COLUMNS)
-        first.random_(0, NUM_COLUMNS + 2)
+        refill(table, 1, 1000)
+        refill(lens, 1, BLOCK_SIZE * NUM_COLUMNS)
+        refill(first, 0, NUM_COLUMNS + 2)
         graph.replay()
         expected = torch.empty_like(table, device="cpu"), torch.empty_like(lens, device="cpu")
         reference.plan_metadata(table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected)
@@ -69,11 +74,11 @@ def test_plan_metadata():
 
 def test_both_in_one_graph_on_another_stream():
     """As in a decoding step, where the metadata is built before the layers record."""
-    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=torch.bfloat16)
-    rings = torch.zeros(3, NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, device="cuda", dtype=query.dtype)
-    slots = torch.full((NUM_ROWS,), -1, device="cuda")
-    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, device="cuda", dtype=torch.int32)
-    lens, first = (torch.zeros(NUM_ROWS, device="cuda", dtype=torch.int32) for _ in range(2))
+    query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE).to("cuda", torch.bfloat16)
+    rings = torch.zeros(3, NUM_ROWS, WINDOW, NUM_HEADS, HEAD_SIZE, dtype=query.dtype).cuda()
+    slots = torch.full((NUM_ROWS,), -1).cuda()
+    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, dtype=torch.int32).cuda()
+    lens, first = (torch.zeros(NUM_ROWS, dtype=torch.int32).cuda() for _ in range(2))
     outputs = torch.empty_like(table), torch.empty_like(lens)
 
     def step() -> None:
@@ -83,7 +88,8 @@ def test_both_in_one_graph_on_another_stream():
 
     graph = captured(step)
     slots.copy_(new_slots())
-    table.random_(1, 1000)
+    refill(table, 1, 1000)
+    refill(lens, 1, BLOCK_SIZE * NUM_COLUMNS)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -100,9 +106,9 @@ def test_work_goes_to_the_current_stream():
     """A launch on another stream would overtake the copy that fills its input."""
     size = 1 << 24
     source = torch.randn(size // (NUM_HEADS * HEAD_SIZE), NUM_HEADS, HEAD_SIZE).pin_memory()
-    query = torch.zeros_like(source, device="cuda")
-    ring = torch.zeros(len(source), 1, NUM_HEADS, HEAD_SIZE, device="cuda")
-    slots = torch.arange(len(source), device="cuda")
+    query = torch.zeros_like(source).cuda()
+    ring = torch.zeros(len(source), 1, NUM_HEADS, HEAD_SIZE).cuda()
+    slots = torch.arange(len(source)).cuda()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

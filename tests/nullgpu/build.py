@@ -8,6 +8,9 @@ Into build/nullgpu/:
              is there and does nothing, so none of NVIDIA's wheels is needed.
     site/    A copy of ems_vllm whose operators are the objects that `make build` compiled, linked
              with that runtime: the package's own has CUDA's in it.
+    site-computing/
+             Another whose kernels compute: they are work of a stream as on a GPU, and the emulator of
+             tests/emulation does it. Too slow for all but small shapes.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ ROOT = HERE.parents[1]
 BUILD = ROOT / "build" / "nullgpu"
 LIB = BUILD / "lib"
 SITE = BUILD / "site"
+COMPUTING_SITE = BUILD / "site-computing"
 CUDA = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"))
 
 # Source in device/ of each library that is written by hand, in part or as a whole.
@@ -188,6 +192,43 @@ def link_operators(package: Path) -> None:
     )
 
 
+def build_computing_operators() -> None:
+    """site-computing/, from what is compiled in computing/."""
+    folder = BUILD / "computing"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [path for path in ROOT.glob("csrc/*.cpp") if path.name != "python_bindings.cpp"]
+    sources += [*ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc" / "cuda" / "queue.cpp"]
+    sources += [*ROOT.glob("csrc/cuda/*.cu")]
+    emulation = ROOT / "tests" / "emulation"
+    sources += [path for path in emulation.glob("*.cpp") if path.name != "faults.cpp"]
+    torch = site_packages() / "torch"
+    includes = [
+        # What this folder has wins over the emulator, and that one over the package.
+        *(HERE / "include", HERE / "device", emulation / "include"),
+        *(ROOT / "csrc", ROOT / "csrc" / "include"),
+        *(torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"),
+        CUDA / "include",
+    ]
+    flags = [*"-fPIC -O2 -std=c++20 -fvisibility=hidden -w -DEMS_WITH_CUDA=1".split()]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in includes)]
+    rules = ["rule cxx", f"  command = g++ {' '.join(flags)} -MD -MF $out.d -c -xc++ $in -o $out"]
+    rules += ["  depfile = $out.d", "  deps = gcc"]
+    objects = []
+    for source in sources:
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        rules.append(f"build {objects[-1]}: cxx {source}")
+    library = f"-L{torch / 'lib'} -L{LIB} -ltorch_cpu -l:libnullgpu.so -ldl"
+    rules += ["rule link", f"  command = g++ -shared -s -o $out $in {library}"]
+    rules += [f"build _ops.abi3.so: link {' '.join(objects)}", ""]
+    (folder / "build.ninja").write_text("\n".join(rules))
+    command = [sys.executable, "-m", "ninja", "-C", str(folder)]
+    subprocess.run(command, check=True, env=environment(), stdout=subprocess.DEVNULL)
+    shutil.rmtree(COMPUTING_SITE, ignore_errors=True)
+    shutil.copytree(SITE, COMPUTING_SITE)
+    shutil.copy(folder / "_ops.abi3.so", COMPUTING_SITE / "ems_vllm")
+    print(f"null GPU: ems_vllm that computes in {COMPUTING_SITE.relative_to(ROOT)}")
+
+
 def compile_bindings(package: Path) -> None:
     """_C for this Python, saying what the package's own says of its kernels."""
     import pybind11
@@ -212,9 +253,14 @@ def compile_bindings(package: Path) -> None:
     subprocess.run([*command, "-o", str(package / f"_C{suffix}"), str(source)], check=True)
 
 
-def environment() -> dict[str, str]:
-    """In which programs find the null GPU, and this package for it."""
-    paths = [str(SITE), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
+def environment(*, computes: bool = False) -> dict[str, str]:
+    """In which programs find the null GPU, and this package for it.
+
+    Args:
+        computes: Whether this package's kernels compute.
+    """
+    site = COMPUTING_SITE if computes else SITE
+    paths = [str(site), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH", "")]
     libraries = [str(LIB), os.environ.get("LD_LIBRARY_PATH", "")]
     return os.environ | {
         "PATH": os.pathsep.join([str(HERE / "bin"), os.environ["PATH"]]),
@@ -222,6 +268,7 @@ def environment() -> dict[str, str]:
         "LD_LIBRARY_PATH": os.pathsep.join(path for path in libraries if path),
         "TRITON_LIBCUDA_PATH": str(LIB),
         "NULLGPU_COUNT": os.environ.get("NULLGPU_COUNT", "1"),
+        "EMS_EMULATED_CAPABILITY": os.environ.get("NULLGPU_CAPABILITY", "90"),
         "OMP_NUM_THREADS": "1",
     }
 
@@ -229,3 +276,4 @@ def environment() -> dict[str, str]:
 if __name__ == "__main__":
     build_libraries()
     build_package()
+    build_computing_operators()

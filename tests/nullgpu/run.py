@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs a command where the null GPU is found: `python tests/nullgpu/run.py python -c "..."`."""
+"""Runs a command where the null GPU is found.
+
+Usage: python tests/nullgpu/run.py [--computes] COMMAND...    --computes: this package's kernels do
+"""
 
 import os
 import sys
@@ -7,4 +10,6 @@ import sys
 from build import environment
 
 if __name__ == "__main__":
-    os.execvpe(sys.argv[1], sys.argv[1:], environment())
+    command = sys.argv[1:]
+    computes = command[0] == "--computes"
+    os.execvpe(command[computes], command[computes:], environment(computes=computes))
