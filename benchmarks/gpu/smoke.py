@@ -102,16 +102,16 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 
-def result_of(name: str) -> str:
-    """Run a check in a process of its own: "works", or what it said last."""
+def run(name: str) -> tuple[str, str]:
+    """Run a check in a process of its own: its result in a word, and what it said last."""
     command = [sys.executable, str(Path(__file__).resolve()), "--only", name]
     with tempfile.TemporaryFile() as file:
         code = limited.run(command, LIMIT_S, stdout=file, stderr=subprocess.STDOUT)
         file.seek(0)
-        said = file.read().decode(errors="replace")[-TAIL:]
+        said = file.read().decode(errors="replace")[-TAIL:].strip()
     if code == 0:
-        return WORKS
-    return f"{'HANGS' if code == limited.TIMED_OUT else 'FAILED'}\n{said}"
+        return WORKS, ""
+    return ("HANGS" if code == limited.TIMED_OUT else "FAILED"), said
 
 
 def main() -> int:
@@ -123,11 +123,14 @@ def main() -> int:
         torch.cuda.synchronize()
         return 0
     with ThreadPoolExecutor(len(CHECKS)) as pool:
-        results = dict(zip(CHECKS, pool.map(result_of, CHECKS), strict=True))
-    # What works comes last, so that it is in the end of the output whatever the others said.
-    for name, result in sorted(results.items(), key=lambda item: item[1] == WORKS):
-        print(f"{name}: {result}")
-    return 0 if set(results.values()) == {WORKS} else 1
+        results = dict(zip(CHECKS, pool.map(run, CHECKS), strict=True))
+    for name, (_, said) in results.items():
+        if said:
+            print(f"{name} says:\n{said}\n")
+    # The end of the output is what is read first.
+    for name, (result, said) in results.items():
+        print(f"{name}: {result} {said.rpartition(chr(10))[2][:200]}".strip())
+    return 0 if all(result == WORKS for result, _ in results.values()) else 1
 
 
 if __name__ == "__main__":
