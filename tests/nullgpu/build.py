@@ -9,8 +9,8 @@ Into build/nullgpu/:
     site/    A copy of ems_vllm whose operators are the objects that `make build` compiled, linked
              with that runtime: the package's own has CUDA's in it.
     site-computing/
-             Another whose kernels compute: they are work of a stream as on a GPU, and the emulator of
-             tests/emulation does it. Too slow for all but small shapes.
+             Another whose kernels compute: they are work of a stream as on a GPU, and the
+             emulator of tests/emulation does it. Too slow for all but small shapes.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def build_computing_operators() -> None:
         *(torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"),
         CUDA / "include",
     ]
-    flags = [*"-fPIC -O2 -std=c++20 -fvisibility=hidden -w -DEMS_WITH_CUDA=1".split()]
+    flags = ["-fPIC", "-O2", "-std=c++20", "-fvisibility=hidden", "-w", "-DEMS_WITH_CUDA=1"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", *(f"-I{path}" for path in includes)]
     rules = ["rule cxx", f"  command = g++ {' '.join(flags)} -MD -MF $out.d -c -xc++ $in -o $out"]
     rules += ["  depfile = $out.d", "  deps = gcc"]

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tensor parallelism on two null GPUs, each in a process of its own."""
 
-import os
-
 import pytest
 from nullgpu.serving import COMPRESSION, REQUESTS, environment
 from processes import run_script
