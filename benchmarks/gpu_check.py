@@ -166,6 +166,15 @@ def plan(stages: list[Stage], out: Path, python: str, env: Mapping[str, str]) ->
     return "\n".join(lines)
 
 
+def chosen(names: Collection[str] | None) -> list[Stage]:
+    """Stages by name, in their own order; all of them without names.
+
+    What was packed is of no use before the extension is in place, so packages brings build along.
+    """
+    wanted = {*names, *(["build"] if "packages" in names else [])} if names else None
+    return [stage for stage in STAGES if wanted is None or stage.name in wanted]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder of results; $OUT or build/gpu-check")
@@ -175,7 +184,7 @@ def main() -> int:
     options = parser.parse_args()
     out = options.out or Path(os.environ.get("OUT") or ROOT / "build" / "gpu-check")
     out = out.resolve()
-    stages = [s for s in STAGES if not options.stages or s.name in options.stages]
+    stages = chosen(options.stages)
     env = environment()
     if options.dry_run:
         print(plan(stages, out, sys.executable, env))

@@ -30,6 +30,14 @@ def test_dry_run_names_every_stage_and_does_nothing(tmp_path):
     assert not (tmp_path / "results").exists()
 
 
+def test_stages_are_chosen_by_name_and_kept_in_order():
+    assert gpu_check.chosen(None) == list(STAGES)
+    assert [stage.name for stage in gpu_check.chosen(["bench", "smoke"])] == ["smoke", "bench"]
+    # Nothing that was packed runs before the extension is in place.
+    names = [stage.name for stage in gpu_check.chosen(["packages", "smoke"])]
+    assert names == ["packages", "build", "smoke"]
+
+
 def test_what_stages_run_exists():
     for stage in STAGES:
         added = [part for _, arguments in stage.after_hang for part in arguments]
