@@ -39,6 +39,7 @@ PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check inst
   --no-deps
 NULLGPU_INSTALL := $(NULLGPU)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
+NULLGPU_RUN := $(NULLGPU)/bin/python tests/nullgpu/run.py
 # A bare GPU machine has no .venv.
 GPU_PYTHON := $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TARGET := $(if $(shell nvidia-smi -L 2>/dev/null),cuda,cpu)
@@ -50,10 +51,11 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build kernels serve test test-nullgpu soak load lint bench gpu-check gpu-pack peers peers-run clean
+.PHONY: help setup build kernels serve test test-nullgpu soak load lint bench gpu-check gpu-pack
+.PHONY: gpu-rehearsal peers peers-run clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE)/models ## everything needed to run and test, into .venv/
 	@echo "Ready ($(TARGET)). Try: make serve"
@@ -72,10 +74,14 @@ serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
 test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
-test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path on a GPU that computes nothing; TESTS= for a part
+test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path without a GPU (10 minutes)
 	@$(NULLGPU)/bin/python tests/nullgpu/build.py
-	@$(NULLGPU)/bin/python tests/nullgpu/run.py $(abspath $(NULLGPU))/bin/pytest \
-	  $(if $(filter tests,$(TESTS)),tests/nullgpu,$(TESTS)) --durations 10
+	@$(NULLGPU_RUN) --computes $(abspath $(NULLGPU))/bin/pytest -m gpu -q tests/ops tests/gpu
+	@$(NULLGPU_RUN) $(abspath $(NULLGPU))/bin/pytest -v tests/nullgpu --durations 10
+
+gpu-rehearsal: $(NULLGPU)/.done $(DONE)/models ## gpu-check without a GPU, on what gpu-pack packed
+	@$(NULLGPU)/bin/python tests/nullgpu/build.py
+	@$(NULLGPU)/bin/python tests/nullgpu/rehearse.py
 
 soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, aborts, preemptions
 	@$(BIN)/python tests/engine/soak.py --events $(EVENTS)
@@ -91,7 +97,8 @@ lint: setup ## formatting, style, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
-	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(filter-out %.py,$(EMULATOR))
+	@$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES) $(filter-out %.py,$(EMULATOR)) \
+	  $(wildcard tests/nullgpu/device/* tests/nullgpu/include/*/*)
 	@$(BIN)/yamllint --strict .
 
 bench: setup ## the benchmarks that this machine can run, into benchmarks/results/

@@ -25,7 +25,7 @@ struct Properties {
 };
 
 inline constexpr const char* kName = "NULL GPU as H100";
-inline constexpr size_t kMemoryBytes = size_t{85} << 30;
+inline constexpr size_t kMemoryBytes = size_t{80} << 30;
 // What a driver takes for itself.
 inline constexpr size_t kReservedBytes = size_t{1} << 29;
 inline constexpr int64_t kDefaultSharedBytes = 48 << 10;

@@ -89,6 +89,11 @@ int nvmlDeviceGetMemoryInfo_v2(void*, MemoryV2* memory) {
              nullgpu::kMemoryBytes - nullgpu::kReservedBytes, nullgpu::kReservedBytes};
   return kSuccess;
 }
+// What torch asks when memory has run out.
+int nvmlDeviceGetComputeRunningProcesses(void*, unsigned*, void*) { return kNotSupported; }
+int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, int*) { return kNotSupported; }
+int nvmlDeviceGetNvLinkRemotePciInfo_v2(void*, unsigned, void*) { return kNotSupported; }
+int nvmlDeviceGetGpuFabricInfoV(void*, void*) { return kNotSupported; }
 int nvmlDeviceGetNumaNodeId(void*, unsigned*) { return kNotSupported; }
 int nvmlDeviceGetCpuAffinity(void*, unsigned, unsigned long*) { return kNotSupported; }
 int nvmlDeviceGetP2PStatus(void*, void*, int, int* status) {
