@@ -19,7 +19,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from build import BUILD, COMPUTING_SITE, HERE, ROOT, SITE, environment
+from paths import BUILD, COMPUTING_SITE, HERE, ROOT, SITE, environment
 
 COPY = BUILD / "rehearsal"
 OUT = BUILD / "gpu-check"

@@ -7,7 +7,7 @@ Usage: python tests/nullgpu/run.py [--computes] COMMAND...    --computes: this p
 import os
 import sys
 
-from build import environment
+from paths import environment
 
 if __name__ == "__main__":
     command = sys.argv[1:]

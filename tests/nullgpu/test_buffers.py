@@ -9,7 +9,7 @@ import json
 import os
 
 import pytest
-from nullgpu.build import environment as of_null_gpu
+from nullgpu.paths import environment as of_null_gpu
 from nullgpu.serving import COMPRESSION, environment
 from processes import run_script
 

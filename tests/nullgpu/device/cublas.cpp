@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Of cuBLAS what has an answer or is a product that torch calls for half and single precision;
-// build.py adds the rest by name. A product is one launch on its handle's stream.
+// libraries.py adds the rest by name. A product is one launch on its handle's stream.
 
 #include "model.h"
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Of cuBLASLt what has an answer, and its product; build.py adds the rest by name.
+// Of cuBLASLt what has an answer, and its product; libraries.py adds the rest by name.
 
 #include <cstddef>
 

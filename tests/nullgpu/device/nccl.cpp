@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Of NCCL what torch and vLLM call; build.py adds the rest by name. Nothing is sent: a collective
+// Of NCCL what torch and vLLM call; libraries.py adds the rest by name. Nothing is sent: a collective
 // is one launch, and its output is what was there.
 
 #include <cstddef>
