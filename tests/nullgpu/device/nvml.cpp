@@ -90,7 +90,10 @@ int nvmlDeviceGetMemoryInfo_v2(void*, MemoryV2* memory) {
   return kSuccess;
 }
 // What torch asks when memory has run out.
-int nvmlDeviceGetComputeRunningProcesses(void*, unsigned*, void*) { return kNotSupported; }
+int nvmlDeviceGetComputeRunningProcesses(void*, unsigned* count, void*) {
+  *count = 0;
+  return kSuccess;
+}
 int nvmlDeviceGetNvLinkRemoteDeviceType(void*, unsigned, int*) { return kNotSupported; }
 int nvmlDeviceGetNvLinkRemotePciInfo_v2(void*, unsigned, void*) { return kNotSupported; }
 int nvmlDeviceGetGpuFabricInfoV(void*, void*) { return kNotSupported; }
