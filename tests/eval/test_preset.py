@@ -77,7 +77,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--preset", "tinny"], "preset='tinny' is not a preset: use full, smoke"),
+        (["--preset", "tinny"], "preset='tinny' is not a preset: use full, gpu_first, smoke"),
         (["--preset", "none.yaml"], "preset='none.yaml' cannot be read"),
         (["--preset", "smoke", "--lengths", "512,long"], "lengths='512,long' is not allowed"),
         (["--preset", "smoke", "--budgets", "some"], "budgets='some' is not allowed"),
