@@ -86,7 +86,7 @@ def defined(source: str) -> set[str]:
     return set(re.findall(r"^[\w: *]*?\b(\w+)\([^;]*?\)\s*\{", text, re.M))
 
 
-def compile_library(name: str, sources: Sequence[Path], *options: str) -> None:
+def compile_library(name: str, sources: Sequence[Path | str], *options: str) -> None:
     """One shared library in lib/."""
     command = ["g++", "-shared", "-fPIC", "-O1", "-std=c++20", "-w", f"-Wl,-soname,{name}"]
     paths = [f"-I{CUDA}/include", f"-I{HERE / 'device'}", f"-L{LIB}", "-Wl,-rpath,$ORIGIN"]
@@ -100,14 +100,13 @@ def version_script(name: str, symbols: dict[str, str]) -> list[str]:
     versions = sorted({version for version in symbols.values() if version})
     if not versions:
         return []
-    # A library with several gives each function its own; the first also takes what is by hand.
-    lines = []
-    for index, version in enumerate(versions):
-        names = [symbol for symbol, wanted in symbols.items() if wanted == version]
-        members = ["*"] if len(versions) == 1 else names
-        lines.append(f"{version} {{ global: {'; '.join(members)}; }};")
-        if index == 0 and len(versions) > 1:
-            lines[-1] = f"{version} {{ global: {'; '.join([*names, 'nullgpu_*'])}; }};"
+    by_version = {
+        version: [symbol for symbol, wanted in symbols.items() if wanted == version]
+        for version in versions
+    }
+    # What nobody asks for by a version gets the first.
+    by_version[versions[0]].append("*")
+    lines = [f"{version} {{ global: {'; '.join(by_version[version])}; }};" for version in versions]
     path = LIB / f"{name}.map"
     path.write_text("\n".join(lines))
     return [f"-Wl,--version-script={path}"]
@@ -121,8 +120,7 @@ def build_libraries() -> None:
     compile_library("libnullgpu.so", [HERE / "device" / name for name in MODEL])
     by_hand = {symbol for source in BY_HAND.values() for symbol in defined(source)}
     names = sorted({*wanted, *BY_HAND, *ALSO, *PREFIXES.values()})
-    # The driver is looked up by the runtime, and the other way round.
-    for name in sorted(names, key=lambda name: name not in BY_HAND):
+    for name in names:
         symbols = wanted.get(name, {})
         source = BY_HAND.get(name)
         missing = sorted(set(symbols) - by_hand)
@@ -130,11 +128,9 @@ def build_libraries() -> None:
             raise SystemExit(f"the null GPU lacks of {name}: {', '.join(missing)}")
         rest = LIB / f"{name}.c"
         rest.write_text("".join(f"int {symbol}(void) {{ return 0; }}\n" for symbol in missing))
-        objects = [rest] if source is None else [HERE / "device" / source, rest]
-        compile_library(
-            name, ["-xc++", *objects[:-1], "-xc", rest], "-l:libnullgpu.so",
-            *version_script(name, symbols),
-        )  # fmt: skip
+        written = [] if source is None else ["-xc++", HERE / "device" / source]
+        options = ["-l:libnullgpu.so", *version_script(name, symbols)]
+        compile_library(name, [*written, "-xc", rest], *options)
     (LIB / "libcuda.so").symlink_to("libcuda.so.1")
     # torchvision brings a runtime of its own, and vLLM takes the first one that it finds loaded.
     for path in site_packages().glob("*.libs/libcudart*"):
