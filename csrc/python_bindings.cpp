@@ -38,15 +38,22 @@ void check_range(const char* name, int64_t value, int64_t low) {
 class CompressionPlan {
  public:
   CompressionPlan(int64_t prompt_len, int64_t block_size, int64_t budget_blocks,
-                  int64_t recent_window, int64_t recompress_interval, int64_t min_blocks_saved)
-      : params_{prompt_len,    block_size,          budget_blocks,
-                recent_window, recompress_interval, min_blocks_saved} {
+                  int64_t recent_window, int64_t recompress_interval, int64_t min_blocks_saved,
+                  std::optional<int64_t> global_queries)
+      : params_{prompt_len,
+                block_size,
+                budget_blocks,
+                recent_window,
+                recompress_interval,
+                min_blocks_saved,
+                global_queries.value_or(ems::kNoLimit)} {
     check_range("prompt_len", prompt_len, 0);
     check_range("block_size", block_size, 1);
     check_range("budget_blocks", budget_blocks, 0);
     check_range("recent_window", recent_window, 0);
     check_range("recompress_interval", recompress_interval, 0);
     check_range("min_blocks_saved", min_blocks_saved, 1);
+    if (global_queries) check_range("global_queries", *global_queries, 1);
     if (recompress_interval % block_size != 0) {
       throw py::value_error("recompress_interval must be a multiple of block_size (" +
                             std::to_string(block_size) + "), got " +
@@ -73,10 +80,20 @@ class CompressionPlan {
     return none_if_unlimited(ems::max_shared_tokens(params_));
   }
 
+  int64_t first_scored_query() const { return ems::first_scored_query(params_); }
+
+  int64_t max_replay_columns(int64_t num_tokens) const {
+    return ems::max_replay_columns(params_, checked(num_tokens));
+  }
+
+  std::optional<int64_t> global_queries() const {
+    return none_if_unlimited(params_.global_queries);
+  }
+
   py::tuple as_tuple() const {
     return py::make_tuple(params_.prompt_len, params_.block_size, params_.budget_blocks,
                           params_.recent_window, params_.recompress_interval,
-                          params_.min_blocks_saved);
+                          params_.min_blocks_saved, global_queries());
   }
 
   std::string repr() const {
@@ -85,7 +102,8 @@ class CompressionPlan {
            ", budget_blocks=" + std::to_string(params_.budget_blocks) +
            ", recent_window=" + std::to_string(params_.recent_window) +
            ", recompress_interval=" + std::to_string(params_.recompress_interval) +
-           ", min_blocks_saved=" + std::to_string(params_.min_blocks_saved) + ")";
+           ", min_blocks_saved=" + std::to_string(params_.min_blocks_saved) + ", global_queries=" +
+           (global_queries() ? std::to_string(*global_queries()) : std::string("None")) + ")";
   }
 
  private:
@@ -137,9 +155,10 @@ PYBIND11_MODULE(_C, m) {
     return [member](const CompressionPlan& self) { return self.params().*member; };
   };
   py::class_<CompressionPlan>(m, "CompressionPlan")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(), py::kw_only(),
-           py::arg("prompt_len"), py::arg("block_size"), py::arg("budget_blocks"),
-           py::arg("recent_window"), py::arg("recompress_interval"), py::arg("min_blocks_saved"))
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::optional<int64_t>>(),
+           py::kw_only(), py::arg("prompt_len"), py::arg("block_size"), py::arg("budget_blocks"),
+           py::arg("recent_window"), py::arg("recompress_interval"), py::arg("min_blocks_saved"),
+           py::arg("global_queries") = py::none())
       .def("columns", &CompressionPlan::columns, py::arg("num_processed"))
       .def("max_live_columns", &CompressionPlan::max_live_columns, py::arg("num_processed"))
       .def("next_compaction", &CompressionPlan::next_compaction, py::arg("num_processed"))
@@ -156,6 +175,9 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("recent_window", param(&ems::PlanParams::recent_window))
       .def_property_readonly("recompress_interval", param(&ems::PlanParams::recompress_interval))
       .def_property_readonly("min_blocks_saved", param(&ems::PlanParams::min_blocks_saved))
+      .def_property_readonly("global_queries", &CompressionPlan::global_queries)
+      .def_property_readonly("first_scored_query", &CompressionPlan::first_scored_query)
+      .def("max_replay_columns", &CompressionPlan::max_replay_columns, py::arg("num_tokens"))
       .def("__repr__", &CompressionPlan::repr)
       .def("__hash__", [](const CompressionPlan& self) { return py::hash(self.as_tuple()); })
       .def("__eq__",
@@ -169,6 +191,7 @@ PYBIND11_MODULE(_C, m) {
                       [](const py::tuple& state) {
                         return CompressionPlan(state[0].cast<int64_t>(), state[1].cast<int64_t>(),
                                                state[2].cast<int64_t>(), state[3].cast<int64_t>(),
-                                               state[4].cast<int64_t>(), state[5].cast<int64_t>());
+                                               state[4].cast<int64_t>(), state[5].cast<int64_t>(),
+                                               state[6].cast<std::optional<int64_t>>());
                       }));
 }

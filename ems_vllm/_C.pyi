@@ -10,8 +10,8 @@ def build_info() -> dict[str, Any]:
 class CompressionPlan:
     """When a request is compacted, and into which block-table columns.
 
-    Immutable, hashable and picklable. A pure function of its arguments: the scheduler and every
-    worker evaluate it on their own and agree.
+    Immutable, hashable and picklable. A pure function of its arguments, evaluated by the scheduler
+    alone; the workers are told what falls due.
 
     Args:
         prompt_len: tokens of the prompt, also after a preemption.
@@ -22,6 +22,8 @@ class CompressionPlan:
         recompress_interval: tokens between two compactions while decoding, a multiple of
             block_size; 0 compresses the prompt only.
         min_blocks_saved: a first compaction that frees fewer blocks is skipped, >= 1.
+        global_queries: last queries of the prompt that score its entries, >= 1; None for all that
+            are computed.
     Raises:
         ValueError: an argument is outside its range.
     """
@@ -35,6 +37,7 @@ class CompressionPlan:
         recent_window: int,
         recompress_interval: int,
         min_blocks_saved: int,
+        global_queries: int | None = None,
     ) -> None: ...
     @property
     def prompt_len(self) -> int: ...
@@ -49,6 +52,8 @@ class CompressionPlan:
     @property
     def min_blocks_saved(self) -> int: ...
     @property
+    def global_queries(self) -> int | None: ...
+    @property
     def compresses_prompt(self) -> bool:
         """Whether the first compaction comes at the end of the prompt."""
 
@@ -62,6 +67,14 @@ class CompressionPlan:
 
         The longest prefix-cache hit that may be taken, and the columns that may be hashed while
         the request runs.
+        """
+
+    @property
+    def first_scored_query(self) -> int:
+        """Position of the first prompt query that scores; 0 where all do that are computed.
+
+        With a limited number of queries none lies before max_shared_tokens, so a hit in the prefix
+        cache changes nothing.
         """
 
     def columns(self, num_processed: int) -> tuple[int, int]:
@@ -80,6 +93,12 @@ class CompressionPlan:
 
     def next_compaction(self, num_processed: int) -> int | None:
         """The smallest count above num_processed at which columns() changes; None for never."""
+
+    def max_replay_columns(self, num_tokens: int) -> int:
+        """Upper bound of the columns that computing num_tokens known tokens in chunks takes.
+
+        As after a preemption, when every chunk ends where a compaction falls due.
+        """
 
     def __eq__(self, other: object) -> bool: ...
     def __hash__(self) -> int: ...

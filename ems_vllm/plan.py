@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From settings and a prompt length to the CompressionPlan that scheduler and worker share."""
+"""From settings and a prompt length to the CompressionPlan that the scheduler follows."""
 
 import math
 from dataclasses import dataclass
@@ -26,7 +26,8 @@ class SizeRequest(Protocol):
 class PlanSettings:
     """The part of the settings that decides which columns are compressed when.
 
-    Attributes: see KVCompressionConfig. Exactly one of `budget` and `ratio` is set.
+    Attributes: see KVCompressionConfig. Exactly one of `budget` and `ratio` is set;
+        `global_queries` is None for all.
     """
 
     budget: int | None
@@ -34,6 +35,7 @@ class PlanSettings:
     recent_window: int
     recompress_interval: int
     min_blocks_saved: int
+    global_queries: int | None
 
     def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
         """The plan of one request.
@@ -53,6 +55,7 @@ class PlanSettings:
             recent_window=self.recent_window,
             recompress_interval=_round_up(self.recompress_interval, block_size),
             min_blocks_saved=self.min_blocks_saved,
+            global_queries=self.global_queries,
         )
 
     def _budget_blocks(self, prompt_len: int, block_size: int, request: SizeRequest) -> int:

@@ -4,7 +4,7 @@
 Every default here is ours; the EMS paper's constants are not public in full.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -34,6 +34,8 @@ from ems_vllm.registry import Registry
 KEY_PREFIX = "kv_compression_config."
 # The plan counts in 32 bits, after rounding up to whole blocks.
 _LARGEST = 2**30
+# Prompt queries that score unless a server says otherwise (ours).
+_GLOBAL_QUERIES = 256
 
 
 def _component(registry: Registry, key: str, value: Any) -> Any:
@@ -63,6 +65,15 @@ def _component(registry: Registry, key: str, value: Any) -> Any:
         raise from_pydantic(error, f"{KEY_PREFIX}{key}.", cls.model_fields) from None
 
 
+def _always_computed(settings: dict[str, Any]) -> int:
+    """Tokens of a compressed prompt that no hit in the prefix cache covers.
+
+    With a `ratio` they depend on the prompt: the plan of a request lowers global_queries then.
+    """
+    budget, recent_window = settings.get("budget"), settings.get("recent_window")
+    return _LARGEST if budget is None or recent_window is None else budget + recent_window
+
+
 class KVCompressionConfig(BaseModel):
     """Settings of KV-cache compression for one server.
 
@@ -75,9 +86,15 @@ class KVCompressionConfig(BaseModel):
         recompress_interval: Generated tokens beyond `recent_window` after which the request is
             compressed again, rounded up to whole blocks; 0 compresses the prompt only.
         min_blocks_saved: Compress a prompt only if this many columns of blocks are given back.
+        global_queries: Last queries of the prompt whose attention a scorer accumulates, or "all"
+            for every query that is computed. At most `budget + recent_window`, which a hit in the
+            prefix cache always leaves to be computed; then neither hits nor chunks change which
+            queries score. By default 256, or as many as are allowed.
         prefix_score_tokens: Capacity, in tokens, of the private scores for prefixes that came
-            from the prefix cache; None derives it from max_model_len and
-            max_num_batched_tokens. A hit that finds no room is shortened, never wrong.
+            from the prefix cache, at least max_model_len; None derives it from max_model_len and
+            max_num_batched_tokens. A request that finds no room waits a step.
+        query_ring_rows: Requests whose last queries are recorded at a time; None derives it from
+            the number of blocks. A request that finds no row waits a step.
         workspace_mib: Upper bound of a compaction's scores, in MiB. What kernels need beside them
             (32 MiB) and this are kept free when the KV cache is sized.
         scorer, allocator, selector, merger: The four choices of a policy.
@@ -92,7 +109,11 @@ class KVCompressionConfig(BaseModel):
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
     recompress_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 256
     min_blocks_saved: Annotated[int, Field(ge=1, le=_LARGEST)] = 4
-    prefix_score_tokens: Annotated[int, Field(ge=0, le=_LARGEST)] | None = None
+    global_queries: Annotated[int, Field(ge=1, le=_LARGEST)] | Literal["all"] = Field(
+        default_factory=lambda data: min(_GLOBAL_QUERIES, _always_computed(data))
+    )
+    prefix_score_tokens: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    query_ring_rows: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     workspace_mib: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     scorer: Scorer
     allocator: BudgetAllocator
@@ -109,6 +130,16 @@ class KVCompressionConfig(BaseModel):
                 "give the recipe or its file another name."
             )
         return value
+
+    @field_validator("global_queries", mode="before")
+    @classmethod
+    def _count_or_all(cls, value: Any) -> Any:
+        if value == "all" or (type(value) is int and 1 <= value <= _LARGEST):
+            return value
+        raise ConfigError(
+            f"{KEY_PREFIX}global_queries={shown(value)} is not allowed: give a number of queries, "
+            'at least 1, or "all".'
+        )
 
     @field_validator("scorer", mode="before")
     @classmethod
@@ -142,6 +173,13 @@ class KVCompressionConfig(BaseModel):
                 f"{KEY_PREFIX}obs_window={self.obs_window} is not allowed: it must be at most "
                 f"recent_window={self.recent_window}; lower it or raise recent_window."
             )
+        computed = _always_computed(self.model_dump(include={"budget", "recent_window"}))
+        if self.global_queries != "all" and self.global_queries > computed:
+            raise ConfigError(
+                f"{KEY_PREFIX}global_queries={self.global_queries} is not allowed: a hit in the "
+                f"prefix cache leaves budget + recent_window = {computed} tokens to be computed; "
+                'lower it, raise budget, or set it to "all".'
+            )
         if self.budget is not None and self.selector.num_sink_tokens > self.budget:
             raise ConfigError(
                 f"{KEY_PREFIX}selector.num_sink_tokens={self.selector.num_sink_tokens} is not "
@@ -158,6 +196,14 @@ class KVCompressionConfig(BaseModel):
             recent_window=self.recent_window,
             recompress_interval=self.recompress_interval,
             min_blocks_saved=self.min_blocks_saved,
+            global_queries=None if self.global_queries == "all" else self.global_queries,
+        )
+
+    @property
+    def is_neutral_to_hits(self) -> bool:
+        """Whether hits in the prefix cache, or other chunks, leave the kept entries as they are."""
+        return not self.scorer.uses_global or (
+            self.global_queries != "all" and self.scorer.global_stride == 1
         )
 
     def to_dict(self) -> dict[str, Any]:

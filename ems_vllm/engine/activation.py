@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
-from ems_vllm.engine.compatibility import WORKERS, check_compatibility
+from ems_vllm.engine.compatibility import SCHEDULERS, WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
 from ems_vllm.patches import async_llm, catalogue, input_processor
 from ems_vllm.patches.record import PatchError
@@ -30,10 +30,10 @@ def normalize(engine_args: EngineArgs) -> KVCompressionConfig | None:
 
 
 def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
-    """Choose the compressing worker and install the request check.
+    """Choose the compressing worker and scheduler, and install the request check.
 
-    Everything else follows from the worker: it overrides the attention backends, whose layers get
-    a compressed KV-cache spec, which brings its manager to the scheduler.
+    Everything else follows from them: the worker overrides the attention backends, whose layers
+    get a compressed KV-cache spec, which brings its manager to the scheduler.
 
     Raises:
         ConfigError: a feature in use cannot work with compression, or this vLLM is not one that
@@ -53,5 +53,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
         cache_config.prefix_cache_retention_interval = None
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
+    scheduler = vllm_config.scheduler_config
+    scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
         patch.apply()

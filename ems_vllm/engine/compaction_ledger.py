@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which compactions of a request have surely happened, as the scheduler can know it."""
+"""Which compactions of a request have been ordered, and which have surely happened."""
+
+from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -11,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class CompactionLedger:
-    """Follows the steps of one request from "scheduled" to "output processed".
+    """Follows the steps of one request in one group, from "scheduled" to "output processed".
 
     A worker compacts at the start of a step, from the number of tokens processed before it. The
     columns that this makes free may be handed out only when that step's output has been processed.
@@ -19,20 +21,34 @@ class CompactionLedger:
     resumed prefill), and then nothing has been compacted yet. So the starts are recorded.
 
     Attributes:
-        plan: The request's plan, the same function that the worker computes.
+        plan: Of the request in this group.
+        first, tail: Columns [first, tail) hold the kept entries in the latest step that was
+            scheduled; 0, 0 before the first compaction.
     """
 
-    plan: "CompressionPlan"
+    plan: CompressionPlan
+    first: int = 0
+    tail: int = 0
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)
-    _first_scheduled: int = 0
     _first_processed: int = 0
 
-    def step_scheduled(self, start: int) -> None:
-        """A step that begins with `start` processed tokens was handed to the workers."""
-        first, _ = self.plan.columns(start)
-        if first > self._first_scheduled:
-            self._first_scheduled = first
-            self._in_flight.append((start, first))
+    def restart(self) -> None:
+        """The request gave its blocks back; whatever comes begins anew."""
+        self.first = self.tail = self._first_processed = 0
+        self._in_flight.clear()
+
+    def step_scheduled(self, start: int) -> bool:
+        """A step that begins with `start` processed tokens goes to the workers.
+
+        Returns:
+            Whether a compaction falls due in it; `first` and `tail` are those after it.
+        """
+        first, tail = self.plan.columns(start)
+        if first <= self.first:
+            return False
+        self.first, self.tail = first, tail
+        self._in_flight.append((start, first))
+        return True
 
     def columns_to_free(self, num_processed_tokens: int) -> int:
         """Leading columns that no step, in flight or to come, will read.
@@ -47,9 +63,4 @@ class CompactionLedger:
     @property
     def is_untouched(self) -> bool:
         """Whether no step that compacts was ever scheduled: every column is exact attention KV."""
-        return self._first_scheduled == 0
-
-    @property
-    def is_prompt_compacted(self) -> bool:
-        """Whether the first compaction has been processed."""
-        return self._first_processed > 0
+        return self.first == 0

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which requests are due for compaction, and running the policy over them in bounded memory."""
+"""Runs the policy over the requests that are to be compacted, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,36 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 
 from ems_vllm.engine.host_tensors import pad_rows, to_device
+from ems_vllm.engine.score_rows import score_pages
 from ems_vllm.policies.context import CompactionContext
 
 if TYPE_CHECKING:
     from ems_vllm.engine.compressed_group import GroupTensors
-    from ems_vllm.engine.group_state import GroupStates, RequestState
     from ems_vllm.engine.layer_stack import LayerStack
-    from ems_vllm.engine.request_table import RunningRequest
+    from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
 
 # Live float32 tensors of the shape of a score during a compaction: weights, carry, window, and
 # the temporaries of combining them.
 _SCORE_TENSORS = 8
-
-
-@dataclass(frozen=True)
-class DueRequest:
-    """A compaction to run now, from columns [state.first, tail) into [first, tail)."""
-
-    request: RunningRequest
-    state: RequestState
-    first: int
-    tail: int
-
-    @property
-    def num_entries(self) -> int:
-        return (self.tail - self.state.first) * self.state.plan.block_size
-
-    @property
-    def num_kept(self) -> int:
-        return (self.tail - self.first) * self.state.plan.block_size
 
 
 @dataclass
@@ -56,43 +38,37 @@ class Compactor:
 
     Args:
         tensors: The group's cache, scores and query ring.
-        states: States of its requests.
         policy: What stays and what is merged.
         workspace_bytes: Bound of the score tensors of a compaction.
     """
 
-    def __init__(
-        self, tensors: GroupTensors, states: GroupStates, policy: Policy, workspace_bytes: int
-    ) -> None:
+    def __init__(self, tensors: GroupTensors, policy: Policy, workspace_bytes: int) -> None:
         self._tensors = tensors
-        self._states = states
         self._policy = policy
+        self._block_size = tensors.spec.block_size
         bytes_per_entry = 4 * _SCORE_TENSORS * tensors.spec.num_kv_heads
         self._max_entries = max(1, workspace_bytes // bytes_per_entry)
         self.counters = CompactionCounters()
 
     @torch.inference_mode()
-    def compact_due(self, requests: Sequence[RunningRequest]) -> None:
-        """Compress every request of a step that is due, before the step's forward pass."""
-        due = list(self._due(requests))
-        for wave, max_layers in self._waves(due):
+    def compact(self, orders: Sequence[Compaction]) -> None:
+        """Compress requests, before the step's forward pass."""
+        for wave, max_layers in self._waves(orders):
             for stack in self._tensors.stacks:
                 for part in stack.split(max_layers):
                     self._policy.compact(self._context(wave, part))
-        for item in due:
+        for order in orders:
             self.counters.num_compactions += 1
-            self.counters.num_entries_in += item.num_entries
-            self.counters.num_entries_kept += item.num_kept
-            self._states.compacted(item.state, item.first, item.tail)
+            self.counters.num_entries_in += self._num_entries(order)
+            self.counters.num_entries_kept += self._num_kept(order)
 
-    def _due(self, requests: Sequence[RunningRequest]) -> Iterator[DueRequest]:
-        for request in requests:
-            state = self._states[request]
-            first, tail = state.plan.columns(request.num_computed)
-            if first > state.first:
-                yield DueRequest(request, state, first, tail)
+    def _num_entries(self, order: Compaction) -> int:
+        return (order.tail - order.first_before) * self._block_size
 
-    def _waves(self, due: list[DueRequest]) -> Iterator[tuple[list[DueRequest], int]]:
+    def _num_kept(self, order: Compaction) -> int:
+        return (order.tail - order.first) * self._block_size
+
+    def _waves(self, orders: Sequence[Compaction]) -> Iterator[tuple[list[Compaction], int]]:
         """Split the work so that the score tensors of a wave fit the workspace.
 
         Yields:
@@ -100,76 +76,61 @@ class Compactor:
             pads to its longest.
         """
         num_layers = self._tensors.num_layers
-        wave: list[DueRequest] = []
-        for item in sorted(due, key=lambda item: item.num_entries):
-            if wave and (len(wave) + 1) * item.num_entries * num_layers > self._max_entries:
+        wave: list[Compaction] = []
+        for order in sorted(orders, key=self._num_entries):
+            size = self._num_entries(order)
+            if wave and (len(wave) + 1) * size * num_layers > self._max_entries:
                 yield wave, num_layers
                 wave = []
-            wave.append(item)
+            wave.append(order)
         if wave:
             # A single request may exceed the workspace; its layers are taken in turns then.
-            per_layer = len(wave) * wave[-1].num_entries
+            per_layer = len(wave) * self._num_entries(wave[-1])
             yield wave, max(1, min(num_layers, self._max_entries // per_layer))
 
-    def _context(self, wave: list[DueRequest], stack: LayerStack) -> CompactionContext:
+    def _context(self, wave: list[Compaction], stack: LayerStack) -> CompactionContext:
         tensors = self._tensors
-        device, block_size = tensors.device, tensors.spec.block_size
-        budgets = [item.num_kept for item in wave]
+        device = tensors.device
+        budgets = [self._num_kept(order) for order in wave]
+        num_entries = [self._num_entries(order) for order in wave]
         num_sinks = self._policy.selector.num_sink_tokens
 
         def ints(values: list[int]) -> torch.Tensor:
             return to_device(values, device)
 
+        scores = score_table = ring = key_scales = None
+        if tensors.scores is not None:
+            scores = tensors.scores[stack.layers]
+            score_table = pad_rows([_live_score_pages(order) for order in wave], device)
+        if tensors.query_ring is not None:
+            ring = tensors.query_ring[stack.layers]
+        if tensors.key_scales is not None:
+            key_scales = tensors.key_scales[stack.layers]
         return CompactionContext(
             key_cache=stack.key_cache,
             value_cache=stack.value_cache,
-            block_table=pad_rows([self._live_columns(item) for item in wave], device),
-            num_entries=ints([item.num_entries for item in wave]),
-            num_live=ints(
-                [item.request.num_computed - item.state.first * block_size for item in wave]
-            ),
-            num_scored=ints([self._num_scored(item) for item in wave]),
+            block_table=pad_rows([order.block_ids for order in wave], device),
+            num_entries=ints(num_entries),
+            num_live=ints([o.num_computed - o.first_before * self._block_size for o in wave]),
+            num_scored=ints([order.num_scored for order in wave]),
             budgets=ints(budgets),
             num_protected=ints([min(num_sinks, budget) for budget in budgets]),
-            target_columns=ints([item.first - item.state.first for item in wave]),
-            is_decode=to_device([_is_decode(item) for item in wave], device, torch.bool),
-            max_entries=max(item.num_entries for item in wave),
+            target_columns=ints([order.first - order.first_before for order in wave]),
+            is_decode=to_device([order.is_decode for order in wave], device, torch.bool),
+            max_entries=max(num_entries),
             max_budget=max(budgets),
             scale=tensors.scale,
-            paged_scores=None if tensors.scores is None else tensors.scores[stack.layers],
-            score_table=(
-                None
-                if tensors.scores is None
-                else pad_rows([self._score_pages(item) for item in wave], device)
-            ),
-            query_ring=None if tensors.query_ring is None else tensors.query_ring[stack.layers],
-            ring_rows=ints([item.request.ring_row for item in wave]),
-            num_queries=ints(
-                [
-                    min(tensors.obs_window, item.request.num_computed - item.request.num_cached)
-                    for item in wave
-                ]
-            ),
-            end_positions=ints([item.request.num_computed for item in wave]),
-            key_scales=None if tensors.key_scales is None else tensors.key_scales[stack.layers],
+            paged_scores=scores,
+            score_table=score_table,
+            query_ring=ring,
+            ring_rows=ints([order.ring_row for order in wave]),
+            num_queries=ints([order.num_queries for order in wave]),
+            end_positions=ints([order.num_computed for order in wave]),
+            key_scales=key_scales,
         )
 
-    def _live_columns(self, item: DueRequest) -> list[int]:
-        stop = -(-item.request.num_computed // self._tensors.spec.block_size)
-        return item.request.block_ids[self._tensors.group_id][item.state.first : stop]
 
-    def _score_pages(self, item: DueRequest) -> list[int]:
-        block_ids = item.request.block_ids[self._tensors.group_id]
-        return item.state.pages(block_ids)[item.state.first : item.tail]
-
-    def _num_scored(self, item: DueRequest) -> int:
-        if item.state.first > 0:
-            return item.state.num_carried
-        if self._tensors.scores is None or not item.state.plan.compresses_prompt:
-            return 0
-        return min(item.num_entries, item.request.info.prompt_len)
-
-
-def _is_decode(item: DueRequest) -> bool:
-    """Whether the recorded queries come after the ones that were accumulated."""
-    return item.state.first > 0 or item.request.num_computed > item.request.info.prompt_len
+def _live_score_pages(order: Compaction) -> list[int]:
+    """Score page of every column that is compressed."""
+    num_columns = order.tail - order.first_before
+    return score_pages(order.score_pages, order.block_ids)[:num_columns]

@@ -27,6 +27,12 @@ WORKERS = {
     ),
 }
 
+# The compressing schedulers, without and with asynchronous scheduling.
+SCHEDULERS = (
+    "ems_vllm.engine.scheduler.CompressingScheduler",
+    "ems_vllm.engine.scheduler.CompressingAsyncScheduler",
+)
+
 # vLLM's names of caches that are not quantised.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 
@@ -83,6 +89,11 @@ def _drafted_by_a_model(config: VllmConfig) -> str | None:
 def _unknown_worker(config: VllmConfig) -> str | None:
     worker_cls = config.parallel_config.worker_cls
     return None if worker_cls in (*WORKERS, *WORKERS.values()) else worker_cls
+
+
+def _unknown_scheduler(config: VllmConfig) -> str | None:
+    scheduler_cls = config.scheduler_config.scheduler_cls
+    return None if scheduler_cls in (None, *SCHEDULERS) else str(scheduler_cls)
 
 
 def _device_without_kernels(config: VllmConfig) -> str | None:
@@ -199,9 +210,9 @@ RULES = (
     ),
     Rule(
         "scheduler_cls",
-        "only vLLM's own schedulers are known to ask how long a chunk may be",
+        "compression extends vLLM's own schedulers only",
         "drop --scheduler-cls",
-        lambda c: c.scheduler_config.scheduler_cls,
+        _unknown_scheduler,
     ),
     Rule(
         "kv_cache_dtype",

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from ems_vllm import ops
 from ems_vllm.engine.compactor import Compactor
-from ems_vllm.engine.group_state import GroupStates
 from ems_vllm.engine.host_tensors import to_device
 from ems_vllm.engine.layer_stack import LayerStack, stack_layers
-from ems_vllm.engine.score_rows import ScoreRows, score_rows
 
 if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from ems_vllm.engine.cache_scales import LayerScales
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-    from ems_vllm.engine.request_table import RunningRequest
+    from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
 
 
@@ -35,8 +34,8 @@ class GroupTensors:
         stacks: Its caches, in layer order.
         scores: [num_layers, num_blocks + private pages, num_kv_heads, block_size], float32 -
             accumulated attention by block; None when the policy accumulates none.
-        query_ring: [num_layers, max_num_seqs, obs_window, num_heads, head_size] - last queries of
-            every request; None when the policy records none.
+        query_ring: [num_layers, num_rows, obs_window, num_heads, head_size] - last queries of the
+            requests that are about to be compressed; None when the policy records none.
         obs_window: Recorded queries per request.
         scale: Softmax scale of the layers.
         layer_scales: What a float8 cache and float8 queries are scaled with, in layer order.
@@ -75,22 +74,23 @@ class GroupTensors:
         Args:
             caches: One per layer, in layer order, each [num_blocks, ...].
             num_heads: Query heads of a layer on this rank.
-            max_num_seqs: Rows of the ring.
+            max_num_seqs: Most requests that run at a time.
             layer_scales: One per layer.
             query_dtype: dtype of the model, in which queries are recorded.
         """
-        device = caches[0].device
+        device, num_blocks = caches[0].device, caches[0].shape[0]
         scores = ring = None
-        if spec.num_prefix_score_pages is not None:
-            num_pages = caches[0].shape[0] + spec.num_prefix_score_pages
+        if policy.scorer.uses_global:
+            num_pages = num_blocks + spec.num_score_pages
             scores = torch.zeros(
                 (len(caches), num_pages, spec.num_kv_heads, spec.block_size),
                 dtype=torch.float32,
                 device=device,
             )
         if policy.scorer.uses_window:
+            num_rows = spec.num_ring_rows(num_blocks, max_num_seqs)
             ring = torch.zeros(
-                (len(caches), max_num_seqs, obs_window, num_heads, spec.head_size),
+                (len(caches), num_rows, obs_window, num_heads, spec.head_size),
                 dtype=query_dtype,
                 device=device,
             )
@@ -152,8 +152,7 @@ class CompressedGroup:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.global_stride = policy.scorer.global_stride
-        self._states = GroupStates(tensors.spec, tensors.num_blocks)
-        self._compactor = Compactor(tensors, self._states, policy, workspace_bytes)
+        self._compactor = Compactor(tensors, policy, workspace_bytes)
         self.counters = self._compactor.counters
         device = tensors.device
         # CUDA graphs capture the addresses of these three; they never move.
@@ -163,50 +162,25 @@ class CompressedGroup:
         )
         self._seq_lens = torch.zeros((max_num_reqs,), dtype=torch.int32, device=device)
 
-    def begin_step(
-        self,
-        removed: Sequence[str],
-        admitted: Sequence[RunningRequest],
-        scheduled: Sequence[RunningRequest],
-    ) -> None:
-        """Follow the requests of a step and compact the ones that are due."""
-        for req_id in removed:
-            self._states.remove(req_id)
-        for request in admitted:
-            self._states.admit(request)
-        self._compactor.compact_due(scheduled)
-
-    def first_column(self, request: RunningRequest) -> int:
-        """First live column of a request, in this step."""
-        return self._states[request].first
-
-    def score_rows(self, rows: Sequence[tuple[RunningRequest, int]]) -> ScoreRows | None:
-        """The prompt chunks of a batch whose attention is accumulated.
-
-        Args:
-            rows: Requests of the batch and where their queries start in it.
-        """
-        tensors = self.tensors
-        if tensors.scores is None:
-            return None
-        return score_rows(
-            rows, self._states, tensors.group_id, tensors.spec.block_size, tensors.device
-        )
+    def compact(self, orders: Sequence[Compaction]) -> None:
+        """Compress requests of this group, before anything of the step runs."""
+        self._compactor.compact(orders)
 
     def rewrite(
-        self, metadata: CommonAttentionMetadata, first_columns: list[int], max_seq_len: int | None
+        self, metadata: CommonAttentionMetadata, first_columns: np.ndarray, max_seq_len: int | None
     ) -> CommonAttentionMetadata:
         """Metadata in which every request begins at its first live column.
 
         Args:
             metadata: vLLM's, for the whole batch.
-            first_columns: Of the leading rows; the remaining ones are padding.
+            first_columns: [at most num_reqs] - of the leading rows; the remaining ones are padding.
             max_seq_len: Longest rewritten sequence, or None to keep vLLM's.
         """
         num_reqs = metadata.num_reqs
         block_table = self._block_table[:num_reqs, : metadata.block_table_tensor.shape[1]]
         seq_lens = self._seq_lens[:num_reqs]
-        padded = first_columns + [0] * (num_reqs - len(first_columns))
+        padded = np.zeros(num_reqs, np.int32)
+        padded[: len(first_columns)] = first_columns
         ops.plan_metadata(
             metadata.block_table_tensor,
             metadata.seq_lens,
@@ -217,8 +191,7 @@ class CompressedGroup:
         )
         upper_bound = metadata.seq_lens_cpu_upper_bound
         if upper_bound is not None:
-            removed = torch.tensor(padded, dtype=upper_bound.dtype) * self.tensors.spec.block_size
-            upper_bound = upper_bound - removed
+            upper_bound = upper_bound - torch.from_numpy(padded) * self.tensors.spec.block_size
         # Image tokens that see each other are counted from the first live column too; where there
         # is one, they have been compressed.
         images = metadata.mm_req_doc_ranges or {}

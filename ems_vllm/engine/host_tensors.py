@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 
 def to_device(
-    values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int32
+    values: Sequence[int] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.int32
 ) -> torch.Tensor:
     """[len(values)]: a fresh tensor; PyTorch recycles the pinned staging memory when it is safe."""
     host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")

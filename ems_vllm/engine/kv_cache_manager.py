@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler side: frees compressed columns and keeps the prefix cache exact.
+"""Scheduler side of one group: frees compressed columns and keeps the prefix cache exact.
 
 Rules for the prefix cache, with a = first live column after the prompt's compaction:
   * columns [0, a) hold exact attention KV: hashed and shared as always;
@@ -13,40 +13,27 @@ columns are hashed when the request ends uncompressed.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from vllm.v1.core.single_type_kv_cache_manager import FullAttentionManager
-
-from ems_vllm.config.request import RequestOptions
-from ems_vllm.engine.compaction_ledger import CompactionLedger
-from ems_vllm.patches import kv_cache_manager, scheduler
 
 if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from ems_vllm._C import CompressionPlan
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-
-
-@dataclass
-class _Tracked:
-    """What the manager remembers of a request between admission and free."""
-
-    request: Request
-    plan: CompressionPlan
-    ledger: CompactionLedger
-    next_start: int = 0
-    num_score_pages: int = 0
+    from ems_vllm.engine.tracked_request import TrackedRequest
 
 
 class CompressedAttentionManager(FullAttentionManager):
-    """Full-attention manager that gives compressed columns back."""
+    """Full-attention manager that gives compressed columns back.
+
+    vLLM makes it from the group's spec; the scheduler's planner then lets it see its requests.
+    """
+
+    kv_cache_spec: CompressedAttentionSpec
 
     # vLLM looks hits up in a classmethod that is not told which request asks, so the limit of the
     # request at hand is kept here while `limit_hits` is active. The scheduler is single-threaded.
@@ -54,33 +41,25 @@ class CompressedAttentionManager(FullAttentionManager):
 
     def __init__(self, kv_cache_spec: CompressedAttentionSpec, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        for patch in (*kv_cache_manager.PATCHES, *scheduler.PATCHES):
-            patch.apply()
-        self._settings = kv_cache_spec.settings
-        self._free_score_pages = kv_cache_spec.num_prefix_score_pages
-        self._tracked: dict[str, _Tracked] = {}
-        # Kept through preemptions, for as long as the request exists.
-        self._first_hits: WeakKeyDictionary[Request, int] = WeakKeyDictionary()
+        self._requests: Mapping[str, TrackedRequest] = {}
+        self._index = 0
 
-    # -- admission -----------------------------------------------------------------------------
+    def follow(self, requests: Mapping[str, TrackedRequest], index: int) -> None:
+        """Learn about requests from the planner; before that none can be admitted.
 
-    def admit(self, request: Request) -> int | None:
-        """Take note of a request that is about to be scheduled for the first time, or again.
-
-        Returns:
-            The longest prefix-cache hit it may use, in tokens; None for no limit.
+        Args:
+            requests: By id, from their first look-up in the prefix cache on.
+            index: Of this group among the compressed ones.
         """
-        params = request.sampling_params
-        options = RequestOptions.parse_admitted(params.extra_args if params else None)
-        plan = self._settings.plan(request.num_prompt_tokens, self.block_size, options)
-        self._tracked[request.request_id] = _Tracked(request, plan, CompactionLedger(plan))
-        limit = plan.max_shared_tokens
-        if limit is not None and self._free_score_pages is not None and plan.compresses_prompt:
-            limit = min(limit, self._free_score_pages * self.block_size)
-            # A preempted request finds its own prompt in the cache. Queries that scored at first
-            # have to score again, or the preemption would change the answer.
-            limit = min(limit, self._first_hits.get(request, limit))
-        return limit
+        self._requests = requests
+        self._index = index
+
+    def block_ids(self, request_id: str, first_column: int, num_tokens: int) -> list[int]:
+        """Blocks of the columns from `first_column` on that hold the first `num_tokens` tokens."""
+        stop = -(-num_tokens // self.block_size)
+        return [block.block_id for block in self.req_to_blocks[request_id][first_column:stop]]
+
+    # -- the prefix cache ----------------------------------------------------------------------
 
     @classmethod
     @contextmanager
@@ -100,37 +79,13 @@ class CompressedAttentionManager(FullAttentionManager):
             max_length = min(max_length, cls._hit_limit)
         return super().find_longest_cache_hit(block_hashes, max_length, *args, **kwargs)
 
-    def add_local_computed_blocks(
-        self,
-        request_id: str,
-        new_computed_blocks: Sequence[KVCacheBlock],
-        num_local_computed_tokens: int,
-        num_external_computed_tokens: int,
-    ) -> None:
-        super().add_local_computed_blocks(
-            request_id, new_computed_blocks, num_local_computed_tokens, num_external_computed_tokens
-        )
-        tracked = self._tracked[request_id]
-        if self._free_score_pages is not None and tracked.plan.compresses_prompt:
-            tracked.num_score_pages = len(new_computed_blocks)
-            self._free_score_pages -= tracked.num_score_pages
-            assert self._free_score_pages >= 0, "hit was not limited to the free score pages"
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        limit = self._requests[request.request_id].max_shared_tokens
+        if limit is not None:
+            num_tokens = min(num_tokens, limit)
+        super().cache_blocks(request, num_tokens, *args, **kwargs)
 
-    # -- steps ---------------------------------------------------------------------------------
-
-    def chunk_limit(self, request_id: str, start: int) -> int:
-        """Most tokens that a step of this request may process.
-
-        A request that was preempted computes its generated tokens again, many at a time. Ending
-        every chunk where a compaction falls due makes them attend to what they attended to when
-        they were generated, so a preemption changes no answer.
-
-        Args:
-            request_id: An admitted request.
-            start: Tokens processed before the step.
-        """
-        next_compaction = self._tracked[request_id].plan.next_compaction(start)
-        return sys.maxsize if next_compaction is None else next_compaction - start
+    # -- blocks --------------------------------------------------------------------------------
 
     def get_num_blocks_to_allocate(
         self,
@@ -139,21 +94,24 @@ class CompressedAttentionManager(FullAttentionManager):
         new_computed_blocks: Sequence[KVCacheBlock],
         total_computed_tokens: int,
         *args: Any,
+        apply_admission_cap: bool = False,
         **kwargs: Any,
     ) -> int:
-        # The one place that is told where a step starts; whether the step takes place is known
-        # in allocate_new_blocks, which follows when there is room.
-        self._tracked[request_id].next_start = total_computed_tokens
+        # Indexed: a scheduler without a planner must not get as far as to allocate a block.
+        plan = self._requests[request_id].ledgers[self._index].plan
+        if apply_admission_cap:
+            # Whether everything fits is asked before a request is admitted. One that was
+            # preempted is compressed again as it is computed again, and never holds it all.
+            num_tokens = min(num_tokens, plan.max_replay_columns(num_tokens) * self.block_size)
         return super().get_num_blocks_to_allocate(
-            request_id, num_tokens, new_computed_blocks, total_computed_tokens, *args, **kwargs
+            request_id,
+            num_tokens,
+            new_computed_blocks,
+            total_computed_tokens,
+            *args,
+            apply_admission_cap=apply_admission_cap,
+            **kwargs,
         )
-
-    def allocate_new_blocks(self, request_id: str, *args: Any, **kwargs: Any) -> list[KVCacheBlock]:
-        blocks = super().allocate_new_blocks(request_id, *args, **kwargs)
-        tracked = self._tracked[request_id]
-        tracked.ledger.step_scheduled(tracked.next_start)
-        self._first_hits.setdefault(tracked.request, tracked.next_start)
-        return blocks
 
     def remove_skipped_blocks(
         self,
@@ -161,42 +119,25 @@ class CompressedAttentionManager(FullAttentionManager):
         processed_computed_tokens: int,
         num_prompt_tokens: int | None = None,
     ) -> None:
-        tracked = self._tracked.get(request_id)
-        if tracked is None:
-            return
-        first = tracked.ledger.columns_to_free(processed_computed_tokens)
-        self._remove_blocks_in_range(request_id, 0, first)
-        if tracked.ledger.is_prompt_compacted:
-            self._return_score_pages(tracked)
-
-    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        limit = self._tracked[request.request_id].plan.max_shared_tokens
-        if limit is not None:
-            num_tokens = min(num_tokens, limit)
-        super().cache_blocks(request, num_tokens, *args, **kwargs)
-
-    # -- end -----------------------------------------------------------------------------------
+        tracked = self._requests.get(request_id)
+        if tracked is not None:
+            ledger = tracked.ledgers[self._index]
+            first = ledger.columns_to_free(processed_computed_tokens)
+            self._remove_blocks_in_range(request_id, 0, first)
 
     def pop_blocks_for_free(self, request_id: str) -> list[KVCacheBlock]:
-        tracked = self._tracked.pop(request_id, None)
-        if tracked is not None:
-            self._return_score_pages(tracked)
-            if self.enable_caching and request_id in self.req_to_blocks:
-                self._hash_untouched(tracked)
+        tracked = self._requests.get(request_id)
+        if tracked is not None and self.enable_caching and request_id in self.req_to_blocks:
+            self._hash_untouched(tracked)
         return super().pop_blocks_for_free(request_id)
 
-    def _hash_untouched(self, tracked: _Tracked) -> None:
+    def _hash_untouched(self, tracked: TrackedRequest) -> None:
         """Share the generated columns of a request that was never compressed, as vLLM would."""
-        if tracked.plan.max_shared_tokens is None or tracked.plan.compresses_prompt:
+        if tracked.max_shared_tokens is None or tracked.compresses_prompt:
             return
         # A compaction that is still in flight writes into columns that would be hashed here.
-        if not tracked.ledger.is_untouched:
+        if not tracked.ledgers[self._index].is_untouched:
             return
         request = tracked.request
         num_processed = request.num_computed_tokens - request.num_in_flight_tokens
         super().cache_blocks(request, min(num_processed, request.num_tokens), replay_boundaries=())
-
-    def _return_score_pages(self, tracked: _Tracked) -> None:
-        if self._free_score_pages is not None:
-            self._free_score_pages += tracked.num_score_pages
-            tracked.num_score_pages = 0

@@ -13,9 +13,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_a
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.observation import ObservationSettings
 from ems_vllm.plan import PlanSettings
 
-_OWN_FIELDS = ("settings", "num_prefix_score_pages")
+_OWN_FIELDS = ("settings", "observation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,21 +24,36 @@ class CompressedAttentionSpec(FullAttentionSpec):
     """Full attention whose old columns are compressed and given back.
 
     Attributes:
-        settings: From which scheduler and worker compute each request's plan.
-        num_prefix_score_pages: Pages of private scores that workers hold for prefixes that came
-            from the prefix cache; None when the policy accumulates no scores.
+        settings: From which the scheduler makes each request's plan.
+        observation: What workers keep of the queries.
     """
 
     settings: PlanSettings
-    num_prefix_score_pages: int | None = None
+    observation: ObservationSettings
 
     @classmethod
     def compress(
-        cls, spec: FullAttentionSpec, settings: PlanSettings, num_prefix_score_pages: int | None
+        cls, spec: FullAttentionSpec, settings: PlanSettings, observation: ObservationSettings
     ) -> Self:
         """`spec` with compression; layout and page size are unchanged."""
-        return replace_as(
-            spec, cls, settings=settings, num_prefix_score_pages=num_prefix_score_pages
+        return replace_as(spec, cls, settings=settings, observation=observation)
+
+    @property
+    def num_score_pages(self) -> int:
+        """Private score pages of a layer, behind those of the blocks."""
+        return self.observation.num_score_pages(self.block_size)
+
+    @property
+    def score_page_bytes(self) -> int:
+        """Bytes of the float32 scores of one block; 0 where none are accumulated."""
+        if self.observation.score_tokens is None:
+            return 0
+        return 4 * self.num_kv_heads * self.block_size
+
+    def num_ring_rows(self, num_blocks: int, max_num_seqs: int) -> int:
+        """Rows of the query ring in a cache of `num_blocks` blocks."""
+        return self.observation.num_ring_rows(
+            self.settings, self.block_size, num_blocks, max_num_seqs
         )
 
     def is_uniform_with_collection(self, kv_cache_specs: dict[str, KVCacheSpec]) -> bool:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from ems_vllm.config import KVCompressionConfig
 
-_FLOAT32 = 4
 # What one operator allocates on a GPU at most: kMaxScratchBytes of csrc/launchers.h.
 KERNEL_SCRATCH_BYTES = 32 << 20
 
@@ -26,49 +25,70 @@ class Footprint:
 
     Attributes:
         config: Settings of the server.
-        max_num_seqs: Rows of the query ring.
+        max_num_seqs: Most requests that run at a time.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
+        specs: KV-cache spec by layer.
     """
 
     config: KVCompressionConfig
     max_num_seqs: int
     query_itemsize: int
     num_heads: Mapping[str, int]
+    specs: Mapping[str, KVCacheSpec]
 
-    def fixed_bytes(self, specs: Mapping[str, KVCacheSpec]) -> int:
-        """Bytes that do not depend on the number of blocks."""
-        total = (self.config.workspace_mib << 20) + KERNEL_SCRATCH_BYTES
-        for name, spec in _compressed(specs).items():
-            if self.config.scorer.uses_window:
-                row = self.config.obs_window * self.num_heads[name] * spec.head_size
-                total += self.max_num_seqs * row * self.query_itemsize
-            total += (spec.num_prefix_score_pages or 0) * _score_page_bytes(spec)
-        return total
+    @property
+    def workspace_bytes(self) -> int:
+        return (self.config.workspace_mib << 20) + KERNEL_SCRATCH_BYTES
 
-    def reduce(self, available: int, specs: Mapping[str, KVCacheSpec]) -> int:
+    def score_bytes(self, num_blocks: int) -> int:
+        """Of the score pages: one for every block, and the private ones."""
+        return sum(
+            (num_blocks + spec.num_score_pages) * spec.score_page_bytes
+            for spec in self._compressed.values()
+        )
+
+    def ring_bytes(self, num_blocks: int) -> int:
+        """Of the query rings."""
+        return sum(
+            spec.num_ring_rows(num_blocks, self.max_num_seqs) * self._ring_row_bytes(name)
+            for name, spec in self._compressed.items()
+        )
+
+    def total_bytes(self, num_blocks: int) -> int:
+        """All of it, in a cache of `num_blocks` blocks."""
+        return self.workspace_bytes + self.score_bytes(num_blocks) + self.ring_bytes(num_blocks)
+
+    def reduce(self, available: int) -> int:
         """Bytes left for the KV cache of `available`, so that everything together fits.
 
-        Every block id brings a page of scores in each layer that accumulates them, so the variable
-        part is a fixed share of the cache. The groups of a hybrid model lie on top of each other:
-        a block id has the bytes of one group, which holds at least as many layers as the rarest
-        kind has.
+        Scores and rings grow with the blocks. The groups of a hybrid model lie on top of each
+        other: a block id has the bytes of one group, which holds at least as many layers as the
+        rarest kind has.
         """
         kinds: dict[KVCacheSpec, int] = defaultdict(int)
-        for spec in specs.values():
+        for spec in self.specs.values():
             kinds[spec] += spec.page_size_bytes
-        pages = min(kinds.values())
-        scores = sum(_score_page_bytes(spec) for spec in _compressed(specs).values())
-        left = max(0, available - self.fixed_bytes(specs))
-        return left * pages // (pages + scores)
+        page = min(kinds.values())
+        most = max(0, available) // page
+        fits = 0
+        # total_bytes grows with every block, so halving finds the last number that fits.
+        while fits < most:
+            middle = (fits + most + 1) // 2
+            if middle * page + self.total_bytes(middle) <= available:
+                fits = middle
+            else:
+                most = middle - 1
+        return fits * page
 
+    @property
+    def _compressed(self) -> dict[str, CompressedAttentionSpec]:
+        return {
+            name: spec
+            for name, spec in self.specs.items()
+            if isinstance(spec, CompressedAttentionSpec)
+        }
 
-def _compressed(specs: Mapping[str, KVCacheSpec]) -> dict[str, CompressedAttentionSpec]:
-    return {name: spec for name, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)}
-
-
-def _score_page_bytes(spec: CompressedAttentionSpec) -> int:
-    """Bytes of the scores of one block; 0 when the policy accumulates none."""
-    if spec.num_prefix_score_pages is None:
-        return 0
-    return _FLOAT32 * spec.num_kv_heads * spec.block_size
+    def _ring_row_bytes(self, name: str) -> int:
+        head_size = self.specs[name].head_size
+        return self.config.obs_window * self.num_heads[name] * head_size * self.query_itemsize

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Worker side: what happens in a step, in which order.
 
-    begin_step   follow the scheduler output; compact the requests that are due
+    begin_step   check the scheduler's orders; compact what they say
     rewrite      (metadata build) point attention at the live columns; lay out scores and ring
     observe      (after each layer's attention) record queries, accumulate prompt scores
     end_step     from here on, dummy and profiling runs see no request
@@ -11,25 +11,69 @@ Compaction runs once per real step, before the forward pass and outside CUDA gra
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from ems_vllm import ops
 from ems_vllm.engine.host_tensors import to_device
 from ems_vllm.engine.layer_stack import split_kv
-from ems_vllm.engine.request_table import RequestTable, RunningRequest
+from ems_vllm.engine.orders import StepOrders, attached
+from ems_vllm.engine.residents import Residents, StepRefused
+from ems_vllm.engine.score_rows import ScoreRows, score_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from ems_vllm.engine.compressed_group import CompressedGroup
-    from ems_vllm.engine.score_rows import ScoreRows
 
     BatchOrder = Callable[[CommonAttentionMetadata], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """The step that runs.
+
+    Attributes:
+        orders: The scheduler's.
+        index: Where a request is in the lists of `orders`.
+        num_scheduled: Tokens of the step, in the same order.
+    """
+
+    orders: StepOrders
+    index: dict[str, int]
+    num_scheduled: list[int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A step in the order of the model runner's batch.
+
+    Attributes:
+        orders: The scheduler's.
+        row: Row of each request.
+        order: [num_reqs] - for each row, where its request is in the lists of `orders`.
+        query_starts: [num_reqs] - for each row, its first token in the batch.
+        num_scheduled: [num_reqs] - for each row, its tokens in the batch.
+        starts: [num_reqs] - for each row, tokens processed before the step.
+    """
+
+    orders: StepOrders
+    row: dict[str, int]
+    order: np.ndarray
+    query_starts: np.ndarray
+    num_scheduled: np.ndarray
+    starts: np.ndarray
+
+    def first_columns(self, group_id: int) -> np.ndarray:
+        """[num_reqs] - for each row, its first live column."""
+        return np.asarray(self.orders.first_columns[group_id])[self.order]
 
 
 class CompressionRuntime:
@@ -37,41 +81,79 @@ class CompressionRuntime:
 
     Args:
         groups: The compressed KV-cache groups.
-        max_num_seqs: Most requests that run at a time.
         batch_order: Gives the request of every row of a batch; the model runner knows.
     """
 
-    def __init__(
-        self, groups: Sequence[CompressedGroup], max_num_seqs: int, batch_order: BatchOrder
-    ) -> None:
+    def __init__(self, groups: Sequence[CompressedGroup], batch_order: BatchOrder) -> None:
         self.groups = list(groups)
-        self._table = RequestTable(max_num_seqs)
+        self._residents = Residents()
         self._batch_order = batch_order
-        self._scheduled: dict[str, RunningRequest] = {}
+        self._step: _Step | None = None
+        self._is_warming_up = False
+
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """vLLM runs requests of its own, which no scheduler planned; nothing is compressed."""
+        self._is_warming_up = True
+        try:
+            yield
+        finally:
+            self._is_warming_up = False
 
     def begin_step(self, output: SchedulerOutput) -> None:
-        """Follow the scheduler and compact what is due, before anything of the step runs."""
-        update = self._table.update(output)
+        """Check the orders of a step and compact what they say, before anything of it runs.
+
+        Raises:
+            StepRefused: this worker holds something else than the scheduler believes.
+        """
+        if self._is_warming_up:
+            return
+        residents = self._residents
+        orders = residents.begin_step(attached(output))
+        residents.compact(orders.compactions)
         for group in self.groups:
-            group.begin_step(update.removed, update.admitted, update.scheduled)
-        self._scheduled = {request.info.req_id: request for request in update.scheduled}
+            group.compact([c for c in orders.compactions if c.group_id == group.tensors.group_id])
+        residents.check_first_columns(output.num_scheduled_tokens, orders)
+        index = {req_id: at for at, req_id in enumerate(output.num_scheduled_tokens)}
+        num_scheduled = list(output.num_scheduled_tokens.values())
+        for chunk in orders.scored:
+            residents.scored(chunk)
+        for queries in orders.recorded:
+            at = index[queries.req_id]
+            residents.recorded(queries, orders.starts[at] + num_scheduled[at])
+        self._step = _Step(orders, index, num_scheduled)
 
     def end_step(self) -> None:
-        self._scheduled = {}
+        self._step = None
 
     @property
     def num_running(self) -> int:
-        return len(self._table)
+        return len(self._residents)
 
-    def rows(self, metadata: CommonAttentionMetadata) -> list[tuple[RunningRequest, int]]:
-        """Requests of the batch in row order, with the index of their first query token."""
-        if not self._scheduled:
-            return []
-        starts = metadata.query_start_loc_cpu.tolist()
-        return [
-            (self._scheduled[req_id], start)
-            for req_id, start in zip(self._batch_order(metadata), starts, strict=False)
-        ]
+    def batch(self, metadata: CommonAttentionMetadata) -> Batch | None:
+        """The step in row order; None for dummy, profiling, capture and warm-up batches.
+
+        Raises:
+            StepRefused: the batch is not the one that was scheduled.
+        """
+        step = self._step
+        if step is None:
+            return None
+        req_ids = self._batch_order(metadata)
+        try:
+            order = np.fromiter((step.index[req_id] for req_id in req_ids), np.int64, len(req_ids))
+        except KeyError as error:
+            raise StepRefused("a batch runs", "requests of the step", f"{error}") from None
+        if len(order) != len(step.index):
+            raise StepRefused("a batch runs", f"{len(step.index)} requests", len(order))
+        return Batch(
+            orders=step.orders,
+            row={req_id: row for row, req_id in enumerate(req_ids)},
+            order=order,
+            query_starts=metadata.query_start_loc_cpu.numpy()[: len(order)],
+            num_scheduled=np.asarray(step.num_scheduled)[order],
+            starts=np.asarray(step.orders.starts)[order],
+        )
 
 
 class GroupBinding:
@@ -84,25 +166,35 @@ class GroupBinding:
 
     def rewrite(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
         """Called by the metadata builder, for real, dummy and graph-capture batches alike."""
-        group = self.group
-        rows = self.runtime.rows(metadata)
-        self.score_rows = group.score_rows(rows)
-        tensors = group.tensors
+        group, tensors = self.group, self.group.tensors
+        batch = self.runtime.batch(metadata)
+        self.score_rows = None if batch is None else self._score_rows(batch)
         if tensors.query_ring is not None:
-            slots = ring_slots(rows, metadata.num_actual_tokens, tensors.obs_window)
-            group.ring_slots[: len(slots)].copy_(
-                to_device(slots, tensors.device, torch.int64), non_blocking=True
-            )
+            num_tokens = 0
+            if batch is not None and batch.orders.recorded:
+                slots = ring_slots(batch, metadata.num_actual_tokens, tensors.obs_window)
+                num_tokens = len(slots)
+                group.ring_slots[:num_tokens].copy_(
+                    to_device(slots, tensors.device, torch.int64), non_blocking=True
+                )
             # With piecewise graphs the model runs on more rows than the metadata counts.
-            group.ring_slots[len(slots) :].fill_(-1)
-        first_columns = [group.first_column(request) for request, _ in rows]
-        max_seq_len = None
-        if rows:
-            max_seq_len = max(
-                request.num_computed + request.num_scheduled - first * tensors.spec.block_size
-                for (request, _), first in zip(rows, first_columns, strict=True)
-            )
-        return group.rewrite(metadata, first_columns, max_seq_len)
+            group.ring_slots[num_tokens:].fill_(-1)
+        if batch is None:
+            return group.rewrite(metadata, np.zeros(0, np.int64), None)
+        first_columns = batch.first_columns(tensors.group_id)
+        live = batch.starts + batch.num_scheduled - first_columns * tensors.spec.block_size
+        return group.rewrite(metadata, first_columns, int(live.max(initial=0)))
+
+    def _score_rows(self, batch: Batch) -> ScoreRows | None:
+        tensors = self.group.tensors
+        chunks = [chunk for chunk in batch.orders.scored if chunk.group_id == tensors.group_id]
+        rows = [batch.row[chunk.req_id] for chunk in chunks]
+        # Not every query of a chunk need score.
+        starts = [
+            int(batch.query_starts[row] + chunk.first_query - batch.starts[row])
+            for row, chunk in zip(rows, chunks, strict=True)
+        ]
+        return score_rows(chunks, starts, tensors.device)
 
     def layer(self, name: str) -> LayerBinding:
         return LayerBinding(self, self.group.layer_names.index(name))
@@ -163,24 +255,19 @@ class LayerBinding:
             )
 
 
-def ring_slots(
-    rows: Sequence[tuple[RunningRequest, int]], num_tokens: int, obs_window: int
-) -> list[int]:
-    """Slot of the query ring for every token of a batch, -1 for the ones that are not recorded.
+def ring_slots(batch: Batch, num_tokens: int, obs_window: int) -> np.ndarray:
+    """[num_tokens]: slot of the query ring for every token, -1 for those that are not recorded.
 
-    Of a chunk only the last `obs_window` queries are recorded; the query at position p goes to
-    column p % obs_window of the request's row. No step reaches past a compaction, so when queries
-    score, a rejected draft's has been overwritten by the token that came in its place.
+    No step reaches past a compaction, so when queries score, a rejected draft's has been
+    overwritten by the token that came in its place.
     """
-    slots = [-1] * num_tokens
-    for request, start in rows:
-        num_recorded = min(request.num_scheduled, obs_window)
-        stop = start + request.num_scheduled
-        position = request.num_computed + request.num_scheduled - num_recorded
-        base = request.ring_row * obs_window
-        for token in range(stop - num_recorded, stop):
-            slots[token] = base + position % obs_window
-            position += 1
+    slots = np.full(num_tokens, -1, np.int64)
+    for queries in batch.orders.recorded:
+        row = batch.row[queries.req_id]
+        stop = batch.query_starts[row] + batch.num_scheduled[row]
+        end = batch.starts[row] + batch.num_scheduled[row]
+        columns = np.arange(end - queries.num_queries, end) % obs_window
+        slots[stop - queries.num_queries : stop] = queries.ring_row * obs_window + columns
     return slots
 
 

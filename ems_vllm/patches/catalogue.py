@@ -8,8 +8,6 @@ from ems_vllm.patches import (
     engine_args,
     flash_attn,
     input_processor,
-    kv_cache_manager,
-    scheduler,
 )
 from ems_vllm.patches.record import Patch
 
@@ -17,8 +15,6 @@ PATCHES: tuple[Patch, ...] = (
     *engine_args.PATCHES,
     *input_processor.PATCHES,
     *async_llm.PATCHES,
-    *kv_cache_manager.PATCHES,
-    *scheduler.PATCHES,
     *flash_attn.PATCHES,
 )
 

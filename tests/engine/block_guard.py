@@ -38,20 +38,20 @@ def guarded(probe: EngineProbe) -> Iterator[Checked]:
         assert block.block_hash is None, (req_id, block)
 
     def guarded_context(self: Compactor, wave: Any, stack: Any) -> Any:
-        for item in wave:
-            block_ids = item.request.block_ids[self._tensors.group_id]
-            for block_id in block_ids[item.first : item.tail]:
-                check(item.request.info.req_id, probe.pool.blocks[block_id])
+        for order in wave:
+            columns = slice(order.first - order.first_before, order.tail - order.first_before)
+            for block_id in order.block_ids[columns]:
+                check(order.req_id, probe.pool.blocks[block_id])
                 checked.targets += 1
         return build(self, wave, stack)
 
     def guarded_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
         for manager in probe.managers:
-            for req_id, tracked in manager._tracked.items():
-                if not tracked.plan.compresses_prompt:
+            for req_id, tracked in probe.scheduler.planner.requests.items():
+                if not tracked.compresses_prompt:
                     continue
-                first = tracked.plan.max_shared_tokens // BLOCK_SIZE
+                first = tracked.max_shared_tokens // BLOCK_SIZE
                 for block in manager.req_to_blocks.get(req_id, ())[first:]:
                     if not block.is_null:
                         check(req_id, block)

@@ -19,14 +19,17 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from engine.block_tables import BlockTables, Request
 from engine.harness import LLAMA
 
-from ems_vllm.config import load_config
-from ems_vllm.engine.group_state import GroupStates
+from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.request_table import RequestTable, RunningRequest
-from ems_vllm.engine.score_rows import score_rows
+from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.orders import attached
+from ems_vllm.engine.residents import Residents
+from ems_vllm.engine.runtime import Batch, ring_slots
 
 BLOCK_SIZE = 4
 VOCABULARY = 50
@@ -57,10 +60,12 @@ def scheduler_for(
     )
     config = load_config(compression)
     if config is not None:
-        pages = (config.prefix_score_tokens or 0) // BLOCK_SIZE
-        spec = CompressedAttentionSpec.compress(
-            spec, config.plan_settings, pages if config.scorer.uses_global else None
+        observation = ObservationSettings(
+            obs_window=config.obs_window if config.scorer.uses_window else 0,
+            score_tokens=config.prefix_score_tokens if config.scorer.uses_global else None,
+            ring_rows=config.query_ring_rows,
         )
+        spec = CompressedAttentionSpec.compress(spec, config.plan_settings, observation)
     kv_cache_config = KVCacheConfig(
         num_blocks=num_blocks,
         kv_cache_tensors=[],
@@ -77,7 +82,10 @@ def scheduler_for(
 
 
 class SymbolicWorker:
-    """Writes and checks symbols; the request table, the states and the plan are the real ones.
+    """Writes and checks symbols; obeys real orders, and keeps the real record of what it holds.
+
+    Block tables are followed as a model runner follows them, from vLLM's own output, and compared
+    with what the orders name.
 
     Args:
         spec: Of the only KV-cache group.
@@ -87,49 +95,73 @@ class SymbolicWorker:
 
     def __init__(self, spec: Any, num_blocks: int, max_num_seqs: int) -> None:
         self.blocks = [[POISON] * BLOCK_SIZE for _ in range(num_blocks)]
-        self.table = RequestTable(max_num_seqs)
-        self.states = None
-        if isinstance(spec, CompressedAttentionSpec):
-            self.states = GroupStates(spec, num_blocks)
-        pages = getattr(spec, "num_prefix_score_pages", None)
+        self.table = BlockTables()
+        self.spec = spec if isinstance(spec, CompressedAttentionSpec) else None
+        self.residents = Residents()
         # For every slot of a score page: whose it is, and the queries that scored it.
         self.scores: list[list[Any]] | None = None
-        if pages is not None:
-            self.scores = [[UNSCORED] * BLOCK_SIZE for _ in range(num_blocks + pages)]
+        self.ring: list[list[Any]] = []
+        if self.spec is not None:
+            if self.spec.observation.score_tokens is not None:
+                pages = num_blocks + self.spec.num_score_pages
+                self.scores = [[UNSCORED] * BLOCK_SIZE for _ in range(pages)]
+            rows = self.spec.num_ring_rows(num_blocks, max_num_seqs)
+            self.ring = [[None] * self.spec.observation.obs_window for _ in range(rows)]
         self.tokens: dict[str, list[int]] = {}
         self.first_hits: dict[str, int] = {}
+        self.plans: dict[str, Any] = {}
         self.num_compactions = 0
         self.num_checked_slots = 0
         self.num_accepted_drafts = 0
+        self._compacted: dict[str, tuple[int, int]] = {}
         self._prefixes: dict[str, list[int]] = {}
 
     def execute(self, output: Any) -> dict[str, list[int]]:
         """Run one step; returns the sampled tokens by request."""
-        update = self.table.update(output)
+        admitted, scheduled = self.table.update(output)
         for new in output.scheduled_new_reqs:
             self.tokens.setdefault(new.req_id, list(new.prompt_token_ids))
+            self._plan(new)
         for req_id, tokens in output.scheduled_cached_reqs.all_token_ids.items():
             # A resumed request: what it sampled in a step that was in flight may have been dropped.
             self.tokens[req_id] = list(tokens)
             self._prefixes.pop(req_id, None)
-        for request in update.admitted:
-            self.first_hits.setdefault(request.info.req_id, request.num_cached)
-        if self.states is not None:
-            for req_id in update.removed:
-                self.states.remove(req_id)
-            for request in update.admitted:
-                self.states.admit(request)
+        for request in admitted:
+            self.first_hits.setdefault(request.req_id, request.num_cached)
+            self._compacted.pop(request.req_id, None)
         self._poison_new_blocks(output)
-        for request in update.scheduled:
-            self._compact(request)
+        orders = attached(output)
+        if self.spec is not None:
+            self._obey(orders, output, {request.req_id: request for request in scheduled})
         drafts = output.scheduled_spec_decode_tokens
-        for request in update.scheduled:
-            self._write(request, drafts.get(request.info.req_id, []))
-        self._score(update.scheduled)
+        for request in scheduled:
+            self._write(request, drafts.get(request.req_id, []))
+        if self.spec is not None:
+            self._observe(orders, scheduled)
         return {
-            request.info.req_id: self._sample(request, drafts.get(request.info.req_id, []))
-            for request in update.scheduled
+            request.req_id: self._sample(request, drafts.get(request.req_id, []))
+            for request in scheduled
         }
+
+    def _plan(self, new: Any) -> None:
+        """What must hold, from the settings; nothing of it is asked when orders are obeyed."""
+        if self.spec is not None and new.req_id not in self.plans:
+            options = RequestOptions.parse(new.sampling_params.extra_args)
+            self.plans[new.req_id] = self.spec.settings.plan(new.prompt_len, BLOCK_SIZE, options)
+
+    def _obey(self, orders: Any, output: Any, requests: dict[str, Request]) -> None:
+        self.residents.begin_step(orders)
+        starts = [request.num_computed for request in requests.values()]
+        assert orders.starts == starts, (orders.starts, starts)
+        self.residents.compact(orders.compactions)
+        for order in orders.compactions:
+            self._compact(order, requests[order.req_id])
+        self.residents.check_first_columns(output.num_scheduled_tokens, orders)
+        for chunk in orders.scored:
+            self.residents.scored(chunk)
+        for queries in orders.recorded:
+            request = requests[queries.req_id]
+            self.residents.recorded(queries, request.num_computed + request.num_scheduled)
 
     def draft(self, req_id: str, length: int) -> list[int]:
         """Drafts of a request's next tokens; the first ones are mostly right."""
@@ -144,10 +176,7 @@ class SymbolicWorker:
         return drafts
 
     def _columns(self, req_id: str) -> tuple[int, int]:
-        if self.states is None:
-            return (0, 0)
-        state = self.states._states[req_id]
-        return (state.first, state.tail)
+        return self._compacted.get(req_id, (0, 0))
 
     def _poison_new_blocks(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
@@ -164,90 +193,115 @@ class SymbolicWorker:
         for block_id in block_ids:
             self.blocks[block_id] = [POISON] * BLOCK_SIZE
 
-    def _compact(self, request: RunningRequest) -> None:
-        if self.states is None:
-            return
-        state = self.states[request]
-        first, tail = state.plan.columns(request.num_computed)
-        if first <= state.first:
-            return
-        self._check(request, request.num_computed, self._prefixes_of(request))
+    def _compact(self, order: Any, request: Request) -> None:
+        req_id, tail = order.req_id, order.tail
+        columns = -(-order.num_computed // BLOCK_SIZE)
+        assert order.block_ids == request.block_ids[order.first_before : columns], order
+        self._check(request, order.num_computed, self._prefixes_of(request))
+        self._check_ring(order)
+        pages = [*order.score_pages, *order.block_ids[len(order.score_pages) :]]
         if self.scores is not None:
-            self._check_scores(request, tail)
-        req_id, block_ids = request.info.req_id, request.block_ids[0]
-        for column in range(first, tail):
+            self._check_scores(order, request, pages)
+        for column in range(order.first, tail):
             symbols = [
-                ("compressed", req_id, first, tail, column, offset) for offset in range(BLOCK_SIZE)
+                ("compressed", req_id, order.first, tail, column, offset)
+                for offset in range(BLOCK_SIZE)
             ]
-            self.blocks[block_ids[column]] = symbols
+            self.blocks[request.block_ids[column]] = symbols
             if self.scores is not None:
-                carried = ("carried", req_id, first, tail)
-                self.scores[block_ids[column]] = [carried] * BLOCK_SIZE
-        self.states.compacted(state, first, tail)
+                carried = ("carried", req_id, order.first, tail)
+                self.scores[request.block_ids[column]] = [carried] * BLOCK_SIZE
+        self._compacted[req_id] = (order.first, tail)
         self.num_compactions += 1
 
-    def _check_scores(self, request: RunningRequest, tail: int) -> None:
+    def _check_ring(self, order: Any) -> None:
+        """The recorded queries are the request's newest."""
+        if order.ring_row < 0:
+            assert not self.spec.observation.obs_window, order
+            return
+        row = self.ring[order.ring_row]
+        for position in range(order.num_computed - order.num_queries, order.num_computed):
+            found = row[position % len(row)]
+            assert found == (order.req_id, position), (order, position, found)
+        assert order.num_queries == min(len(row), order.num_computed)
+
+    def _check_scores(self, order: Any, request: Request, pages: list[int]) -> None:
         """What is about to be compressed was scored by the right queries and nobody else's."""
-        info, state = request.info, self.states[request]
-        pages = state.pages(request.block_ids[0])
-        for position in range(state.first * BLOCK_SIZE, tail * BLOCK_SIZE):
-            found = self.scores[pages[position // BLOCK_SIZE]][position % BLOCK_SIZE]
-            if state.first and position < state.first * BLOCK_SIZE + state.num_carried:
-                assert found == ("carried", info.req_id, state.first, state.tail), found
-            elif state.plan.compresses_prompt and position < info.prompt_len and not state.first:
+        before, plan = self._columns(order.req_id), self.plans[order.req_id]
+        for entry in range((order.tail - order.first_before) * BLOCK_SIZE):
+            found = self.scores[pages[entry // BLOCK_SIZE]][entry % BLOCK_SIZE]
+            position = order.first_before * BLOCK_SIZE + entry
+            if order.first_before and position < before[1] * BLOCK_SIZE:
+                assert entry < order.num_scored, order
+                assert found == ("carried", order.req_id, *before), found
+            elif plan.compresses_prompt and position < request.prompt_len and not before[0]:
+                assert entry < order.num_scored, order
                 # Of the queries that count, all that can see the entry.
-                queries = range(max(self.first_hits[info.req_id], position), info.prompt_len)
+                first = max(self.first_hits[order.req_id], plan.first_scored_query)
                 owner, spans = found
-                assert owner == info.req_id, (info.req_id, position, found)
+                assert owner == order.req_id, (order.req_id, position, found)
                 seen = [query for span in spans for query in span if query >= position]
-                assert seen == list(queries), (info, position, spans)
+                expected = range(max(first, position), request.prompt_len)
+                assert seen == list(expected), (order, position, spans)
+            else:
+                assert entry >= order.num_scored, order
 
-    def _score(self, requests: list[RunningRequest]) -> None:
-        if self.states is None or self.scores is None:
-            return
+    def _observe(self, orders: Any, requests: list[Request]) -> None:
+        """Queries that are recorded, and those that score."""
         starts = list(itertools.accumulate((r.num_scheduled for r in requests), initial=0))
-        rows = score_rows(
-            list(zip(requests, starts, strict=False)),
-            self.states,
-            0,
-            BLOCK_SIZE,
-            torch.device("cpu"),
+        batch = Batch(
+            orders=orders,
+            row={request.req_id: row for row, request in enumerate(requests)},
+            order=np.arange(len(requests)),
+            query_starts=np.array(starts[:-1]),
+            num_scheduled=np.array([request.num_scheduled for request in requests]),
+            starts=np.array([request.num_computed for request in requests]),
         )
-        if rows is None:
-            return
-        for row, start in enumerate(rows.query_starts.tolist()):
-            # The request whose queries they are, as the batch knows it.
-            index = max(i for i, first in enumerate(starts[:-1]) if first <= start)
-            seq_len, num_queries = int(rows.seq_lens[row]), int(rows.query_lens[row])
-            span = range(seq_len - num_queries, seq_len)
-            assert start - starts[index] == span.start - requests[index].num_computed
-            for position in range(seq_len):
-                page = self.scores[int(rows.score_table[row, position // BLOCK_SIZE])]
-                spans = (span,)
-                if position < int(rows.accumulate_lens[row]):
-                    owner, earlier = page[position % BLOCK_SIZE]
-                    assert owner == requests[index].info.req_id, (owner, requests[index].info)
-                    spans = (*earlier, span)
-                page[position % BLOCK_SIZE] = (requests[index].info.req_id, spans)
+        window = self.spec.observation.obs_window
+        for token, slot in enumerate(ring_slots(batch, starts[-1], window or 1).tolist()):
+            if slot >= 0:
+                index = max(i for i, first in enumerate(starts[:-1]) if first <= token)
+                position = requests[index].num_computed + token - starts[index]
+                self.ring[slot // window][slot % window] = (requests[index].req_id, position)
+        for chunk in orders.scored:
+            self._score(chunk, requests[batch.row[chunk.req_id]])
 
-    def _write(self, request: RunningRequest, drafts: list[int]) -> None:
+    def _score(self, chunk: Any, request: Request) -> None:
+        columns = -(-chunk.seq_len // BLOCK_SIZE)
+        assert chunk.block_ids == request.block_ids[:columns], chunk
+        assert request.num_computed <= chunk.first_query < chunk.seq_len
+        assert chunk.seq_len <= request.num_computed + request.num_scheduled
+        # A batch of such chunks alone would replay the CUDA graph of decoding, which scores none.
+        assert request.num_scheduled > 1, chunk
+        pages = [*chunk.score_pages, *chunk.block_ids[len(chunk.score_pages) :]]
+        span = range(chunk.first_query, chunk.seq_len)
+        for position in range(chunk.seq_len):
+            page = self.scores[pages[position // BLOCK_SIZE]]
+            spans: tuple[range, ...] = (span,)
+            if position < chunk.num_accumulated:
+                owner, earlier = page[position % BLOCK_SIZE]
+                assert owner == chunk.req_id, (owner, chunk)
+                spans = (*earlier, span)
+            page[position % BLOCK_SIZE] = (chunk.req_id, spans)
+
+    def _write(self, request: Request, drafts: list[int]) -> None:
         start, stop = request.num_computed, request.num_computed + request.num_scheduled
-        columns = self._columns(request.info.req_id)
+        columns = self._columns(request.req_id)
         prefixes = self._prefixes_of(request, drafts)
         for position in range(start, stop):
-            block_id = request.block_ids[0][position // BLOCK_SIZE]
+            block_id = request.block_ids[position // BLOCK_SIZE]
             self.blocks[block_id][position % BLOCK_SIZE] = _symbol(
                 request, prefixes[position], columns
             )
         self._check(request, stop, prefixes)
 
-    def _sample(self, request: RunningRequest, drafts: list[int]) -> list[int]:
-        tokens = self.tokens[request.info.req_id]
+    def _sample(self, request: Request, drafts: list[int]) -> list[int]:
+        tokens = self.tokens[request.req_id]
         stop = request.num_computed + request.num_scheduled
         if stop < len(tokens):
             return []
         assert stop == len(tokens) + len(drafts)
-        columns = self._columns(request.info.req_id)
+        columns = self._columns(request.req_id)
         sampled: list[int] = []
         while True:
             sampled.append(_next_token(self._prefixes_of(request)[-1], columns))
@@ -256,11 +310,11 @@ class SymbolicWorker:
                 return sampled
             self.num_accepted_drafts += 1
 
-    def _check(self, request: RunningRequest, num_tokens: int, prefixes: list[int]) -> None:
+    def _check(self, request: Request, num_tokens: int, prefixes: list[int]) -> None:
         """Compare every slot that attention reads with what must be there."""
-        req_id = request.info.req_id
+        req_id = request.req_id
         first, tail = self._columns(req_id)
-        plan = None if self.states is None else self.states[request].plan
+        plan = self.plans.get(req_id)
         for position in range(first * BLOCK_SIZE, num_tokens):
             column, offset = divmod(position, BLOCK_SIZE)
             if column < tail:
@@ -268,16 +322,16 @@ class SymbolicWorker:
             else:
                 planned = (0, 0) if plan is None else plan.columns(position)
                 expected = _symbol(request, prefixes[position], planned)
-            found = self.blocks[request.block_ids[0][column]][offset]
+            found = self.blocks[request.block_ids[column]][offset]
             assert found == expected, (
                 f"{req_id}: column {column} offset {offset} holds {found}, must hold {expected}"
             )
             self.num_checked_slots += 1
 
-    def _prefixes_of(self, request: RunningRequest, drafts: Sequence[int] = ()) -> list[int]:
+    def _prefixes_of(self, request: Request, drafts: Sequence[int] = ()) -> list[int]:
         """For every position of a request, a number that stands for the tokens up to it."""
-        known = self._prefixes.setdefault(request.info.req_id, [])
-        tokens = self.tokens[request.info.req_id]
+        known = self._prefixes.setdefault(request.req_id, [])
+        tokens = self.tokens[request.req_id]
         known += _prefixes(tokens[len(known) :], known[-1] if known else 0)
         return known + _prefixes(drafts, known[-1]) if drafts else known
 
@@ -290,9 +344,9 @@ def _next_token(prefix: int, columns: tuple[int, int]) -> int:
     return hash((prefix, columns)) % VOCABULARY
 
 
-def _symbol(request: RunningRequest, prefix: int, columns: tuple[int, int]) -> tuple[Any, ...]:
+def _symbol(request: Request, prefix: int, columns: tuple[int, int]) -> tuple[Any, ...]:
     """K/V of a token: its prefix, and the columns it attended to."""
-    owner = request.info.req_id if columns[0] else None
+    owner = request.req_id if columns[0] else None
     return ("kv", prefix, columns, owner)
 
 
@@ -327,6 +381,7 @@ class Simulator:
         self.worker = SymbolicWorker(
             self.manager.kv_cache_spec, num_blocks, self.scheduler.max_num_running_reqs
         )
+        self.num_rows = len(self.worker.ring)
         self.lag = 1 if async_scheduling else 0
         self.in_flight: deque[Any] = deque()
         self.answers: dict[str, list[int]] = {}
@@ -336,7 +391,7 @@ class Simulator:
         hash_function = get_hash_fn_by_name("sha256")
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, hash_function)
-        self._score_pages = getattr(self.manager.kv_cache_spec, "num_prefix_score_pages", None)
+        self.planner = getattr(self.scheduler, "planner", None)
 
     def add(
         self, prompt: list[int], max_tokens: int, extra_args: dict[str, Any] | None = None
@@ -435,6 +490,10 @@ class Simulator:
             if not block.is_null:
                 assert block.ref_cnt == references[block.block_id], block
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(references)
-        if self._score_pages is not None:
-            taken = sum(item.num_score_pages for item in self.manager._tracked.values())
-            assert self.manager._free_score_pages == self._score_pages - taken
+        if self.planner is not None:
+            dealer, requests = self.planner._dealer, self.planner.requests.values()
+            rows = [r.ring_row for r in requests if r.ring_row is not None]
+            pages = [page for r in requests for page in (r.score_pages or [[]])[0]]
+            assert len(set(rows)) == len(rows) == self.num_rows - dealer.rows.num_free
+            (pool,) = dealer.pages
+            assert len(set(pages)) == len(pages) == pool.size - pool.num_free

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """I3 by simulation: no leak, no double free, no shared write, no block handed out too early."""
 
-from dataclasses import replace
-
 import pytest
 from engine.simulator import Simulator
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from ems_vllm.engine import score_rows as scoring
 from ems_vllm.engine.compaction_ledger import CompactionLedger
-from ems_vllm.engine.group_state import GroupStates, RequestState
+from ems_vllm.engine.dealer import Dealer
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.planner import Planner
+from ems_vllm.engine.pools import Pool
+from ems_vllm.engine.residents import Residents, StepRefused
+from ems_vllm.engine.tracked_request import TrackedRequest
 
 SETTINGS = {
     "recipe": "ems",
@@ -21,7 +22,9 @@ SETTINGS = {
     "obs_window": 2,
     "recompress_interval": 8,
     "min_blocks_saved": 1,
-    "prefix_score_tokens": 48,
+    # Few of both, so that requests have to wait for them.
+    "prefix_score_tokens": 96,
+    "query_ring_rows": 2,
 }
 # A few prompts that share prefixes of different lengths, so that hits are frequent.
 BASE = list(range(60))
@@ -44,12 +47,16 @@ class SchedulingMachine(RuleBasedStateMachine):
         recompress_interval=st.sampled_from([0, 4, 8]),
         num_blocks=st.sampled_from([32, 48, 80]),
         max_num_batched_tokens=st.sampled_from([8, 24, 64]),
-        recipe=st.sampled_from(["ems", "knorm"]),
+        method=st.sampled_from(
+            [("ems", "all"), ("ems", 6), ("ems", 1), ("snapkv", 6), ("knorm", 6)]
+        ),
     )
-    def start(self, mode, recompress_interval, num_blocks, max_num_batched_tokens, recipe):
+    def start(self, mode, recompress_interval, num_blocks, max_num_batched_tokens, method):
+        recipe, global_queries = method
         self.compression = {
             **SETTINGS,
             "recipe": recipe,
+            "global_queries": global_queries,
             "recompress_interval": recompress_interval,
         }
         self.options = {"max_num_batched_tokens": max_num_batched_tokens}
@@ -119,7 +126,8 @@ def busy_runs():
 
 def busy_run(**options):
     """A fixed load in which everything happens: hits, preemptions, recompressions, late ones."""
-    simulator = Simulator(SETTINGS, num_blocks=40, **options)
+    settings = {**SETTINGS, "global_queries": "all"}
+    simulator = Simulator(settings, num_blocks=40, **options)
     for round_ in range(6):
         for index in range(5):
             prompt = [*BASE[: 10 * index + 5], 200 + index, 300 + round_ % 2]
@@ -148,6 +156,7 @@ def test_two_hundred_requests_at_once():
     """Long and short ones, shared prefixes, a pool that preempts: each answers as it does alone."""
     settings = {**SETTINGS, "budget": 64, "recent_window": 32, "recompress_interval": 32}
     settings["prefix_score_tokens"] = 4096
+    settings["query_ring_rows"] = 16
     options = {"max_num_seqs": 64, "max_num_batched_tokens": 512, "async_scheduling": True}
     # 10 to 3,000 tokens, each step the same factor; every other one begins like the others.
     lengths = [round(10 * 300 ** (index / 199)) for index in range(200)]
@@ -183,13 +192,13 @@ def _freed_one_step_early(monkeypatch):
 
 
 def _hit_ends_a_block_too_late(monkeypatch):
-    admit = CompressedAttentionManager.admit
+    admit = Planner.admit
 
     def admit_more(self, request):
         limit = admit(self, request)
-        return None if limit is None else limit + self.block_size
+        return None if limit is None else limit + 4
 
-    monkeypatch.setattr(CompressedAttentionManager, "admit", admit_more)
+    monkeypatch.setattr(Planner, "admit", admit_more)
     _compressed_columns_are_hashed(monkeypatch)
 
 
@@ -202,54 +211,115 @@ def _compressed_columns_are_hashed(monkeypatch):
 
 
 def _worker_state_survives_a_preemption(monkeypatch):
-    admit, kept = GroupStates.admit, {}
+    begin_step = Residents.begin_step
 
-    def admit_again(self, request):
-        old = kept.get((id(self), request.info.req_id))
-        admit(self, request)
-        state = self[request]
-        if old is not None:
-            state.first, state.tail = old.first, old.tail
-        kept[id(self), request.info.req_id] = state
+    def forgetful(self, orders):
+        orders.ended.clear()
+        orders.admitted[:] = [r for r in orders.admitted if r not in self._residents]
+        return begin_step(self, orders)
 
-    monkeypatch.setattr(GroupStates, "admit", admit_again)
+    monkeypatch.setattr(Residents, "begin_step", forgetful)
 
 
 def _chunk_runs_across_a_compaction(monkeypatch):
-    monkeypatch.setattr(CompressedAttentionManager, "chunk_limit", lambda *args: 10**9)
+    limit_chunk = Planner.limit_chunk
+    monkeypatch.setattr(
+        Planner,
+        "limit_chunk",
+        lambda self, request, start, wanted: limit_chunk(self, request, start, wanted) and wanted,
+    )
+
+
+def _message_edited(monkeypatch, edit):
+    """Lets `edit` change, or replace, the orders of every step."""
+    orders = Planner.orders
+    monkeypatch.setattr(
+        Planner, "orders", lambda self, output: edit(self, output, orders(self, output))
+    )
 
 
 def _scores_of_an_earlier_owner_are_added_to(monkeypatch):
-    chunk = scoring._prompt_chunk
+    def edit(planner, output, orders):
+        starts = dict(zip(output.num_scheduled_tokens, orders.starts, strict=True))
+        orders.scored[:] = [
+            chunk._replace(num_accumulated=starts[chunk.req_id]) for chunk in orders.scored
+        ]
+        return orders
 
-    def never_first(request, query_start):
-        return replace(chunk(request, query_start), num_scored=request.num_computed)
-
-    monkeypatch.setattr(scoring, "_prompt_chunk", never_first)
+    _message_edited(monkeypatch, edit)
 
 
 def _preempted_request_hits_its_own_prompt(monkeypatch):
-    admit = CompressedAttentionManager.admit
+    admit = Planner.admit
 
     def forgetful(self, request):
-        self._first_hits.clear()
+        if request.request_id in self.requests:
+            self.requests[request.request_id].first_hit = None
         return admit(self, request)
 
-    monkeypatch.setattr(CompressedAttentionManager, "admit", forgetful)
+    monkeypatch.setattr(Planner, "admit", forgetful)
 
 
 def _preempted_request_scores_more_than_at_first(monkeypatch):
     monkeypatch.setattr(
-        scoring,
-        "_prompt_chunk",
-        lambda request, start, chunk=scoring._prompt_chunk: chunk(
-            replace(request, info=replace(request.info, num_first_hit=request.num_cached)), start
-        ),
+        TrackedRequest,
+        "first_scored_query",
+        property(lambda self: max(self._first_scored_query, self.num_cached)),
     )
 
 
 def _private_score_pages_are_shared(monkeypatch):
-    monkeypatch.setattr(RequestState, "pages", lambda self, block_ids: list(block_ids))
+    def deal_none(self, tracked):
+        tracked.score_pages = [[]]
+        return True
+
+    monkeypatch.setattr(Dealer, "deal_pages", deal_none)
+
+
+def _row_is_dealt_twice(monkeypatch):
+    take = Pool.take
+
+    def take_and_keep(self, count):
+        items = take(self, count)
+        # Rows are numbered from 0 on, pages behind the blocks.
+        if items and items[0] < 2:
+            self._free.append(items[0])
+        return items
+
+    monkeypatch.setattr(Pool, "take", take_and_keep)
+
+
+def _message_is_dropped(monkeypatch):
+    _message_edited(
+        monkeypatch, lambda planner, output, orders: None if orders.step == 30 else orders
+    )
+
+
+def _message_is_for_another_step(monkeypatch):
+    kept = {}
+
+    def edit(planner, output, orders):
+        kept[planner, orders.step] = orders
+        return kept[planner, 29] if orders.step == 30 else orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _compaction_is_lost(monkeypatch):
+    def edit(planner, output, orders):
+        if orders.step > 20:
+            orders.compactions.clear()
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _worker_compacts_twice(monkeypatch):
+    def edit(planner, output, orders):
+        orders.compactions.extend(orders.compactions[:1])
+        return orders
+
+    _message_edited(monkeypatch, edit)
 
 
 @pytest.mark.parametrize(
@@ -264,11 +334,16 @@ def _private_score_pages_are_shared(monkeypatch):
         _preempted_request_hits_its_own_prompt,
         _preempted_request_scores_more_than_at_first,
         _private_score_pages_are_shared,
+        _row_is_dealt_twice,
+        _message_is_dropped,
+        _message_is_for_another_step,
+        _compaction_is_lost,
+        _worker_compacts_twice,
     ],
     ids=lambda plant: plant.__name__.strip("_"),
 )
 def test_planted_bug_is_caught(plant, monkeypatch):
     """A test of the test: the simulator notices each of these."""
     plant(monkeypatch)
-    with pytest.raises(AssertionError):
+    with pytest.raises((AssertionError, StepRefused)):
         busy_runs()

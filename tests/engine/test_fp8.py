@@ -225,10 +225,9 @@ def test_everything_beside_the_cache_is_counted():
         elements = sum(2 * stack.key_cache.numel() for stack in tensors.stacks)
         assert tensors.spec.page_size_bytes * tensors.num_layers * tensors.num_blocks == elements
         footprint = probe.worker._footprint()
-        specs = probe.worker.get_kv_cache_spec()
-        pages = tensors.num_layers * tensors.spec.num_prefix_score_pages
-        page_scores = pages * tensors.spec.num_kv_heads * tensors.spec.block_size * 4
-        total = elements + tensors.scores.nbytes - page_scores + footprint.fixed_bytes(specs)
+        assert footprint.score_bytes(tensors.num_blocks) == tensors.scores.nbytes
+        assert footprint.ring_bytes(tensors.num_blocks) == tensors.query_ring.nbytes
+        total = elements + footprint.total_bytes(tensors.num_blocks)
         assert limit - (1 << 20) < total <= limit
         assert footprint.query_itemsize == tensors.query_ring.itemsize
 

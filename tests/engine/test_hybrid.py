@@ -258,10 +258,12 @@ class TestGrouping:
     @staticmethod
     def compressed(**fields):
         from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+        from ems_vllm.engine.observation import ObservationSettings
 
         plan_settings = load_config(settings(64)).plan_settings
         plain = TestLayerChoice.spec(**fields)
-        return CompressedAttentionSpec.compress(plain, plan_settings, None)
+        observation = ObservationSettings(obs_window=0, score_tokens=None, ring_rows=None)
+        return CompressedAttentionSpec.compress(plain, plan_settings, observation)
 
     @staticmethod
     def config(specs, disable_hybrid=False):

@@ -236,7 +236,7 @@ class _DueRequests:
 def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
     group, runner = group_of(probe), probe.worker.model_runner
     due_requests = _DueRequests(group.tensors.spec.settings, group.tensors.spec.block_size)
-    forward, compact, compact_due = runner._model_forward, Policy.compact, Compactor.compact_due
+    forward, compact, run_orders = runner._model_forward, Policy.compact, Compactor.compact
     build = ReferenceAttentionBuilder.build
     # Of the step at hand, what happened in order; of all steps, what was and what had to be done.
     events, num_tokens, num_compacted, num_due = [], [], Counter(), Counter()
@@ -258,9 +258,9 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
         events.append("metadata")
         return build(self, *args, **kwargs)
 
-    def observed_compact_due(self, requests):
+    def observed_orders(self, orders):
         events.append("compact")
-        compact_due(self, requests)
+        run_orders(self, orders)
 
     def observed_compact(self, context):
         assert events == ["compact"]
@@ -278,7 +278,7 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
         steps_observed(probe, start, finish),
         mock.patch.object(runner, "_model_forward", observed_forward),
         mock.patch.object(ReferenceAttentionBuilder, "build", observed_build),
-        mock.patch.object(Compactor, "compact_due", observed_compact_due),
+        mock.patch.object(Compactor, "compact", observed_orders),
         mock.patch.object(Policy, "compact", observed_compact),
     ):
         before = probe.stats()["num_compactions"]
@@ -290,18 +290,16 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
 
 def state_of(probe):
     """Copies of all that compression knows of live requests, host and device."""
-    group, runtime = group_of(probe), probe.worker.compression
     tensors = {
         name: tensor.clone()
         for name, tensor in persistent_tensors(probe).items()
         if name not in ("ring_slots", "block_table", "seq_lens")
     }
-    requests = {req_id: repr(request) for req_id, request in runtime._table._running.items()}
-    states = {
-        req_id: {name: repr(value) for name, value in vars(state).items() if name != "plan"}
-        for req_id, state in group._states._states.items()
-    }
-    return tensors, (requests, states, probe.stats())
+    return tensors, (repr(residents_of(probe)), probe.stats())
+
+
+def residents_of(probe):
+    return probe.worker.compression._residents._residents
 
 
 def dummy_runs(probe):
@@ -329,7 +327,9 @@ def test_dummy_runs_between_steps_change_nothing(probe, places):
             assert torch.equal(tensors_after[name], tensor), name
         checked["runs"] += 1
         checked["compressed"] += any(
-            state.first > 0 for state in group_of(probe)._states._states.values()
+            first > 0
+            for resident in residents_of(probe).values()
+            for first in resident.first_columns.values()
         )
 
     assert answers_of(probe, interpose) == places.answers

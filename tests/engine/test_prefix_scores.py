@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a prefix-cache hit changes for scorers that need queries: which queries scored, no more.
+"""Scores beside the prefix cache: hits are scored in private, and wait rather than shrink.
 
-A hit leaves `budget + recent_window` tokens or more to compute, and `obs_window` is at most
-`recent_window`. So the recorded queries are the same with and without a hit, and a scorer that
-uses no others (snapkv) gives identical answers. Accumulated scores (ems, h2o) lack the attention
-of the queries that were not computed again.
+With `global_queries: all`, accumulated scores (ems, h2o) lack the attention of the queries that a
+hit leaves out, and nothing else. Otherwise a hit changes nothing: test_neutrality.py.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import contextmanager
 from unittest import mock
 
@@ -78,20 +77,9 @@ def only_late_queries_accumulated(start):
         yield
 
 
-def test_scores_of_the_last_queries_do_not_depend_on_hits():
-    with engine(settings("snapkv"), max_num_batched_tokens=CHUNK) as probe:
-        assert answers_with_hits(probe) == answers_without_hits(probe)
-        # A hit as long as possible leaves just enough queries.
-        prompt = PREFIX + tokens(7, seed=7)
-        assert probe.llm.reset_prefix_cache()
-        cold = answer(probe, prompt, 0)
-        assert answer(probe, prompt, (647 - 32) // 16 * 16 - 64) == cold
-        probe.assert_pool_is_empty()
-
-
 @pytest.mark.parametrize("recipe", ["ems", "h2o"])
 def test_accumulated_scores_lack_the_queries_of_the_hit_and_nothing_else(recipe):
-    with engine(settings(recipe), max_num_batched_tokens=CHUNK) as probe:
+    with engine(settings(recipe, global_queries="all"), max_num_batched_tokens=CHUNK) as probe:
         cold = answers_without_hits(probe)
         warm = answers_with_hits(probe)
         with only_late_queries_accumulated(len(PREFIX)):
@@ -119,10 +107,30 @@ def test_hits_are_scored_in_private(recipe):
         probe.assert_pool_is_empty()
 
 
-@pytest.mark.parametrize(("num_tokens", "expected"), [(160, 160), (0, 0)])
-def test_hit_is_shortened_when_no_private_score_pages_are_left(num_tokens, expected):
-    """Never wrong, only slower: the hit ends where the private pages do."""
-    with engine(settings("ems", prefix_score_tokens=num_tokens)) as probe:
-        answer(probe, PRIMER, 0, max_tokens=4)
-        answer(probe, PROMPTS[0], expected, max_tokens=4)
+def computed_tokens(recipe, **more):
+    """Prompt tokens that twelve requests compute together when their common prefix is cached."""
+    shared = tokens(1600, seed=1)
+    prompts = [shared + tokens(40, seed=10 + n) for n in range(12)]
+    compression = {**settings(recipe), **more}
+    options = {"max_model_len": 1792, "max_num_batched_tokens": 1792, "max_num_seqs": 16}
+    with engine(compression, **options) as probe:
+        probe.generate([shared + tokens(40, seed=9)], 4)
+        scheduled = Counter()
+        schedule = probe.scheduler.schedule
+
+        def counting(*args, **kwargs):
+            output = schedule(*args, **kwargs)
+            scheduled.update(output.num_scheduled_tokens)
+            return output
+
+        with mock.patch.object(probe.scheduler, "schedule", counting), guarded(probe):
+            outputs = probe.generate_outputs(prompts, 4)
+        assert {output.num_cached_tokens for output in outputs} == {1536}
         probe.assert_pool_is_empty()
+    return scheduled.total()
+
+
+def test_hits_at_once_are_never_shortened():
+    """There are private pages for one of the hits; the other requests wait for them."""
+    pages_for_one = {"prefix_score_tokens": 1792, "query_ring_rows": 1}
+    assert computed_tokens("ems", **pages_for_one) == computed_tokens("knorm")

@@ -5,11 +5,10 @@
 
 #include "ems/macros.h"
 
-// When a request is compacted, and into which block-table columns.
+// When a request is compacted, into which block-table columns, and which prompt queries score.
 //
 // The plan is a pure function of the prompt length, the number of processed tokens and the
-// configuration. The scheduler and every worker evaluate it on their own and agree, so nothing
-// about compression has to be sent between them.
+// configuration. The scheduler alone evaluates it, and tells the workers what falls due.
 //
 // Columns of a request with n processed tokens (one column per block_size positions):
 //
@@ -29,6 +28,7 @@ struct PlanParams {
   int64_t recent_window;        // newest tokens that are never compressed
   int64_t recompress_interval;  // tokens, a multiple of block_size; 0: not while decoding
   int64_t min_blocks_saved;     // >= 1; a first compaction that frees less is not worth its loss
+  int64_t global_queries;  // last queries of the prompt that score; kNoLimit: all computed ones
 };
 
 struct Columns {
@@ -91,6 +91,15 @@ EMS_HOST_DEVICE constexpr int64_t max_shared_tokens(const PlanParams& p) {
   return kNoLimit;
 }
 
+// Position of the first prompt query that scores. A limited number of them lies behind every hit
+// that may be taken, so which queries score does not depend on what others have computed.
+EMS_HOST_DEVICE constexpr int64_t first_scored_query(const PlanParams& p) {
+  if (p.global_queries == kNoLimit || !compresses_prompt(p)) return 0;
+  const int64_t wanted = p.prompt_len - p.global_queries;
+  const int64_t always_computed = max_shared_tokens(p);
+  return wanted > always_computed ? wanted : always_computed;
+}
+
 // Upper bound of the columns a decoding request holds: those of num_processed tokens and the next
 // one, less what the step before gave back. The step that compacts may still be running, so the
 // columns it gives back still count.
@@ -111,6 +120,22 @@ EMS_HOST_DEVICE constexpr int64_t next_compaction(const PlanParams& p, int64_t n
     steps = steps > first_steps ? steps : first_steps;
   }
   return p.recent_window + prompt_tail(p) * p.block_size + steps * p.recompress_interval;
+}
+
+// Upper bound of the columns that computing num_tokens known tokens in chunks takes, as after a
+// preemption: every chunk ends where a compaction falls due, and what the compaction at its start
+// gives back still counts until the next chunk begins.
+EMS_HOST_DEVICE constexpr int64_t max_replay_columns(const PlanParams& p, int64_t num_tokens) {
+  const int64_t dense = ceil_div(num_tokens, p.block_size);
+  const int64_t once = next_compaction(p, 0);
+  if (once == kNoLimit || once >= num_tokens) return dense;
+  const int64_t twice = next_compaction(p, once);
+  if (twice == kNoLimit || twice >= num_tokens) return dense;
+  const int64_t before = ceil_div(twice, p.block_size);
+  const int64_t tail = ceil_div(p.recent_window + 2 * p.recompress_interval, p.block_size) + 1;
+  const int64_t after = p.budget_blocks + tail;
+  const int64_t most = before > after ? before : after;
+  return most < dense ? most : dense;
 }
 
 }  // namespace ems

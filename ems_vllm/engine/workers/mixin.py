@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +27,9 @@ from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.layer_choice import choose_layers, mixed_layer
 from ems_vllm.engine.memory import Footprint
+from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
-from ems_vllm.engine.score_pages import num_prefix_score_pages
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class CompressionWorkerMixin(_Base):
     """Mixed into a worker class of vLLM, before it in the order of resolution.
 
     The worker is where everything of the data path meets: it declares the layers' KV-cache specs,
-    reports the memory, binds the cache, and sees every scheduler output before the model runs.
+    reports the memory, binds the cache, and makes the model runner obey the scheduler's orders.
     """
 
     compression: CompressionRuntime | None = None
@@ -80,20 +81,23 @@ class CompressionWorkerMixin(_Base):
         }
 
     def _compressed_spec(self, spec: Any, settings: Any) -> CompressedAttentionSpec:
-        pages = None
-        if self._policy.scorer.uses_global:
-            pages = num_prefix_score_pages(
-                self._compression_config.prefix_score_tokens,
+        config, scorer = self._compression_config, self._policy.scorer
+        observation = ObservationSettings(
+            obs_window=config.obs_window if scorer.uses_window else 0,
+            score_tokens=score_tokens(
+                config.prefix_score_tokens,
                 self.model_config.max_model_len,
                 self.scheduler_config.max_num_batched_tokens,
-                spec.block_size,
             )
-        return CompressedAttentionSpec.compress(spec, settings, pages)
+            if scorer.uses_global
+            else None,
+            ring_rows=config.query_ring_rows,
+        )
+        return CompressedAttentionSpec.compress(spec, settings, observation)
 
     def determine_available_memory(self) -> int:
         """vLLM's figure, less what compression will hold beside the cache."""
-        available = super().determine_available_memory()
-        return self._footprint().reduce(available, self.get_kv_cache_spec())
+        return self._footprint().reduce(super().determine_available_memory())
 
     def _footprint(self) -> Footprint:
         return Footprint(
@@ -101,6 +105,7 @@ class CompressionWorkerMixin(_Base):
             max_num_seqs=self.scheduler_config.max_num_seqs,
             query_itemsize=self.model_config.dtype.itemsize,
             num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},
+            specs=self.get_kv_cache_spec(),
         )
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
@@ -112,15 +117,15 @@ class CompressionWorkerMixin(_Base):
             raise MIXED_GROUP.error(self.model_config.model, recipe, name=name)
         runner = self.model_runner
         layers = self._attention_layers()
-        groups = [
-            self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
-            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
-            # A pipeline stage may have no layer of a group.
-            if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
-        ]
-        self.compression = CompressionRuntime(
-            groups, self.scheduler_config.max_num_seqs, batch_order(runner)
-        )
+        # Sleep mode frees what is in this pool, and discards it as it does the cache.
+        with self._maybe_get_memory_pool_context("kv_cache"):
+            groups = [
+                self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
+                for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+                # A pipeline stage may have no layer of a group.
+                if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+            ]
+        self.compression = CompressionRuntime(groups, batch_order(runner))
         for group in groups:
             binding = GroupBinding(self.compression, group)
             for attn_group in runner.attn_groups[group.tensors.group_id]:
@@ -128,6 +133,7 @@ class CompressionWorkerMixin(_Base):
                     builder.compression = binding
             for name in group.layer_names:
                 layers[name].impl.compression = binding.layer(name)
+        self._observe_steps(runner)
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)
             capacity.log_start(
@@ -189,16 +195,36 @@ class CompressionWorkerMixin(_Base):
 
     # -- steps ---------------------------------------------------------------------------------
 
-    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
-        """Compact the requests that are due, then run the step."""
+    def _observe_steps(self, runner: Any) -> None:
+        """Compact before every real step of the runner.
+
+        Here, and not in `execute_model` of the worker, because an executor may call the runner
+        without it, as Ray's does.
+        """
+        compression, execute_model = self.compression, runner.execute_model
+        assert compression is not None
+
+        @functools.wraps(execute_model)
+        def compact_and_execute(
+            scheduler_output: SchedulerOutput, *args: Any, dummy_run: bool = False, **kwargs: Any
+        ) -> Any:
+            if dummy_run:
+                return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
+            compression.begin_step(scheduler_output)
+            try:
+                return execute_model(scheduler_output, *args, **kwargs)
+            finally:
+                compression.end_step()
+                if self._progress_log is not None:
+                    self._progress_log.update()
+
+        runner.execute_model = compact_and_execute
+
+    def compile_or_warm_up_model(self) -> Any:
+        """vLLM's, whose requests nobody planned."""
         assert self.compression is not None
-        self.compression.begin_step(scheduler_output)
-        try:
-            return super().execute_model(scheduler_output)
-        finally:
-            self.compression.end_step()
-            if self._progress_log is not None:
-                self._progress_log.update()
+        with self.compression.warming_up():
+            return super().compile_or_warm_up_model()
 
     def kv_compression_stats(self) -> list[dict[str, int]]:
         """Counters of every compressed group since the start (for collective_rpc)."""

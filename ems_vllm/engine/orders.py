@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler tells the workers about a step; travels on SchedulerOutput.
+
+Plain data that pickles: block ids, columns and rows, nothing that a worker would have to derive.
+Columns are those of vLLM's block table, positions those of the sequence; a group is named by its
+index among the KV-cache groups.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+
+class Compaction(NamedTuple):
+    """Compress columns [first_before, tail) of a request into [first, tail), before the forward.
+
+    Attributes:
+        req_id: vLLM's.
+        group_id: Whose columns.
+        first_before: First live column until now; 0 before the first compaction.
+        first, tail: Columns that hold the kept entries afterwards.
+        num_computed: Tokens processed before the step; the live columns hold them.
+        block_ids: Block of every live column, from `first_before` on.
+        score_pages: Private score pages of the leading live columns; of the others, and of all
+            where this is empty, page = block id.
+        num_scored: Leading live entries that have an accumulated score.
+        num_represented: Generated tokens that the recorded queries stand for: those since the
+            last compaction, or since the end of the prompt.
+        ring_row: Where the queries are recorded; -1 where none are.
+        num_queries: Recorded queries; the newest is that of token `num_computed - 1`.
+        is_decode: Whether the recorded queries come after the ones that were accumulated.
+    """
+
+    req_id: str
+    group_id: int
+    first_before: int
+    first: int
+    tail: int
+    num_computed: int
+    block_ids: list[int]
+    score_pages: list[int]
+    num_scored: int
+    num_represented: int
+    ring_row: int
+    num_queries: int
+    is_decode: bool
+
+
+class ScoredChunk(NamedTuple):
+    """Accumulate the attention of prompt queries [first_query, seq_len) of a request.
+
+    Attributes:
+        req_id: vLLM's.
+        group_id: In whose layers.
+        first_query: Position of the first query that scores in this step.
+        seq_len: Position after the last one.
+        num_accumulated: Leading entries that have a score to add to; those of the others, left
+            behind by an earlier owner of the page, are overwritten.
+        block_ids: Block of every column up to `seq_len`.
+        score_pages: As in Compaction.
+    """
+
+    req_id: str
+    group_id: int
+    first_query: int
+    seq_len: int
+    num_accumulated: int
+    block_ids: list[int]
+    score_pages: list[int]
+
+
+class RecordedQueries(NamedTuple):
+    """Record the queries of the last `num_queries` tokens of a request's step.
+
+    The query at position p goes to column p % obs_window of row `ring_row`.
+    """
+
+    req_id: str
+    ring_row: int
+    num_queries: int
+
+
+@dataclass(frozen=True)
+class StepOrders:
+    """What a step does beyond vLLM's own work.
+
+    Attributes:
+        step: Number of the step; consecutive, so that a lost message is noticed.
+        ended: Requests that gave their blocks back since the step before: finished or preempted.
+        admitted: Requests that begin, or begin again, with this step.
+        starts: Tokens processed before the step, for every request of `num_scheduled_tokens` in
+            its order.
+        first_columns: By group, for the same requests: the first live column in this step, after
+            its compactions. What a worker holds must agree.
+        compactions, scored, recorded: The work.
+    """
+
+    step: int
+    ended: list[str] = field(default_factory=list)
+    admitted: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    first_columns: dict[int, list[int]] = field(default_factory=dict)
+    compactions: list[Compaction] = field(default_factory=list)
+    scored: list[ScoredChunk] = field(default_factory=list)
+    recorded: list[RecordedQueries] = field(default_factory=list)
+
+
+# SchedulerOutput is a plain dataclass, so an attribute of ours is pickled with it.
+_ATTRIBUTE = "kv_compression_orders"
+
+
+def attach(output: Any, orders: StepOrders) -> None:
+    """Send `orders` with a SchedulerOutput."""
+    setattr(output, _ATTRIBUTE, orders)
+
+
+def attached(output: Any) -> StepOrders | None:
+    """The orders of a SchedulerOutput; None where no compressing scheduler made it."""
+    return getattr(output, _ATTRIBUTE, None)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler's record of one request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+    from ems_vllm.engine.compaction_ledger import CompactionLedger
+
+# Tokens that no request ever has.
+NEVER = 2**62
+
+
+@dataclass
+class TrackedRequest:
+    """What the scheduler knows of a request from its first look-up to its end.
+
+    Attributes:
+        request: vLLM's.
+        ledgers: By compressed group.
+        first_hit: Tokens that came from the prefix cache when it was first admitted; None before.
+        is_new: Whether no step has been scheduled since it was last admitted.
+        num_cached: Tokens that came from the prefix cache at the latest admission.
+        quiet_until: A step that ends here or before has nothing to compact, score or record.
+        compacted_at: Tokens processed at the last compaction; prompt_len before the first.
+        ring_row: Its row of the query ring; None while it needs none.
+        score_pages: By compressed group, its private score pages; None while it needs none.
+        prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
+    """
+
+    request: Request
+    ledgers: tuple[CompactionLedger, ...]
+    first_hit: int | None = None
+    is_new: bool = True
+    num_cached: int = 0
+    quiet_until: int = 0
+    compacted_at: int = 0
+    ring_row: int | None = None
+    score_pages: list[list[int]] | None = None
+    prompt_len: int = field(init=False)
+    compresses_prompt: bool = field(init=False)
+    max_shared_tokens: int | None = field(init=False)
+    _first_scored_query: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        plans = [ledger.plan for ledger in self.ledgers]
+        self.prompt_len = self.compacted_at = plans[0].prompt_len
+        self.compresses_prompt = any(plan.compresses_prompt for plan in plans)
+        shared = (plan.max_shared_tokens for plan in plans)
+        self.max_shared_tokens = min((limit for limit in shared if limit is not None), default=None)
+        self._first_scored_query = min(plan.first_scored_query for plan in plans)
+
+    def restart(self) -> None:
+        """It gave everything back, and computes from the beginning when it is admitted again."""
+        for ledger in self.ledgers:
+            ledger.restart()
+        self.is_new = True
+        self.num_cached = self.quiet_until = 0
+        self.compacted_at = self.prompt_len
+
+    def next_compaction(self, num_processed: int) -> int:
+        """Tokens processed when the next compaction of any group falls due; NEVER for none."""
+        return min(
+            (
+                at
+                for ledger in self.ledgers
+                if (at := ledger.plan.next_compaction(num_processed)) is not None
+            ),
+            default=NEVER,
+        )
+
+    @property
+    def first_scored_query(self) -> int:
+        """The first prompt query that scores, as it was when the request was first admitted."""
+        hit = self.num_cached if self.first_hit is None else self.first_hit
+        return max(self._first_scored_query, hit)
