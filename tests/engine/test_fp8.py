@@ -256,14 +256,19 @@ class TestRefusals:
 
         vllm_config = EngineArgs(model=LLAMA).create_engine_config()
         config = load_config({"recipe": "ems"})
-        accepted = ("auto", "float16", "bfloat16", *FLOAT8_CACHES)
-        assert set(accepted) < set(get_args(CacheDType))
+        accepted = ("auto", *FLOAT8_CACHES)
+        # Of a dtype that the model's queries do not have.
+        without_queries = ("float16", "bfloat16")
+        assert {*accepted, *without_queries} < set(get_args(CacheDType))
+        assert vllm_config.model_config.dtype == torch.float32
         for dtype in get_args(CacheDType):
             vllm_config.cache_config.cache_dtype = dtype
+            if dtype in (*accepted, *without_queries):
+                check_compatibility(vllm_config, load_config({"recipe": "knorm"}))
             if dtype in accepted:
                 check_compatibility(vllm_config, config)
                 continue
-            sentence = f"kv_cache_dtype='{dtype}' cannot be combined"
+            sentence = rf"kv_cache_dtype='{dtype}( with dtype float32)?' cannot be combined"
             with pytest.raises(ConfigError, match=sentence):
                 check_compatibility(vllm_config, config)
 
@@ -274,7 +279,23 @@ class TestRefusals:
         ):
             pass
 
-    def test_scales_per_head(self):
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_cache_of_another_dtype_than_the_queries(self, dtype):
+        with (
+            pytest.raises(Exception, match=rf"kv_cache_dtype='{dtype} with dtype float32' .*auto"),
+            engine(settings("ems"), kv_cache_dtype=dtype),
+        ):
+            pass
+
+    @pytest.mark.parametrize(
+        ("dtype", "remedy"),
+        [
+            ("float32", "bfloat16 --dtype bfloat16"),
+            ("float16", "float16"),
+            ("bfloat16", "bfloat16"),
+        ],
+    )
+    def test_scales_per_head(self, dtype, remedy):
         from vllm.model_executor.layers.attention import Attention
 
         def load_scales(layer: Any, *args: Any) -> None:
@@ -282,7 +303,9 @@ class TestRefusals:
 
         with (
             mock.patch.object(Attention, "process_weights_after_loading", load_scales),
-            pytest.raises(ConfigError, match=r"scales each kv_head .*--kv-cache-dtype bfloat16"),
-            engine(settings("ems"), kv_cache_dtype="fp8"),
+            pytest.raises(
+                ConfigError, match=rf"scales each kv_head .*--kv-cache-dtype {remedy}, or"
+            ),
+            engine(settings("ems"), kv_cache_dtype="fp8", dtype=dtype),
         ):
             pass

@@ -21,6 +21,7 @@ from ems_vllm.engine.compatibility import (
     NO_FULL_ATTENTION,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
+    unquantised_cache,
 )
 from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
@@ -157,7 +158,8 @@ class CompressionWorkerMixin(_Base):
             raise MIXED_SCALES.error(self.model_config.model, recipe, scales=sorted(scales))
         for name in owners:
             if has_scales_per_head(layers[name]):
-                raise HEAD_SCALES.error(self.model_config.model, recipe, name=name)
+                dtype = unquantised_cache(self.vllm_config)
+                raise HEAD_SCALES.error(self.model_config.model, recipe, name=name, dtype=dtype)
         scheduler = self.scheduler_config
         capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
