@@ -40,7 +40,7 @@ class GroupTensors:
         obs_window: Recorded queries per request.
         scale: Softmax scale of the layers.
         layer_scales: What a float8 cache and float8 queries are scaled with, in layer order.
-        key_scales: [num_layers], float32 - those of the keys; None when all of them are 1.
+        key_scales: [num_layers], float32 - those of the keys; None where the cache is not float8.
         query_dtype: dtype in which queries are recorded and scored.
     """
 
@@ -51,7 +51,7 @@ class GroupTensors:
     query_ring: torch.Tensor | None
     obs_window: int
     scale: float
-    layer_scales: Sequence[LayerScales]
+    layer_scales: list[LayerScales]
     key_scales: torch.Tensor | None
     query_dtype: torch.dtype
 
@@ -96,7 +96,8 @@ class GroupTensors:
             )
         stacks = stack_layers(caches, spec.num_kv_heads)
         key_scales = None
-        if any(scales.key != 1.0 for scales in layer_scales):
+        if stacks[0].key_cache.dtype == torch.float8_e4m3fn:
+            # Of 1 as well: weights that are loaded later may bring others.
             key_scales = torch.tensor(
                 [scales.key for scales in layer_scales], dtype=torch.float32, device=device
             )
@@ -108,10 +109,16 @@ class GroupTensors:
             query_ring=ring,
             obs_window=obs_window,
             scale=scale,
-            layer_scales=layer_scales,
+            layer_scales=list(layer_scales),
             key_scales=key_scales,
             query_dtype=query_dtype,
         )
+
+    def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:
+        """Take the scales that new weights brought, in place; one per layer, in layer order."""
+        self.layer_scales[:] = layer_scales
+        if self.key_scales is not None:
+            self.key_scales.copy_(torch.tensor([scales.key for scales in layer_scales]))
 
     @property
     def num_layers(self) -> int:
