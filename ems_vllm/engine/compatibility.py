@@ -324,12 +324,18 @@ SPLIT_BLOCKS = Refusal(
 UNKNOWN_BACKEND = Refusal(
     "attention_backend",
     "compression knows how to observe {known} only",
-    "choose one of them with --attention-backend",
+    "choose {choice} with --attention-backend",
 )
 MIXED_SCALES = Refusal(
     "model",
     "layers of one KV-cache group have different softmax scales ({scales})",
     "serve another model",
+)
+MIXED_QUERY_HEADS = Refusal(
+    "model",
+    "layers of one KV-cache group have different numbers of query heads ({heads}), and the queries "
+    "of a group are recorded together",
+    "choose a recipe that records none, as knorm",
 )
 HEAD_SCALES = Refusal(
     "model",
@@ -348,6 +354,7 @@ LAYER_REFUSALS = (
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
     MIXED_SCALES,
+    MIXED_QUERY_HEADS,
     HEAD_SCALES,
 )
 

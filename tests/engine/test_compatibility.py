@@ -161,6 +161,8 @@ def test_refusals_of_layers_name_key_value_and_remedy():
         "scales": [1.0],
         "name": "layers.0",
         "dtype": "float16",
+        "heads": [4, 8],
+        "choice": "one of them",
     }
     for refusal in LAYER_REFUSALS:
         sentence = str(refusal.error("VALUE", "ems", **details))

@@ -188,6 +188,46 @@ def test_scales_of_a_checkpoint_are_used(tmp_path):
         assert found == answers(settings("snapkv"))
 
 
+def test_scales_of_weights_that_are_loaded_later_are_used(tmp_path):
+    """The first checkpoint's are 1, the second one's are powers of two, whose answers differ."""
+    ones, others = (1.0,) * 4, (0.125, 0.25, 0.5, 0.0625)
+    first = checkpoint_with_scales(tmp_path / "first", ones, ones)
+    second = checkpoint_with_scales(tmp_path / "second", others, ones)
+    with engine(settings("ems"), second) as probe:
+        expected = probe.generate(PROMPTS, MAX_TOKENS)
+    with engine(settings("ems"), first) as probe:
+        assert probe.generate(PROMPTS, MAX_TOKENS) != expected
+        probe.llm.reset_prefix_cache()
+        probe.llm.collective_rpc("reload_weights", kwargs={"weights_path": second})
+        (group,) = probe.worker.compression.groups
+        assert group.tensors.key_scales.tolist() == list(others)
+        assert probe.generate(PROMPTS, MAX_TOKENS) == expected
+
+
+def test_scales_that_a_trainer_sends_are_used():
+    """Weight transfer ends in another call than reloading; the sender is left out here."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    scales = (0.5, 0.25, 2.0, 4.0)
+
+    def receive(worker: Any) -> None:
+        for layer, scale in zip(worker._attention_layers().values(), scales, strict=True):
+            layer._k_scale.fill_(scale)
+
+    with (
+        mock.patch.object(Worker, "finish_weight_update", receive),
+        engine(settings("snapkv"), kv_cache_dtype="fp8") as probe,
+    ):
+        (group,) = probe.worker.compression.groups
+        assert group.tensors.key_scales.tolist() == [1.0] * 4
+        probe.llm.collective_rpc("finish_weight_update")
+        assert group.tensors.key_scales.tolist() == list(scales)
+        assert [found.key for found in group.tensors.layer_scales] == list(scales)
+        probe.worker._attention_layers().popitem()[1]._k_scale = torch.ones(2)
+        with pytest.raises(ConfigError, match="scales each kv_head"):
+            probe.llm.collective_rpc("finish_weight_update")
+
+
 def checkpoint_with_scales(folder: Path, key: Sequence[float], value: Sequence[float]) -> str:
     shutil.copytree(LLAMA, folder)
     config = json.loads((folder / "config.json").read_text())
