@@ -132,7 +132,7 @@ class Compactor:
             budgets=ints(budgets),
             num_protected=ints([min(num_sinks, budget) for budget in budgets]),
             target_columns=ints([item.first - item.state.first for item in wave]),
-            is_decode=to_device([_is_decode(item) for item in wave], device, torch.bool),
+            num_represented=ints([_num_represented(item) for item in wave]),
             max_entries=max(item.num_entries for item in wave),
             max_budget=max(budgets),
             scale=tensors.scale,
@@ -170,6 +170,11 @@ class Compactor:
         return min(item.num_entries, item.request.info.prompt_len)
 
 
-def _is_decode(item: DueRequest) -> bool:
-    """Whether the recorded queries come after the ones that were accumulated."""
-    return item.state.first > 0 or item.request.num_computed > item.request.info.prompt_len
+def _num_represented(item: DueRequest) -> int:
+    """Tokens whose queries were not accumulated; see CompactionContext."""
+    plan, state = item.state.plan, item.state
+    last = plan.prompt_len if plan.compresses_prompt else 0
+    if state.first > 0:
+        # When its tail had a recent window behind it; the first one waited for the prompt's end.
+        last = max(plan.prompt_len, plan.recent_window + state.tail * plan.block_size)
+    return item.request.num_computed - last
