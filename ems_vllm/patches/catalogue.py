@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from ems_vllm.patches import (
     async_llm,
     engine_args,
+    executor,
     flash_attn,
     input_processor,
     kv_cache_manager,
@@ -13,8 +14,11 @@ from ems_vllm.patches import (
 )
 from ems_vllm.patches.record import Patch
 
+# Applied wherever the package is installed; the others where compression is asked for.
+ALWAYS: tuple[Patch, ...] = (*engine_args.PATCHES, *executor.PATCHES)
+
 PATCHES: tuple[Patch, ...] = (
-    *engine_args.PATCHES,
+    *ALWAYS,
     *input_processor.PATCHES,
     *async_llm.PATCHES,
     *kv_cache_manager.PATCHES,
