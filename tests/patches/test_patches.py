@@ -161,7 +161,7 @@ def test_vllm_without_sources_is_refused(monkeypatch):
         raise OSError("could not get source code")
 
     monkeypatch.setattr(inspect, "getsource", missing)
-    with pytest.raises(PatchError, match="source is missing: install vLLM with its .py files"):
+    with pytest.raises(PatchError, match="source is missing: install vLLM"):
         make("method", source_sha256={"0.32.0": "0" * 64}).apply()
 
 
