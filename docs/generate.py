@@ -144,7 +144,13 @@ def configuration() -> str:
         "",
         'Through `vllm_xargs` of the OpenAI API (`extra_body={"vllm_xargs": {...}}`): '
         "`kv_compression` (`on` or `off`), and one of `kv_budget` (entries) and `kv_ratio` "
-        "(fraction of the prompt), at most the server's. Anything else is an HTTP 400.",
+        "(fraction of the prompt), at most the server's size or, where that is more, its "
+        "`max_budget`. Anything else is an HTTP 400, and so is a misspelt key; keys that vLLM and "
+        "other extensions read are left alone.",
+        "",
+        "A change of any setting makes vLLM compile the model once more on the next start, because "
+        "its compilation cache is keyed by all of `additional_config`. vLLM has no way to leave a "
+        "setting out of that key; later starts with the same settings find the model compiled.",
         "",
         "## Environment",
         "",
