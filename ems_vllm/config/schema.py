@@ -78,8 +78,9 @@ class KVCompressionConfig(BaseModel):
         prefix_score_tokens: Capacity, in tokens, of the private scores for prefixes that came
             from the prefix cache; None derives it from max_model_len and
             max_num_batched_tokens. A hit that finds no room is shortened, never wrong.
-        workspace_mib: Upper bound of a compaction's scores, in MiB. What kernels need beside them
-            (32 MiB) and this are kept free when the KV cache is sized.
+        workspace_mib: Upper bound of what a compaction allocates, in MiB; a single layer of a
+            request of max_model_len may need more. The larger of the two, and what kernels need
+            beside it (32 MiB), are kept free when the KV cache is sized.
         scorer, allocator, selector, merger: The four choices of a policy.
     """
 

@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ems_vllm.engine.request_table import RunningRequest
     from ems_vllm.policies.policy import Policy
 
-# Live float32 tensors of the shape of a score during a compaction: weights, carry, window, and
-# the temporaries of combining them.
-_SCORE_TENSORS = 8
-
 
 @dataclass(frozen=True)
 class DueRequest:
@@ -58,7 +54,8 @@ class Compactor:
         tensors: The group's cache, scores and query ring.
         states: States of its requests.
         policy: What stays and what is merged.
-        workspace_bytes: Bound of the score tensors of a compaction.
+        workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
+            single request does.
     """
 
     def __init__(
@@ -67,8 +64,7 @@ class Compactor:
         self._tensors = tensors
         self._states = states
         self._policy = policy
-        bytes_per_entry = 4 * _SCORE_TENSORS * tensors.spec.num_kv_heads
-        self._max_entries = max(1, workspace_bytes // bytes_per_entry)
+        self._max_entries = policy.max_entries(workspace_bytes, tensors.spec.num_kv_heads)
         self.counters = CompactionCounters()
 
     @torch.inference_mode()
@@ -93,7 +89,7 @@ class Compactor:
                 yield DueRequest(request, state, first, tail)
 
     def _waves(self, due: list[DueRequest]) -> Iterator[tuple[list[DueRequest], int]]:
-        """Split the work so that the score tensors of a wave fit the workspace.
+        """Split the work so that what the policy allocates for a wave fits the workspace.
 
         Yields:
             (requests, most layers at a time); requests of similar length together, because a wave
@@ -103,13 +99,16 @@ class Compactor:
         wave: list[DueRequest] = []
         for item in sorted(due, key=lambda item: item.num_entries):
             if wave and (len(wave) + 1) * item.num_entries * num_layers > self._max_entries:
-                yield wave, num_layers
+                yield wave, self._max_layers(wave)
                 wave = []
             wave.append(item)
         if wave:
-            # A single request may exceed the workspace; its layers are taken in turns then.
-            per_layer = len(wave) * wave[-1].num_entries
-            yield wave, max(1, min(num_layers, self._max_entries // per_layer))
+            yield wave, self._max_layers(wave)
+
+    def _max_layers(self, wave: list[DueRequest]) -> int:
+        """A single request may exceed the workspace; its layers are taken in turns then."""
+        per_layer = len(wave) * wave[-1].num_entries
+        return max(1, min(self._tensors.num_layers, self._max_entries // per_layer))
 
     def _context(self, wave: list[DueRequest], stack: LayerStack) -> CompactionContext:
         tensors = self._tensors

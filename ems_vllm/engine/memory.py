@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.policies.policy import Policy
 
 _FLOAT32 = 4
 # What one operator allocates on a GPU at most: kMaxScratchBytes of csrc/launchers.h.
@@ -26,25 +27,37 @@ class Footprint:
 
     Attributes:
         config: Settings of the server.
+        policy: Made of them.
+        max_model_len: Entries of the longest request.
         max_num_seqs: Rows of the query ring.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
     """
 
     config: KVCompressionConfig
+    policy: Policy
+    max_model_len: int
     max_num_seqs: int
     query_itemsize: int
     num_heads: Mapping[str, int]
 
     def fixed_bytes(self, specs: Mapping[str, KVCacheSpec]) -> int:
         """Bytes that do not depend on the number of blocks."""
-        total = (self.config.workspace_mib << 20) + KERNEL_SCRATCH_BYTES
+        total = self._workspace_bytes(specs) + KERNEL_SCRATCH_BYTES
         for name, spec in _compressed(specs).items():
             if self.config.scorer.uses_window:
                 row = self.config.obs_window * self.num_heads[name] * spec.head_size
                 total += self.max_num_seqs * row * self.query_itemsize
             total += (spec.num_prefix_score_pages or 0) * _score_page_bytes(spec)
         return total
+
+    def _workspace_bytes(self, specs: Mapping[str, KVCacheSpec]) -> int:
+        """What is set aside for a compaction: a layer of one request is never split."""
+        layers = (
+            self.policy.workspace_bytes(self.max_model_len, spec.num_kv_heads)
+            for spec in _compressed(specs).values()
+        )
+        return max(self.config.workspace_mib << 20, *layers, 0)
 
     def reduce(self, available: int, specs: Mapping[str, KVCacheSpec]) -> int:
         """Bytes left for the KV cache of `available`, so that everything together fits.

@@ -90,6 +90,19 @@ class Scorer(Component):
         """Whether the queries of the last `obs_window` tokens are recorded."""
         return False
 
+    @property
+    def num_score_tensors(self) -> int:
+        """Float32 tensors of the shape of a score that `score` holds at a time, at most.
+
+        What it returns is among them, an int64 tensor counts as two.
+        """
+        return 8
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that `score` holds beside them, whatever the number of entries."""
+        return 0
+
     @abstractmethod
     def score(self, context: CompactionContext) -> Scores:
         """Score the live entries of every row of `context`."""
