@@ -39,8 +39,10 @@ def compatibility() -> str:
     lines += [_row(refusal) for refusal in LAYER_REFUSALS]
     lines += [
         "",
-        "A request with a wrong `vllm_xargs`, with more than the server keeps, or with a prompt "
-        "that is still being streamed is an HTTP 400 ([settings](configuration.md#per-request)). "
+        "A request with a wrong `vllm_xargs`, with more than the server keeps, with beam search, "
+        "or with a prompt that is still being streamed is an HTTP 400 "
+        "([settings](configuration.md#per-request)). A `VllmConfig` that holds the settings but "
+        "was not made by `EngineArgs` is refused when its engine starts. "
         "What is known to work, and by which test, is in [reliability.md](reliability.md).",
     ]
     return "\n".join(lines) + "\n"

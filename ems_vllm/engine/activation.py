@@ -9,7 +9,7 @@ from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.compatibility import WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import async_llm, catalogue, input_processor
+from ems_vllm.patches import async_llm, catalogue, input_processor, openai_serving
 from ems_vllm.patches.record import PatchError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
         cache_config.prefix_cache_retention_interval = None
     parallel = vllm_config.parallel_config
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
-    for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
+    for patch in (*input_processor.PATCHES, *async_llm.PATCHES, *openai_serving.PATCHES):
         patch.apply()
 
 

@@ -10,6 +10,7 @@ from ems_vllm.patches import (
     flash_attn,
     input_processor,
     kv_cache_manager,
+    openai_serving,
     scheduler,
 )
 from ems_vllm.patches.record import Patch
@@ -21,6 +22,7 @@ PATCHES: tuple[Patch, ...] = (
     *ALWAYS,
     *input_processor.PATCHES,
     *async_llm.PATCHES,
+    *openai_serving.PATCHES,
     *kv_cache_manager.PATCHES,
     *scheduler.PATCHES,
     *flash_attn.PATCHES,
