@@ -12,6 +12,7 @@ from ems_vllm.config import recipes
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, Refusal
 from ems_vllm.patches.catalogue import PATCHES
+from ems_vllm.patches.contracts import CONTRACTS
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
 
 DOCS = Path(__file__).resolve().parent
@@ -59,8 +60,9 @@ def patches() -> str:
         "# Patches of vLLM",
         "",
         "Everything else goes through vLLM's extension points. A patch wraps one function, checks "
-        "the version and the source it was written for, and raises when either differs. On such a "
-        "vLLM everything runs as without this package, and compression is refused with what to do.",
+        "the version and the source it was written for, and raises when either differs or another "
+        "extension has wrapped the function, also through functools.wraps. On such a vLLM "
+        "everything runs as without this package, and compression is refused with what to do.",
         "",
     ]
     for patch in PATCHES:
@@ -72,7 +74,22 @@ def patches() -> str:
             f"* Goes when: {patch.remove_when}",
             "",
         ]
-    return "\n".join(lines)
+    lines += [
+        "## Relied upon",
+        "",
+        "These are not wrapped, but compression is only right as long as they do what they did "
+        "when they were read. Their sources are compared when compression is switched on; where "
+        "one differs, or another extension has wrapped it, compression is refused and vLLM alone "
+        "runs as ever.",
+        "",
+        "| function | what compression relies on | read in |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{contract.target}` | {contract.why} | {', '.join(contract.source_sha256)} |"
+        for contract in CONTRACTS
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def configuration() -> str:
