@@ -68,6 +68,8 @@ def resolve(target: str) -> tuple[Any, str]:
 def function_of(owner: Any, name: str) -> Callable[..., Any]:
     """The plain function behind an attribute of a class, of whatever kind of method."""
     raw = inspect.getattr_static(owner, name)
+    if isinstance(raw, property) and raw.fget is not None:
+        return raw.fget
     return raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
 
 
