@@ -115,7 +115,8 @@ def reference_runs(model: ReferenceModel, config: KVCompressionConfig) -> list[R
     runs = []
     for prompt in PROMPTS:
         run = Run()
-        prefilled = model.prefill(prompt, config.obs_window)
+        plan = model.plan(len(prompt), config, RequestOptions())
+        prefilled = model.prefill(prompt, config.obs_window, [plan.first_scored_query])
         request = model.request(prefilled, config, RequestOptions())
         with recorded(run), reference_operators():
             run.token_ids = list(islice(generated(prefilled.logits, request.step), MAX_TOKENS))
