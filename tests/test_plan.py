@@ -30,6 +30,7 @@ def plans(draw: st.DrawFn) -> CompressionPlan:
         recent_window=draw(st.integers(0, 80)),
         recompress_interval=block_size * draw(st.integers(0, 6)),
         min_blocks_saved=draw(st.integers(1, 5)),
+        global_queries=draw(st.none() | st.integers(1, 100)),
     )
 
 
@@ -195,3 +196,33 @@ def test_negative_count_is_refused():
 def test_arguments_are_keywords():
     with pytest.raises(TypeError):
         CompressionPlan(1000, 16, 8, 32, 64, 1)
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(0, 400))
+def test_a_limited_number_of_queries_does_not_depend_on_hits(plan, hit):
+    """Whatever hit is taken, the same queries of the prompt are left to score."""
+    first = plan.first_scored_query
+    if plan.global_queries is None or not plan.compresses_prompt:
+        assert first == 0
+        return
+    assert first >= plan.max_shared_tokens
+    assert plan.prompt_len - first <= plan.global_queries
+    # As many as were asked for, where a hit always leaves them.
+    if plan.global_queries <= plan.budget_blocks * plan.block_size + plan.recent_window:
+        assert plan.prompt_len - first == plan.global_queries
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(1, 900))
+def test_replay_columns_bound(plan, num_tokens):
+    """Replays a preempted request, in chunks that end where a compaction falls due."""
+    start, freed = 0, 0
+    while start < num_tokens:
+        due = plan.next_compaction(start)
+        end = num_tokens if due is None else min(due, num_tokens)
+        assert -(-end // plan.block_size) - freed <= plan.max_replay_columns(num_tokens)
+        # The output of this step is processed before the next one is scheduled.
+        freed = plan.columns(start)[0]
+        start = end
+    assert plan.max_replay_columns(num_tokens) <= -(-num_tokens // plan.block_size)

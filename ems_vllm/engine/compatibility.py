@@ -6,12 +6,14 @@ docs/compatibility.md is written from it, and a test walks it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError
 from ems_vllm.engine import kernels
+from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.cache_scales import FLOAT8_CACHES
 
 if TYPE_CHECKING:
@@ -98,6 +100,22 @@ def _unknown_worker(config: VllmConfig) -> str | None:
 def _unknown_scheduler(config: VllmConfig) -> str | None:
     scheduler_cls = config.scheduler_config.scheduler_cls
     return None if scheduler_cls in (None, *SCHEDULERS) else str(scheduler_cls)
+
+
+def _too_short_for_a_chunk(config: VllmConfig, tokens: int) -> int | None:
+    """`tokens` if prompts cannot be cut into chunks of so many that are no decoding steps.
+
+    What is left of a prompt is one chunk where it cannot be cut into two such; see Planner.
+    """
+    return tokens if tokens < 2 * (1 + config.num_speculative_tokens) + 1 else None
+
+
+def _private_scores_for_part_of_a_prompt(config: VllmConfig) -> int | None:
+    settings = active_config(config)
+    tokens = settings.prefix_score_tokens if settings is not None else None
+    if tokens is None or tokens >= config.model_config.max_model_len:
+        return None
+    return tokens
 
 
 def _device_without_kernels(config: VllmConfig) -> str | None:
@@ -326,6 +344,27 @@ RULES = (
         "prompt chunks inside a full CUDA graph could not be scored",
         "use FULL_AND_PIECEWISE (vLLM's default), FULL_DECODE_ONLY or PIECEWISE",
         _mixed_full_graphs,
+    ),
+    Rule(
+        "max_num_batched_tokens",
+        "chunks of a prompt must be longer than a decoding step, drafts included",
+        "raise it",
+        lambda c: _too_short_for_a_chunk(c, c.scheduler_config.max_num_batched_tokens),
+    ),
+    Rule(
+        "long_prefill_token_threshold",
+        "chunks of a prompt must be longer than a decoding step, drafts included",
+        "raise it, or set it to 0",
+        lambda c: _too_short_for_a_chunk(
+            c, c.scheduler_config.long_prefill_token_threshold or sys.maxsize
+        ),
+    ),
+    Rule(
+        "kv_compression_config.prefix_score_tokens",
+        "a hit in the prefix cache can be as long as a prompt, and one that is longer than this "
+        "would wait for ever",
+        "raise it to at least max_model_len, or leave it out",
+        _private_scores_for_part_of_a_prompt,
     ),
     Rule(
         "worker_cls",

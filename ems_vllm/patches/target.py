@@ -75,10 +75,10 @@ def function_of(owner: Any, name: str) -> Callable[..., Any]:
 
 def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """A function and what it wraps, as functools.wraps records it, from the outside in."""
-    layer: Callable[..., Any] | None = function
-    while layer is not None:
-        yield layer
-        layer = getattr(layer, "__wrapped__", None)
+    found: Callable[..., Any] | None = function
+    while found is not None:
+        yield found
+        found = getattr(found, "__wrapped__", None)
 
 
 def check_code(target: str, function: Callable[..., Any], tested: Mapping[str, str]) -> None:

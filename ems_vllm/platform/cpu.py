@@ -3,6 +3,7 @@
 
 import os
 import warnings
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import torch
@@ -67,6 +68,8 @@ class ReferenceCPUPlatform(CpuPlatform):
         CpuPlatform's own version is not called: it turns asynchronous scheduling and the
         in-process executor off, forces spawn, preloads libraries and picks blocks for its kernels.
         """
+        if vllm_config.speculative_config is not None:
+            _require_drafting(vllm_config.speculative_config.method)
         cache_config = vllm_config.cache_config
         if not cache_config.user_specified_block_size:
             cache_config.block_size = _BLOCK_SIZE
@@ -117,6 +120,21 @@ class ReferenceCPUPlatform(CpuPlatform):
             register_kernels(
                 {"vllm.v1.worker.block_table.ComputeSlotMappingKernel.kernel": compute_slot_mapping}
             )
+
+
+def _require_drafting(method: str | None) -> None:
+    """vLLM finds n-grams with numba, and accepts or rejects drafts with Triton kernels only.
+
+    Raises:
+        NotImplementedError: one of them is missing; both are where `make .triton` was run.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    if not HAS_TRITON or find_spec("numba") is None:
+        raise NotImplementedError(
+            f"speculative_config.method={method!r} needs numba and Triton, which this CPU platform "
+            "does without: drop --speculative-config, or run it on a GPU."
+        )
 
 
 def _limit_threads() -> None:

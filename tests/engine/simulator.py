@@ -45,7 +45,9 @@ def scheduler_for(
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    additional = {} if compression is None else {"kv_compression": compression}
+    # An engine wants pages for the longest prompt; here, for the longest of the test.
+    settings = {k: v for k, v in (compression or {}).items() if k != "prefix_score_tokens"}
+    additional = {} if compression is None else {"kv_compression": settings}
     vllm_config = EngineArgs(
         model=LLAMA,
         max_model_len=(num_blocks - 1) * BLOCK_SIZE,
@@ -91,11 +93,13 @@ class SymbolicWorker:
         spec: Of the only KV-cache group.
         num_blocks: Size of the pool.
         max_num_seqs: Most requests that run at a time.
+        num_drafts: Drafted tokens of a decoding request.
     """
 
-    def __init__(self, spec: Any, num_blocks: int, max_num_seqs: int) -> None:
+    def __init__(self, spec: Any, num_blocks: int, max_num_seqs: int, num_drafts: int = 0) -> None:
         self.blocks = [[POISON] * BLOCK_SIZE for _ in range(num_blocks)]
         self.table = BlockTables()
+        self.num_drafts = num_drafts
         self.spec = spec if isinstance(spec, CompressedAttentionSpec) else None
         self.residents = Residents()
         # For every slot of a score page: whose it is, and the queries that scored it.
@@ -272,7 +276,7 @@ class SymbolicWorker:
         assert request.num_computed <= chunk.first_query < chunk.seq_len
         assert chunk.seq_len <= request.num_computed + request.num_scheduled
         # A batch of such chunks alone would replay the CUDA graph of decoding, which scores none.
-        assert request.num_scheduled > 1, chunk
+        assert request.num_scheduled > self.num_drafts + 1, chunk
         pages = [*chunk.score_pages, *chunk.block_ids[len(chunk.score_pages) :]]
         span = range(chunk.first_query, chunk.seq_len)
         for position in range(chunk.seq_len):
@@ -379,7 +383,10 @@ class Simulator:
         self.manager = self.scheduler.kv_cache_manager.coordinator.single_type_managers[0]
         self.pool = self.scheduler.kv_cache_manager.block_pool
         self.worker = SymbolicWorker(
-            self.manager.kv_cache_spec, num_blocks, self.scheduler.max_num_running_reqs
+            self.manager.kv_cache_spec,
+            num_blocks,
+            self.scheduler.max_num_running_reqs,
+            num_drafts,
         )
         self.num_rows = len(self.worker.ring)
         self.lag = 1 if async_scheduling else 0

@@ -46,7 +46,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         mode=st.sampled_from(["sync", "async", "drafts"]),
         recompress_interval=st.sampled_from([0, 4, 8]),
         num_blocks=st.sampled_from([32, 48, 80]),
-        max_num_batched_tokens=st.sampled_from([8, 24, 64]),
+        max_num_batched_tokens=st.sampled_from([10, 24, 64]),
         method=st.sampled_from(
             [("ems", "all"), ("ems", 6), ("ems", 1), ("snapkv", 6), ("knorm", 6)]
         ),
@@ -268,6 +268,10 @@ def _preempted_request_scores_more_than_at_first(monkeypatch):
     )
 
 
+def _chunks_look_like_decoding(monkeypatch):
+    monkeypatch.setattr(Planner, "_unlike_decoding", lambda self, remaining, wanted: wanted)
+
+
 def _private_score_pages_are_shared(monkeypatch):
     def deal_none(self, tracked):
         tracked.score_pages = [[]]
@@ -333,6 +337,7 @@ def _worker_compacts_twice(monkeypatch):
         _scores_of_an_earlier_owner_are_added_to,
         _preempted_request_hits_its_own_prompt,
         _preempted_request_scores_more_than_at_first,
+        _chunks_look_like_decoding,
         _private_score_pages_are_shared,
         _row_is_dealt_twice,
         _message_is_dropped,

@@ -19,6 +19,7 @@ from vllm.platforms.interface import DeviceCapability
 import ems_vllm
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility, covers
+from ems_vllm.keys import CONFIG_KEY
 
 CONFIG = load_config({"recipe": "ems"})
 
@@ -57,7 +58,10 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("model", with_property("is_encoder_decoder")),
     ("model", with_property("is_diffusion")),
     ("runner", with_property("runner_type", "pooling")),
-    ("speculative_config", {"": {"speculative_config": SimpleNamespace(method="eagle3")}}),
+    (
+        "speculative_config",
+        {"": {"speculative_config": SimpleNamespace(method="eagle3", num_speculative_tokens=3)}},
+    ),
     (
         "kv_transfer_config",
         {"": {"kv_transfer_config": SimpleNamespace(kv_connector="OffloadingConnector")}},
@@ -95,6 +99,18 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
             "compilation_config": {
                 "cudagraph_mode": CUDAGraphMode.FULL,
                 "splitting_ops": ["vllm::unified_attention"],
+            }
+        },
+    ),
+    ("max_num_batched_tokens", {"scheduler_config": {"max_num_batched_tokens": 2}}),
+    ("long_prefill_token_threshold", {"scheduler_config": {"long_prefill_token_threshold": 1}}),
+    (
+        "kv_compression_config.prefix_score_tokens",
+        {
+            "": {
+                "additional_config": {
+                    CONFIG_KEY: {"recipe": "ems", "prefix_score_tokens": 1000},
+                }
             }
         },
     ),
@@ -192,7 +208,7 @@ def test_full_graphs_name_what_led_to_them(vllm_config, mode, settings, key):
 def test_nothing_else_is_refused(vllm_config):
     check_compatibility(vllm_config, CONFIG)
     fine = {
-        "": {"speculative_config": SimpleNamespace(method="ngram")},
+        "": {"speculative_config": SimpleNamespace(method="ngram", num_speculative_tokens=3)},
         "compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
         "cache_config": {"cache_dtype": "fp8", "enable_prefix_caching": True},
         "parallel_config": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
