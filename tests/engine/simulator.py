@@ -18,6 +18,7 @@ import itertools
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -48,14 +49,17 @@ def scheduler_for(
     # An engine wants pages for the longest prompt; here, for the longest of the test.
     settings = {k: v for k, v in (compression or {}).items() if k != "prefix_score_tokens"}
     additional = {} if compression is None else {"kv_compression": settings}
-    vllm_config = EngineArgs(
+    arguments = EngineArgs(
         model=LLAMA,
         max_model_len=(num_blocks - 1) * BLOCK_SIZE,
         block_size=BLOCK_SIZE,
         async_scheduling=async_scheduling,
         additional_config=additional,
         **{"max_num_seqs": 8, "max_num_batched_tokens": 32, **options},
-    ).create_engine_config()
+    )
+    # Drafts are made up here; no kernel is needed.
+    with mock.patch("ems_vllm.platform.cpu._require_drafting"):
+        vllm_config = arguments.create_engine_config()
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     spec = FullAttentionSpec(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32

@@ -30,19 +30,20 @@ def test_a_preempted_request_asks_for_what_it_will_hold():
     simulator = Simulator(SETTINGS, num_blocks=130, max_num_seqs=16, max_num_batched_tokens=64)
     for index in range(14):
         simulator.add([7 * index + token for token in range(15)], 350)
-    scheduler = simulator.scheduler
+    scheduler, schedule = simulator.scheduler, simulator.scheduler.schedule
     room = []
-    while simulator.unfinished:
-        preemptions = simulator.num_preemptions
-        simulator.step()
-        # In a step that preempts nobody is admitted.
-        if scheduler.waiting and simulator.num_preemptions == preemptions:
+
+    def scheduling(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        # While requests begin, and in a step that preempts, others wait for other reasons.
+        if simulator.num_steps > 20 and scheduler.waiting and not output.preempted_req_ids:
             request = scheduler.waiting.peek_request()
             (ledger,) = scheduler.planner.requests[request.request_id].ledgers
-            room.append(
-                simulator.pool.get_num_free_blocks()
-                - ledger.plan.max_replay_columns(request.num_tokens)
-            )
+            needed = ledger.plan.max_replay_columns(request.num_tokens)
+            room.append(simulator.pool.get_num_free_blocks() - needed)
+        return output
+
+    scheduler.schedule = scheduling
     simulator.drain()
     assert simulator.num_preemptions > 10
     assert room
