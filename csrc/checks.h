@@ -74,12 +74,6 @@ class ArgumentChecks {
     }
   }
 
-  // The dtype of a key cache that is scored with queries: theirs, or float8_e4m3fn.
-  ScalarType key_dtype(const Tensor& key_cache, ScalarType query_dtype) const {
-    return key_cache.scalar_type() == ScalarType::Float8_e4m3fn ? ScalarType::Float8_e4m3fn
-                                                                : query_dtype;
-  }
-
   // Device, dtype and shape.
   void strided(const char* name, const Tensor& tensor, ScalarType dtype,
                std::initializer_list<int64_t> shape) const {

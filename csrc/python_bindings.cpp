@@ -12,14 +12,17 @@
 
 #include "build_config.h"
 #include "cuda/head_sizes.h"
+#include "dtype_pairs.h"
 #include "ems/plan.h"
 
 #if defined(EMS_CUDA_ARCHS)
 #define EMS_CUDA_HEAD_SIZES ems::cuda::HeadSizes
+#define EMS_CUDA_DTYPES ems::cuda::QueryCachePairs
 #else
 #define EMS_CUDA_ARCHS ""
 #define EMS_CUDA_COMPILER ""
 #define EMS_CUDA_HEAD_SIZES std::integer_sequence<int>
+#define EMS_CUDA_DTYPES ems::DTypePairs<>
 #endif
 
 namespace py = pybind11;
@@ -125,6 +128,13 @@ py::tuple as_tuple(std::integer_sequence<int, SIZES...>) {
   return py::make_tuple(SIZES...);
 }
 
+// ((dtype of queries, dtype of the cache), ...)
+template <typename... PAIRS>
+py::tuple as_tuple(ems::DTypePairs<PAIRS...>) {
+  return py::make_tuple(py::make_tuple(ems::DTypeTraits<typename PAIRS::Query>::name,
+                                       ems::DTypeTraits<typename PAIRS::Cache>::name)...);
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = EMS_VERSION;
@@ -141,6 +151,8 @@ py::dict build_info() {
 #endif
   info["cuda_archs"] = py::tuple(py::str(EMS_CUDA_ARCHS).attr("split")());
   info["cuda_compiler"] = py::str(EMS_CUDA_COMPILER);
+  info["cpu_dtypes"] = as_tuple(ems::cpu::QueryCachePairs{});
+  info["cuda_dtypes"] = as_tuple(EMS_CUDA_DTYPES{});
   info["cuda_head_sizes"] = as_tuple(EMS_CUDA_HEAD_SIZES{});
   return info;
 }

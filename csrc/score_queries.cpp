@@ -22,9 +22,10 @@ void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& b
   p.head_size = query.size(2);
   p.query = {query.mutable_data_ptr(), query.stride(0), query.stride(1)};
 
-  p.key_cache = checks.cache("key_cache", key_cache, checks.key_dtype(key_cache, dtype),
-                             {kAny, kAny, kAny, p.head_size});
+  // Whether it goes with the queries' dtype depends on the device.
   p.cache_dtype = checks.cache_dtype("key_cache", key_cache);
+  p.key_cache = checks.cache("key_cache", key_cache, key_cache.scalar_type(),
+                             {kAny, kAny, kAny, p.head_size});
   p.num_kv_heads = key_cache.size(1);
   checks.head_groups(p.num_heads, p.num_kv_heads);
 

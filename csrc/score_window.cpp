@@ -21,9 +21,10 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   p.ring = {ring.mutable_data_ptr(), ring.size(1),   ring.size(2),  ring.stride(0),
             ring.stride(1),          ring.stride(2), ring.stride(3)};
 
-  p.key_cache = checks.cache("key_cache", key_cache, checks.key_dtype(key_cache, dtype),
-                             {p.num_layers, kAny, kAny, kAny, p.head_size});
+  // Whether it goes with the queries' dtype depends on the device.
   p.cache_dtype = checks.cache_dtype("key_cache", key_cache);
+  p.key_cache = checks.cache("key_cache", key_cache, key_cache.scalar_type(),
+                             {p.num_layers, kAny, kAny, kAny, p.head_size});
   p.num_kv_heads = key_cache.size(2);
   checks.head_groups(p.num_heads, p.num_kv_heads);
 

@@ -6,6 +6,7 @@ tests/test_docs.py fails when a page is not what this script would write.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from ems_vllm.config import recipes
@@ -39,11 +40,49 @@ def compatibility() -> str:
     lines += [_row(refusal) for refusal in LAYER_REFUSALS]
     lines += [
         "",
+        "A model in which image tokens see each other (Gemma 3 and 4 with images) needs "
+        "`--attention-backend TRITON_ATTN` on Hopper and Blackwell: there vLLM prefers "
+        "`TRITON_FLASH_ATTN` or `TRITON_FLASHINFER`, which send each batch to one of two backends "
+        "and cannot be observed.",
+        "",
+        "## Well-known models",
+        "",
+        "What the checks above decide for public configurations in bfloat16, of the layers that "
+        "own a KV cache. Sliding windows and states of Mamba or linear attention are bounded "
+        "already and stay as they are.",
+        "",
+        "| model | on a GPU | on the CPU |",
+        "|---|---|---|",
+    ]
+    lines += _model_rows()
+    lines += [
+        "",
+        "A window longer than any request (Phi-3 128k, Phi-4-mini) is full attention in effect: "
+        "`--hf-overrides '{\"sliding_window\": null}'` says so to vLLM, and every layer is "
+        "compressed.",
+        "",
         "A request with a wrong `vllm_xargs`, with more than the server keeps, or with a prompt "
         "that is still being streamed is an HTTP 400 ([settings](configuration.md#per-request)). "
         "What is known to work, and by which test, is in [reliability.md](reliability.md).",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _model_rows() -> list[str]:
+    """Written by tests/engine/known_models.py, whose test keeps the outcomes in step."""
+    found = json.loads((DOCS / "models.json").read_text(encoding="utf-8"))
+    rows = []
+    for name, by_device in found.items():
+        on_gpu, on_cpu = (_outcome(by_device[device]) for device in ("cuda", "cpu"))
+        rows.append(f"| {name} | {on_gpu} | {'the same' if on_cpu == on_gpu else on_cpu} |")
+    return rows
+
+
+def _outcome(by_recipe: dict[str, str]) -> str:
+    with_queries, without = by_recipe["ems"], by_recipe["knorm"]
+    if with_queries == without:
+        return with_queries
+    return f"{with_queries}; with a recipe that reads no queries (knorm): {without}"
 
 
 def _row(refusal: Refusal) -> str:
@@ -105,7 +144,13 @@ def configuration() -> str:
         "",
         'Through `vllm_xargs` of the OpenAI API (`extra_body={"vllm_xargs": {...}}`): '
         "`kv_compression` (`on` or `off`), and one of `kv_budget` (entries) and `kv_ratio` "
-        "(fraction of the prompt), at most the server's. Anything else is an HTTP 400.",
+        "(fraction of the prompt), at most the server's size or, where that is more, its "
+        "`max_budget`. Anything else is an HTTP 400, and so is a misspelt key; keys that vLLM and "
+        "other extensions read are left alone.",
+        "",
+        "A change of any setting makes vLLM compile the model once more on the next start, because "
+        "its compilation cache is keyed by all of `additional_config`. vLLM has no way to leave a "
+        "setting out of that key; later starts with the same settings find the model compiled.",
         "",
         "## Environment",
         "",

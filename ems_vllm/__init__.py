@@ -14,8 +14,10 @@ def build_info() -> dict[str, Any]:
     Returns:
         A new dict: `version`, `compiler`, `torch_target` (oldest torch the operators load on),
         `cpu_variants` (instruction sets compiled in, best first), `cuda_archs` (GPU architectures
-        compiled in, in torch's notation; empty for a CPU-only build), `cuda_compiler` and
-        `cuda_head_sizes` (those that the kernels take on a GPU; empty for a CPU-only build).
+        compiled in, in torch's notation; empty for a CPU-only build), `cuda_compiler`,
+        `cuda_head_sizes` (those that the kernels take on a GPU; empty for a CPU-only build),
+        `cpu_dtypes` and `cuda_dtypes` (pairs of torch's names: queries of the first dtype are
+        scored with a cache of the second; the latter empty for a CPU-only build).
     Raises:
         ImportError: the extension modules have not been built.
     """

@@ -36,6 +36,8 @@ class PlanSettings:
     recompress_interval: int
     min_blocks_saved: int
     global_queries: int | None
+    allow_off: bool = True
+    max_budget: int | None = None
 
     def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
         """The plan of one request.
@@ -43,7 +45,8 @@ class PlanSettings:
         Args:
             prompt_len: The request's num_prompt_tokens, also after preemption.
             block_size: Tokens per block of the KV-cache group.
-            request: What the request asked for; the server's size is the ceiling.
+            request: What the request asked for; the ceiling is the server's size, or `max_budget`
+                where that is more.
         """
         # Imported here: reading settings must not need the compiled extension.
         from ems_vllm._C import CompressionPlan
@@ -60,11 +63,12 @@ class PlanSettings:
 
     def _budget_blocks(self, prompt_len: int, block_size: int, request: SizeRequest) -> int:
         """Budget in whole blocks; 0 keeps everything."""
-        if not request.enabled:
+        if not request.enabled and self.allow_off:
             return 0
         entries = _entries(self.budget, self.ratio, prompt_len)
         if request.budget is not None or request.ratio is not None:
-            entries = min(entries, _entries(request.budget, request.ratio, prompt_len))
+            ceiling = max(entries, self.max_budget or 0)
+            entries = min(ceiling, _entries(request.budget, request.ratio, prompt_len))
         return max(1, -(-entries // block_size))
 
 

@@ -209,7 +209,7 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
 void score_queries(const ScoreQueriesParams& params) {
   check_indices(params);
   const Samples samples = sample_queries(params);
-  dispatch_dtypes(params.dtype, params.cache_dtype, [&](auto element, auto cached) {
+  const auto score = [&](auto element, auto cached) {
     using T = decltype(element);
     using C = decltype(cached);
     ScoreQueriesParams p = params;
@@ -222,7 +222,8 @@ void score_queries(const ScoreQueriesParams& params) {
       p.lse = lse.data();
     }
     add_scores<T, C>(p, samples, p.lse);
-  });
+  };
+  dispatch_dtypes("score_queries", params.dtype, params.cache_dtype, QueryCachePairs{}, score);
 }
 
 }  // namespace ems::cpu

@@ -84,13 +84,14 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
 void score_window(const ScoreWindowParams& p) {
   check_indices(p);
   const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
-  dispatch_dtypes(p.dtype, p.cache_dtype, [&](auto element, auto cached) {
+  const auto score = [&](auto element, auto cached) {
     parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
       const int64_t in_layer = item % heads_per_layer;
       score_head<decltype(element), decltype(cached)>(
           p, item / heads_per_layer, in_layer / p.num_kv_heads, in_layer % p.num_kv_heads);
     });
-  });
+  };
+  dispatch_dtypes("score_window", p.dtype, p.cache_dtype, QueryCachePairs{}, score);
 }
 
 }  // namespace ems::cpu

@@ -54,14 +54,8 @@ void dispatch(const char* op, DType cache_dtype, int64_t head_size, const F& f) 
 // as a constant.
 template <typename F>
 void dispatch(const char* op, DType query_dtype, DType cache_dtype, int64_t head_size, const F& f) {
-  dispatch_dtypes(query_dtype, cache_dtype, [&](auto element, auto cached) {
-    if constexpr (std::is_same_v<decltype(element), float> && sizeof(cached) == 1) {
-      throw std::runtime_error(std::string("ems_vllm::") + op +
-                               ": queries must have dtype bfloat16 or float16 on a GPU when the "
-                               "cache is float8_e4m3fn, got float32");
-    } else {
-      dispatch_head_size(op, head_size, [&](auto size) { f(element, cached, size); });
-    }
+  dispatch_dtypes(op, query_dtype, cache_dtype, QueryCachePairs{}, [&](auto element, auto cached) {
+    dispatch_head_size(op, head_size, [&](auto size) { f(element, cached, size); });
   });
 }
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What one request may ask for through `vllm_xargs`."""
 
+import difflib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,8 +14,9 @@ from ems_vllm.plan import PlanSettings
 logger = logging.getLogger("vllm.ems")
 
 KEYS = ("kv_compression", "kv_budget", "kv_ratio")
-# Arguments that start like ours but are not ours are typing errors, not somebody else's.
-_OURS = "kv_"
+# How alike a key and one of ours are when it is taken for a typing error. vLLM and other
+# extensions read keys of their own, some of which begin like ours (kv_cache_report_mode).
+_ALIKE = 0.75
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class RequestOptions:
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
-        """Read `SamplingParams.extra_args`; keys of other extensions are left alone.
+        """Read `SamplingParams.extra_args`; keys of vLLM and other extensions are left alone.
 
         Raises:
             ConfigError: with the key, the value and what is allowed.
@@ -41,12 +43,9 @@ class RequestOptions:
         if not extra_args:
             return cls()
         for key, value in extra_args.items():
-            if isinstance(key, str) and key.startswith(_OURS) and key not in KEYS:
-                if key == "kv_transfer_params":
-                    continue
+            if key not in KEYS and (near := _misspelt(key)):
                 raise ConfigError(
-                    f"vllm_xargs.{shown_key(key)}={shown(value)} is not a setting: use one of "
-                    f"{', '.join(KEYS)}."
+                    f"vllm_xargs.{shown_key(key)}={shown(value)} is not a setting: use {near!r}."
                 )
         mode = extra_args.get("kv_compression", "on")
         if mode not in ("on", "off"):
@@ -97,22 +96,40 @@ class RequestOptions:
             return cls()
 
     def check_ceiling(self, settings: PlanSettings) -> None:
-        """Refuse a request for more than the server keeps.
+        """Refuse a request for what the server does not grant.
 
         Raises:
-            ConfigError: `kv_budget` or `kv_ratio` is above the server's.
+            ConfigError: `kv_budget` or `kv_ratio` is above the ceiling, or `kv_compression` is off
+                where that is not allowed.
         """
-        if (
-            self.budget is not None
-            and settings.budget is not None
-            and self.budget > settings.budget
-        ):
+        if not self.enabled and not settings.allow_off:
+            raise ConfigError(
+                "vllm_xargs.kv_compression='off' is not allowed on this server: leave it out, or "
+                "start the server with allow_off=true."
+            )
+        instead = " or kv_compression='off'" if settings.allow_off else ""
+        # A ratio's entries depend on the prompt; the plan caps them at the ceiling.
+        ceiling = max(settings.budget or 0, settings.max_budget or 0)
+        if self.budget is not None and ceiling and self.budget > ceiling:
             raise ConfigError(
                 f"vllm_xargs.kv_budget={shown(self.budget)} is not allowed: this server keeps at "
-                f"most {settings.budget} entries; send at most that or kv_compression='off'."
+                f"most {ceiling} entries; send at most that{instead}."
             )
-        if self.ratio is not None and settings.ratio is not None and self.ratio > settings.ratio:
+        if (
+            self.ratio is not None
+            and settings.ratio is not None
+            and settings.max_budget is None
+            and self.ratio > settings.ratio
+        ):
             raise ConfigError(
                 f"vllm_xargs.kv_ratio={self.ratio} is not allowed: this server keeps at most "
-                f"{settings.ratio} of a prompt; send at most that or kv_compression='off'."
+                f"{settings.ratio} of a prompt; send at most that{instead}."
             )
+
+
+def _misspelt(key: Any) -> str | None:
+    """The key of ours that `key` was probably meant to be."""
+    if not isinstance(key, str) or len(key) > 2 * max(map(len, KEYS)):
+        return None
+    near = difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, n=1, cutoff=_ALIKE)
+    return near[0] if near else None

@@ -79,8 +79,16 @@ class KVCompressionConfig(BaseModel):
 
     Attributes:
         recipe: Name of the recipe these settings started from, for logs.
-        budget: Entries kept per kv_head, rounded up to whole blocks. The ceiling for requests.
-        ratio: Instead of `budget`: entries kept as a fraction of the prompt, in (0, 1).
+        budget: Entries kept per kv_head, rounded up to whole blocks. The ceiling for requests,
+            unless `max_budget` raises it.
+        ratio: Instead of `budget`: entries kept as a fraction of the prompt, in (0, 1). The ceiling
+            for requests, unless `max_budget` raises it.
+        max_budget: Entries up to which a request may raise its size through `kv_budget` or
+            `kv_ratio`; at least `budget`. None: not above the server's own size. A request that
+            asks for nothing gets the server's size; where that is a `ratio` of a long prompt and
+            more than `max_budget`, it stays the ceiling.
+        allow_off: Whether a request may switch compression off for itself. Set it to false where
+            the pool is sized for compressed requests.
         recent_window: Last tokens that stay as they are, beside the budget.
         obs_window: Last queries that score the entries; at most `recent_window`.
         recompress_interval: Generated tokens beyond `recent_window` after which the request is
@@ -105,6 +113,8 @@ class KVCompressionConfig(BaseModel):
     recipe: str = "custom"
     budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    allow_off: bool = True
     recent_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
     recompress_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 256
@@ -168,6 +178,11 @@ class KVCompressionConfig(BaseModel):
                 f"{KEY_PREFIX}budget={self.budget!r} and {KEY_PREFIX}ratio={self.ratio!r} do not "
                 "fit together: set exactly one of them and the other to null."
             )
+        if self.max_budget is not None and self.max_budget < (self.budget or 0):
+            raise ConfigError(
+                f"{KEY_PREFIX}max_budget={self.max_budget} is not allowed: it must be at least "
+                f"budget={self.budget}; raise it, lower budget, or set it to null."
+            )
         if self.obs_window > self.recent_window:
             raise ConfigError(
                 f"{KEY_PREFIX}obs_window={self.obs_window} is not allowed: it must be at most "
@@ -197,6 +212,8 @@ class KVCompressionConfig(BaseModel):
             recompress_interval=self.recompress_interval,
             min_blocks_saved=self.min_blocks_saved,
             global_queries=None if self.global_queries == "all" else self.global_queries,
+            allow_off=self.allow_off,
+            max_budget=self.max_budget,
         )
 
     @property

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
+from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.compatibility import SCHEDULERS, WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
 from ems_vllm.patches import async_llm, catalogue, input_processor
@@ -57,3 +58,18 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
     for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
         patch.apply()
+
+
+def check_activated(vllm_config: VllmConfig) -> None:
+    """Refuse settings in a configuration that `activate` has never seen.
+
+    Raises:
+        ConfigError: the VllmConfig was not made by EngineArgs, so nothing would be compressed.
+    """
+    config = active_config(vllm_config)
+    if config is not None and vllm_config.parallel_config.worker_cls not in WORKERS.values():
+        raise ConfigError(
+            f"VllmConfig.additional_config[{CONFIG_KEY!r}] with recipe={config.recipe!r} has no "
+            "effect on a VllmConfig that was built by hand: build it with EngineArgs(..., "
+            "additional_config=...).create_engine_config(), or set kv_compression to off."
+        )

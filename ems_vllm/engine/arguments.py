@@ -14,8 +14,17 @@ from ems_vllm.keys import CONFIG_KEY
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
-# Set on EngineArgs that were made from a command line.
-_FROM_COMMAND_LINE = "_ems_from_command_line"
+
+class _CommandLineSettings(dict[str, Any]):
+    """An `additional_config` that came from a command line.
+
+    The dict itself bears the mark: EngineArgs are rebuilt from their fields (`LLM.from_engine_args`
+    does), so they must not carry anything else, and a copy of them is another object.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Other processes may not have loaded this plugin when they read it.
+        return dict, (dict(self),)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -42,35 +51,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def store_arguments(engine_args: EngineArgs, args: argparse.Namespace) -> EngineArgs:
     """Carry the flags in `additional_config`, so that they reach every process and the hash."""
-    # Whichever flag a mistake comes from: --additional-config can hold the settings, too.
-    setattr(engine_args, _FROM_COMMAND_LINE, True)
     recipe = getattr(args, "kv_compression", recipes.OFF)
     overrides = getattr(args, "kv_compression_config", None)
-    if recipe == recipes.OFF and overrides is None:
-        return engine_args
-    with answer_mistakes(engine_args):
-        config = load_config({"recipe": recipe, **(overrides or {})})
-    if config is not None:
-        engine_args.additional_config = {
-            **(engine_args.additional_config or {}),
-            CONFIG_KEY: config.to_dict(),
-        }
-        # Further API server processes are started with these arguments and build their EngineArgs
-        # before this plugin is loaded there; additional_config is a field that they know.
-        args.additional_config = engine_args.additional_config
+    additional = _CommandLineSettings(engine_args.additional_config or {})
+    if recipe != recipes.OFF or overrides is not None:
+        with answer_mistakes(additional):
+            config = load_config({"recipe": recipe, **(overrides or {})})
+        if config is not None:
+            additional[CONFIG_KEY] = config.to_dict()
+            # Further API server processes are started with these arguments and build their
+            # EngineArgs before this plugin is loaded there; additional_config is a field that
+            # they know.
+            args.additional_config = additional
+    # Whichever flag the settings come from: --additional-config can hold them, too.
+    if CONFIG_KEY in additional:
+        engine_args.additional_config = additional
     return engine_args
 
 
 @contextmanager
-def answer_mistakes(engine_args: EngineArgs) -> Iterator[None]:
+def answer_mistakes(additional_config: Any) -> Iterator[None]:
     """End the process with one sentence if settings from the command line are wrong.
 
     Settings from Python raise ConfigError, as an exception is what a caller can handle there.
+
+    Args:
+        additional_config: Of the EngineArgs that hold the settings.
     """
     try:
         yield
     except ConfigError as error:
-        if getattr(engine_args, _FROM_COMMAND_LINE, False):
+        if isinstance(additional_config, _CommandLineSettings):
             raise SystemExit(f"vllm: error: {error}") from None
         raise
 

@@ -8,7 +8,10 @@ within a layer only and works on what is stored; scoring takes the scale into it
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 # vLLM's names of float8 e4m3 with one scale per layer for keys and one for values.
 FLOAT8_CACHES = ("fp8", "fp8_e4m3")
@@ -20,15 +23,16 @@ class LayerScales:
 
     Attributes:
         key: Factor of stored keys.
-        query: Factor of queries, where attention is given float8 ones.
+        query: Factor of queries, where attention is given float8 ones; [], float32, the layer's
+            own tensor, so that a CUDA graph that multiplies with it follows new weights.
     """
 
     key: float = 1.0
-    query: float = 1.0
+    query: float | torch.Tensor = 1.0
 
 
 def layer_scales(layer: Any) -> LayerScales:
-    """Scales of a loaded layer; they do not change any more.
+    """Scales of a loaded layer; they change only when weights are loaded again.
 
     Args:
         layer: vLLM's Attention.
@@ -36,7 +40,7 @@ def layer_scales(layer: Any) -> LayerScales:
     if layer.kv_cache_dtype not in FLOAT8_CACHES:
         # A checkpoint's scales are for a float8 cache; without one vLLM ignores them too.
         return LayerScales()
-    return LayerScales(key=float(layer._k_scale), query=float(layer._q_scale))
+    return LayerScales(key=float(layer._k_scale), query=layer._q_scale.view(()))
 
 
 def has_scales_per_head(layer: Any) -> bool:

@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from logging import Logger
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
@@ -53,9 +54,14 @@ def log_start(
     logger: Logger,
     config: KVCompressionConfig,
     kv_cache_config: KVCacheConfig,
+    layers: Mapping[str, Any],
     max_model_len: int,
 ) -> None:
-    """Say which recipe runs, what it leaves alone, and how many requests fit."""
+    """Say which recipe runs, what it leaves alone, and how many requests fit.
+
+    Args:
+        layers: vLLM's attention layers by name.
+    """
     parts = " x ".join(
         f"{key}={getattr(config, key).name()}"
         for key in ("scorer", "allocator", "selector", "merger")
@@ -83,7 +89,7 @@ def log_start(
         "KV-cache compression: %d of %d layers compressed; left alone: %s.",
         len(compressed),
         len(specs),
-        choose_layers(others).describe_kept(),
+        choose_layers(others, layers, config.scorer).describe_kept(),
     )
     if len(kv_cache_config.kv_cache_groups) > 1 or not compressed:
         return

@@ -116,7 +116,7 @@ class Compactor:
             budgets=ints(budgets),
             num_protected=ints([min(num_sinks, budget) for budget in budgets]),
             target_columns=ints([order.first - order.first_before for order in wave]),
-            is_decode=to_device([order.is_decode for order in wave], device, torch.bool),
+            num_represented=ints([order.num_represented for order in wave]),
             max_entries=max(num_entries),
             max_budget=max(budgets),
             scale=tensors.scale,

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError
+from ems_vllm.engine import kernels
 from ems_vllm.engine.cache_scales import FLOAT8_CACHES
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ SCHEDULERS = (
 
 # vLLM's names of caches that are not quantised.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
+_DEVICES_WITH_KERNELS = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,11 @@ class Rule(Refusal):
 
     Attributes:
         value: The setting's value when it is in the way, else None.
+        only_with_queries: Whether it is in the way only of a scorer that reads queries.
     """
 
     value: Callable[[VllmConfig], Any]
+    only_with_queries: bool = False
 
 
 def _more_than_one(value: int) -> int | None:
@@ -134,9 +138,51 @@ def covers(arch: str, major: int, minor: int) -> bool:
     return built[0] == major and built[1] <= minor
 
 
+def _cache_dtype(config: VllmConfig) -> str | None:
+    """torch's name of the dtype of the cache; None for a format that no operator knows."""
+    name = config.cache_config.cache_dtype
+    if name in FLOAT8_CACHES:
+        return "float8_e4m3fn"
+    if name == "auto":
+        return dtype_name(config)
+    return name if name in _PLAIN_CACHES else None
+
+
+def dtype_name(config: VllmConfig) -> str:
+    """torch's name of the dtype of a model, which is that of its queries."""
+    return str(config.model_config.dtype).removeprefix("torch.")
+
+
+def unquantised_cache(config: VllmConfig) -> str:
+    """Value of --kv-cache-dtype for a cache in the dtype of the queries.
+
+    "auto" follows a checkpoint that asks for float8, and vLLM has no name for a cache of float32.
+    """
+    name = dtype_name(config)
+    return name if name in ("bfloat16", "float16") else "bfloat16 --dtype bfloat16"
+
+
 def _cache_without_kernels(config: VllmConfig) -> str | None:
-    dtype = config.cache_config.cache_dtype
-    return None if dtype in (*_PLAIN_CACHES, *FLOAT8_CACHES) else dtype
+    dtype, device = _cache_dtype(config), config.device_config.device_type
+    if dtype is None:
+        return config.cache_config.cache_dtype
+    if not _has_kernels(device) or kernels.without_cache_dtype(device, dtype) is None:
+        return None
+    return config.cache_config.cache_dtype
+
+
+def _queries_without_kernels(config: VllmConfig) -> str | None:
+    dtype, device = _cache_dtype(config), config.device_config.device_type
+    if dtype is None or not _has_kernels(device):
+        return None
+    if kernels.without_dtypes(device, dtype_name(config), dtype) is None:
+        return None
+    return f"{config.cache_config.cache_dtype} with dtype {dtype_name(config)}"
+
+
+def _has_kernels(device: str) -> bool:
+    # A device without any has rules of its own, with better remedies.
+    return device in _DEVICES_WITH_KERNELS and bool(kernels.dtype_pairs(device))
 
 
 def _layers_left_unquantised(config: VllmConfig) -> list[str] | None:
@@ -222,6 +268,15 @@ RULES = (
         _cache_without_kernels,
     ),
     Rule(
+        "kv_cache_dtype",
+        "the scorer reads queries, and no kernel of this device takes queries of the model's dtype "
+        "with keys of the cache's",
+        "use --kv-cache-dtype auto (with --dtype bfloat16 or float16 where the checkpoint asks for "
+        "a float8 cache)",
+        _queries_without_kernels,
+        only_with_queries=True,
+    ),
+    Rule(
         "kv_cache_dtype_skip_layers",
         "blocks of several sizes would need more memory for scores than is set aside",
         "drop --kv-cache-dtype-skip-layers",
@@ -280,17 +335,23 @@ SPLIT_BLOCKS = Refusal(
 UNKNOWN_BACKEND = Refusal(
     "attention_backend",
     "compression knows how to observe {known} only",
-    "choose one of them with --attention-backend",
+    "choose {choice} with --attention-backend",
 )
 MIXED_SCALES = Refusal(
     "model",
     "layers of one KV-cache group have different softmax scales ({scales})",
     "serve another model",
 )
+MIXED_QUERY_HEADS = Refusal(
+    "model",
+    "layers of one KV-cache group have different numbers of query heads ({heads}), and the queries "
+    "of a group are recorded together",
+    "choose a recipe that records none, as knorm",
+)
 HEAD_SCALES = Refusal(
     "model",
     "its checkpoint scales each kv_head of the fp8 cache on its own ({name})",
-    "start with --kv-cache-dtype bfloat16, or serve a checkpoint with one scale per layer",
+    "start with --kv-cache-dtype {dtype}, or serve a checkpoint with one scale per layer",
 )
 MIXED_GROUP = Refusal(
     "model",
@@ -304,6 +365,7 @@ LAYER_REFUSALS = (
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
     MIXED_SCALES,
+    MIXED_QUERY_HEADS,
     HEAD_SCALES,
 )
 
@@ -315,6 +377,8 @@ def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) ->
         ConfigError: one sentence with the setting, its value, the reason and the remedy.
     """
     for rule in RULES:
+        if rule.only_with_queries and not config.scorer.reads_queries:
+            continue
         value = rule.value(vllm_config)
         if value is not None:
             raise rule.error(value, config.recipe)

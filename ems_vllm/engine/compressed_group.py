@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from ems_vllm.engine.host_tensors import to_device
 from ems_vllm.engine.layer_stack import LayerStack, stack_layers
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from ems_vllm.engine.cache_scales import LayerScales
@@ -39,7 +41,7 @@ class GroupTensors:
         obs_window: Recorded queries per request.
         scale: Softmax scale of the layers.
         layer_scales: What a float8 cache and float8 queries are scaled with, in layer order.
-        key_scales: [num_layers], float32 - those of the keys; None when all of them are 1.
+        key_scales: [num_layers], float32 - those of the keys; None where the cache is not float8.
         query_dtype: dtype in which queries are recorded and scored.
     """
 
@@ -50,7 +52,7 @@ class GroupTensors:
     query_ring: torch.Tensor | None
     obs_window: int
     scale: float
-    layer_scales: Sequence[LayerScales]
+    layer_scales: list[LayerScales]
     key_scales: torch.Tensor | None
     query_dtype: torch.dtype
 
@@ -68,6 +70,7 @@ class GroupTensors:
         obs_window: int,
         max_num_seqs: int,
         query_dtype: torch.dtype,
+        pool: AbstractContextManager[Any],
     ) -> GroupTensors:
         """Allocate scores and ring beside the caches of a group.
 
@@ -77,26 +80,29 @@ class GroupTensors:
             max_num_seqs: Most requests that run at a time.
             layer_scales: One per layer.
             query_dtype: dtype of the model, in which queries are recorded.
+            pool: Where scores and ring are allocated; their content may get lost between requests.
         """
         device, num_blocks = caches[0].device, caches[0].shape[0]
         scores = ring = None
-        if policy.scorer.uses_global:
-            num_pages = num_blocks + spec.num_score_pages
-            scores = torch.zeros(
-                (len(caches), num_pages, spec.num_kv_heads, spec.block_size),
-                dtype=torch.float32,
-                device=device,
-            )
-        if policy.scorer.uses_window:
-            num_rows = spec.num_ring_rows(num_blocks, max_num_seqs)
-            ring = torch.zeros(
-                (len(caches), num_rows, obs_window, num_heads, spec.head_size),
-                dtype=query_dtype,
-                device=device,
-            )
+        with pool:
+            if policy.scorer.uses_global:
+                num_pages = num_blocks + spec.num_score_pages
+                scores = torch.zeros(
+                    (len(caches), num_pages, spec.num_kv_heads, spec.block_size),
+                    dtype=torch.float32,
+                    device=device,
+                )
+            if policy.scorer.uses_window:
+                num_rows = spec.num_ring_rows(num_blocks, max_num_seqs)
+                ring = torch.zeros(
+                    (len(caches), num_rows, obs_window, num_heads, spec.head_size),
+                    dtype=query_dtype,
+                    device=device,
+                )
         stacks = stack_layers(caches, spec.num_kv_heads)
         key_scales = None
-        if any(scales.key != 1.0 for scales in layer_scales):
+        if stacks[0].key_cache.dtype == torch.float8_e4m3fn:
+            # Of 1 as well: weights that are loaded later may bring others.
             key_scales = torch.tensor(
                 [scales.key for scales in layer_scales], dtype=torch.float32, device=device
             )
@@ -108,10 +114,16 @@ class GroupTensors:
             query_ring=ring,
             obs_window=obs_window,
             scale=scale,
-            layer_scales=layer_scales,
+            layer_scales=list(layer_scales),
             key_scales=key_scales,
             query_dtype=query_dtype,
         )
+
+    def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:
+        """Take the scales that new weights brought, in place; one per layer, in layer order."""
+        self.layer_scales[:] = layer_scales
+        if self.key_scales is not None:
+            self.key_scales.copy_(torch.tensor([scales.key for scales in layer_scales]))
 
     @property
     def num_layers(self) -> int:

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-import ems_vllm
+from ems_vllm.engine import kernels
+from ems_vllm.engine.cache_scales import FLOAT8_CACHES
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
     from ems_vllm.policies.base import Scorer
@@ -45,8 +47,7 @@ def choose_layers(
 ) -> LayerChoice:
     """Full-attention layers are compressed; whatever is bounded or recurrent already stays.
 
-    On a GPU that depends on the head size as well: kernels are compiled for some. Those of the CPU
-    take any.
+    That depends on what there are kernels for as well: see `kernels`.
 
     Scores are softmax(scale * q.k) over the entries of the cache. An attention sink (a learned
     logit in the denominator, as in gpt-oss) is left out: it would scale every score of one query
@@ -60,7 +61,7 @@ def choose_layers(
     """
     layers = layers or {}
     reasons = {
-        name: _reason_to_keep(spec) or _reason_in_layer(layers.get(name), scorer)
+        name: _reason_to_keep(spec) or _reason_in_layer(layers.get(name), spec, scorer)
         for name, spec in specs.items()
     }
     return LayerChoice(
@@ -103,27 +104,36 @@ def _reason_to_keep(spec: KVCacheSpec) -> str | None:
         return "not causal"
     if spec.head_size_v != spec.head_size:
         return "keys and values differ in size"
-    return _reason_in_head_size(spec.head_size)
+    return kernels.without_head_size(_device(), spec.head_size)
 
 
-def _reason_in_head_size(head_size: int) -> str | None:
-    if not current_platform.is_cuda():
-        return None
-    sizes = ems_vllm.build_info()["cuda_head_sizes"]
-    if head_size in sizes:
-        return None
-    known = ", ".join(map(str, sizes))
-    return f"head_size {head_size}, for which there is no CUDA kernel (there are for {known})"
-
-
-def _reason_in_layer(layer: Any, scorer: Scorer | None) -> str | None:
+def _reason_in_layer(layer: Any, spec: KVCacheSpec, scorer: Scorer | None) -> str | None:
     """What the spec does not tell."""
-    impl = getattr(layer, "impl", None)
+    if layer is None:
+        return None
+    cache_dtype = _cache_dtype(layer, spec)
+    if reason := kernels.without_cache_dtype(_device(), cache_dtype):
+        return reason
+    impl = layer.impl
     if getattr(impl, "alibi_slopes", None) is not None:
         # The bias depends on the column, and compression moves entries to other columns.
         return "ALiBi"
-    reads_queries = scorer is not None and (scorer.uses_global or scorer.uses_window)
-    if reads_queries and getattr(impl, "logits_soft_cap", None):
+    if scorer is None or not scorer.reads_queries:
+        return None
+    if getattr(impl, "logits_soft_cap", None):
         # Scores without the cap are off by a factor that grows exponentially with the logit.
         return "soft-capped attention logits, which a scorer that reads queries cannot follow"
-    return None
+    return kernels.without_dtypes(_device(), _name(layer.dtype), cache_dtype)
+
+
+def _device() -> str:
+    return "cuda" if current_platform.is_cuda() else "cpu"
+
+
+def _cache_dtype(layer: Any, spec: FullAttentionSpec) -> str:
+    # vLLM stores float8 as bytes.
+    return "float8_e4m3fn" if layer.kv_cache_dtype in FLOAT8_CACHES else _name(spec.dtype)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

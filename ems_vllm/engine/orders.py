@@ -25,11 +25,9 @@ class Compaction(NamedTuple):
         score_pages: Private score pages of the leading live columns; of the others, and of all
             where this is empty, page = block id.
         num_scored: Leading live entries that have an accumulated score.
-        num_represented: Generated tokens that the recorded queries stand for: those since the
-            last compaction, or since the end of the prompt.
+        num_represented: Tokens that the recorded queries stand for; see CompactionContext.
         ring_row: Where the queries are recorded; -1 where none are.
         num_queries: Recorded queries; the newest is that of token `num_computed - 1`.
-        is_decode: Whether the recorded queries come after the ones that were accumulated.
     """
 
     req_id: str
@@ -44,7 +42,6 @@ class Compaction(NamedTuple):
     num_represented: int
     ring_row: int
     num_queries: int
-    is_decode: bool
 
 
 class ScoredChunk(NamedTuple):

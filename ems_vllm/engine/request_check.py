@@ -38,28 +38,40 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
 
 
 def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
-    """Refuse a prompt that is still growing while its request runs.
+    """Refuse a prompt that is still growing, as `check_resumable`, before it is taken apart.
+
+    Args:
+        vllm_config: Of the engine that will run the request.
+        prompt: As it is given to AsyncLLM.generate.
+        params: The request's SamplingParams, which parts of the prompt without their own share.
+
+    Raises:
+        VLLMValidationError: the prompt is a stream and would be compressed.
+    """
+    if isinstance(prompt, AsyncGenerator):
+        check_resumable(vllm_config, params)
+
+
+def check_resumable(vllm_config: VllmConfig, params: Any) -> None:
+    """Refuse a part of a prompt that is still growing while its request runs.
 
     Scheduler and workers compute the plan from the prompt's length, each on its own.
 
     Args:
         vllm_config: Of the engine that will run the request.
-        prompt: As it is given to AsyncLLM.generate.
-        params: The request's SamplingParams.
+        params: SamplingParams of this part.
 
     Raises:
-        VLLMValidationError: the prompt is a stream and would be compressed.
+        VLLMValidationError: the request would be compressed.
     """
     from vllm.exceptions import VLLMValidationError
 
-    if not isinstance(prompt, AsyncGenerator):
-        return
     config = active_config(vllm_config)
     if config is None:
         return
     if RequestOptions.parse(getattr(params, "extra_args", None)).enabled:
         raise VLLMValidationError(
             f"A streamed prompt cannot be combined with kv_compression={config.recipe!r}: send the "
-            "whole prompt, or vllm_xargs.kv_compression='off'.",
+            "whole prompt, or vllm_xargs.kv_compression='off' with every part of it.",
             parameter="prompt",
         )

@@ -208,8 +208,10 @@ class LayerBinding:
         self._binding = binding
         self._ring_slots = binding.group.ring_slots
         self._num_kv_heads = tensors.spec.num_kv_heads
-        self._scale = tensors.scale * tensors.layer_scales[index].key
-        self._query_scale = tensors.layer_scales[index].query
+        self._scale = tensors.scale
+        # Read at every use, because new weights may bring others.
+        self._layer_scales = tensors.layer_scales
+        self._index = index
         self._query_dtype = tensors.query_dtype
         self._global_stride = binding.group.global_stride
         self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
@@ -233,7 +235,7 @@ class LayerBinding:
                 that attention computed, sinks left out; computed again where there is none.
         """
         if query.dtype == torch.float8_e4m3fn:
-            query = query.to(self._query_dtype) * self._query_scale
+            query = query.to(self._query_dtype) * self._layer_scales[self._index].query
         if self._ring is not None:
             ops.record_queries(query, self._ring_slots[: query.shape[0]], self._ring)
         rows = self._binding.score_rows
@@ -249,7 +251,7 @@ class LayerBinding:
                 rows.accumulate_lens,
                 rows.score_table,
                 lse,
-                self._scale,
+                self._scale * self._layer_scales[self._index].key,
                 self._global_stride,
                 self._scores,
             )

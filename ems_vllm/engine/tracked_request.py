@@ -26,7 +26,8 @@ class TrackedRequest:
         is_new: Whether no step has been scheduled since it was last admitted.
         num_cached: Tokens that came from the prefix cache at the latest admission.
         quiet_until: A step that ends here or before has nothing to compact, score or record.
-        compacted_at: Tokens processed at the last compaction; prompt_len before the first.
+        accumulated_until: Tokens whose queries need no representation at the next compaction:
+            those before the last one, or of the prompt where its queries score.
         ring_row: Its row of the query ring; None while it needs none.
         score_pages: By compressed group, its private score pages; None while it needs none.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
@@ -38,7 +39,7 @@ class TrackedRequest:
     is_new: bool = True
     num_cached: int = 0
     quiet_until: int = 0
-    compacted_at: int = 0
+    accumulated_until: int = 0
     ring_row: int | None = None
     score_pages: list[list[int]] | None = None
     prompt_len: int = field(init=False)
@@ -48,11 +49,12 @@ class TrackedRequest:
 
     def __post_init__(self) -> None:
         plans = [ledger.plan for ledger in self.ledgers]
-        self.prompt_len = self.compacted_at = plans[0].prompt_len
+        self.prompt_len = plans[0].prompt_len
         self.compresses_prompt = any(plan.compresses_prompt for plan in plans)
         shared = (plan.max_shared_tokens for plan in plans)
         self.max_shared_tokens = min((limit for limit in shared if limit is not None), default=None)
         self._first_scored_query = min(plan.first_scored_query for plan in plans)
+        self.restart()
 
     def restart(self) -> None:
         """It gave everything back, and computes from the beginning when it is admitted again."""
@@ -60,7 +62,7 @@ class TrackedRequest:
             ledger.restart()
         self.is_new = True
         self.num_cached = self.quiet_until = 0
-        self.compacted_at = self.prompt_len
+        self.accumulated_until = self.prompt_len if self.compresses_prompt else 0
 
     def next_compaction(self, num_processed: int) -> int:
         """Tokens processed when the next compaction of any group falls due; NEVER for none."""

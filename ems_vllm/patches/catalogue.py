@@ -6,13 +6,17 @@ from collections.abc import Iterable
 from ems_vllm.patches import (
     async_llm,
     engine_args,
+    executor,
     flash_attn,
     input_processor,
 )
 from ems_vllm.patches.record import Patch
 
+# Applied wherever the package is installed; the others where compression is asked for.
+ALWAYS: tuple[Patch, ...] = (*engine_args.PATCHES, *executor.PATCHES)
+
 PATCHES: tuple[Patch, ...] = (
-    *engine_args.PATCHES,
+    *ALWAYS,
     *input_processor.PATCHES,
     *async_llm.PATCHES,
     *flash_attn.PATCHES,

@@ -44,11 +44,11 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         from ems_vllm.engine.activation import activate, normalize
         from ems_vllm.engine.arguments import answer_mistakes
 
-        with answer_mistakes(self):
+        with answer_mistakes(additional):
             config = normalize(self)
         vllm_config = original(self, *args, **kwargs)
         if config is not None:
-            with answer_mistakes(self):
+            with answer_mistakes(additional):
                 activate(vllm_config, config)
         return vllm_config
 

@@ -12,23 +12,28 @@ if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
 
 
-def _wrap_validate_params(original: Callable[..., Any]) -> Callable[..., Any]:
-    def _validate_params(self: InputProcessor, params: Any, *args: Any, **kwargs: Any) -> Any:
-        from ems_vllm.engine.request_check import check_request
+def _wrap_process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        from ems_vllm.engine.request_check import check_request, check_resumable
 
         check_request(self.vllm_config, params)
-        return original(self, params, *args, **kwargs)
+        # Every part of a streamed prompt comes here, with parameters of its own.
+        if kwargs.get("resumable"):
+            check_resumable(self.vllm_config, params)
+        return original(self, request_id, prompt, params, *args, **kwargs)
 
-    return _validate_params
+    return process_inputs
 
 
 PATCHES = (
     Patch(
-        target="vllm.v1.engine.input_processor:InputProcessor._validate_params",
-        wrap=_wrap_validate_params,
+        target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
+        wrap=_wrap_process_inputs,
         vllm=">=0.32.0,<0.33",
         source_sha256={
-            "0.32.0": "656325c2c4138dbdaaa2cc977b30f4e282449481a2d9ba9f0f170b54e65194a6"
+            "0.32.0": "e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b"
         },
         reason=(
             "Only a platform (validate_request) or a logits processor (validate_params) may check "

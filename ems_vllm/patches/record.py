@@ -4,20 +4,18 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
-from packaging.specifiers import SpecifierSet
+from ems_vllm.patches import target as targets
+from ems_vllm.patches.target import OUR_WRAPPERS, PatchError
+
+__all__ = ["Patch", "PatchError"]
 
 _MARK = "__ems_patch__"
-
-
-class PatchError(RuntimeError):
-    """vLLM is not what a patch was written for; nothing was changed."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,9 @@ class Patch:
     Attributes:
         target: "module:Class.function".
         wrap: Takes the original function, returns the new one.
-        vllm: Versions this was written for.
-        source_sha256: Hash of the original's source per vLLM version it was tested with.
+        vllm: Versions this was written for; empty: any.
+        source_sha256: Hash of the original's source per vLLM version it was tested with; empty:
+            any source.
         reason: What has no extension point.
         remove_when: What vLLM would have to offer.
     """
@@ -44,22 +43,36 @@ class Patch:
         """Apply the patch once; applying it again does nothing.
 
         Raises:
-            PatchError: the vLLM version is outside `vllm`, the target is missing, or its source is
-                none of those that were tested.
+            PatchError: the vLLM version is outside `vllm`, the target is missing, its source is
+                none of those that were tested, or somebody else has wrapped it.
         """
         if self.is_applied():
             return
         self.verify()
-        owner, name = self._resolve()
+        owner, name = targets.resolve(self.target)
         raw = inspect.getattr_static(owner, name)
-        original = _function(owner, name)
+        if not isinstance(raw, FunctionType | staticmethod | classmethod):
+            # Wrapped, it would be called with one argument more or less.
+            raise PatchError(
+                f"{self.target} of vllm=={targets.installed_version()} is not a function but "
+                f"{type(raw).__name__}: another extension has replaced it; uninstall that one or "
+                "disable it through VLLM_PLUGINS."
+            )
+        original = targets.function_of(owner, name)
         wrapped = functools.wraps(original)(self.wrap(original))
-        setattr(wrapped, _MARK, self.target)
+        setattr(wrapped, _MARK, self._mark)
+        OUR_WRAPPERS.add(wrapped)
         kind = type(raw) if isinstance(raw, staticmethod | classmethod) else (lambda fn: fn)
         setattr(owner, name, kind(wrapped))
 
     def is_applied(self) -> bool:
-        return getattr(_function(*self._resolve()), _MARK, None) == self.target
+        """Whether the patch is in place, alone or below wrappers of others.
+
+        Raises:
+            PatchError: vLLM has no such function.
+        """
+        found = targets.layers(targets.function_of(*targets.resolve(self.target)))
+        return any(layer in OUR_WRAPPERS and getattr(layer, _MARK) == self._mark for layer in found)
 
     def verify(self) -> None:
         """Check that the patch fits the installed vLLM; nothing is changed.
@@ -67,50 +80,22 @@ class Patch:
         Raises:
             PatchError: as `apply`.
         """
-        from vllm import __version__ as version
-
-        base = version.split("+")[0]
-        if base not in SpecifierSet(self.vllm):
+        if not targets.fits(self.vllm):
             raise PatchError(
-                f"vllm=={version} is not supported by this version of ems-vllm: {self.target} was "
-                f"patched for vllm{self.vllm}; install one of those versions, or a newer ems-vllm."
+                f"vllm=={targets.installed_version()} is not supported by this version of "
+                f"ems-vllm: {self.target} was patched for vllm{self.vllm}; install one of those "
+                "versions, or a newer ems-vllm."
             )
-        owner, name = self._resolve()
-        if self.is_applied() or not self.source_sha256:
-            return
-        # A release that was not tested is taken when it left this function as it was.
-        if source_sha256(_function(owner, name)) not in self.source_sha256.values():
-            raise PatchError(
-                f"{self.target} of vllm=={version} is not the code that was tested: another "
-                "extension may have patched it first; uninstall that one or disable it through "
-                "VLLM_PLUGINS."
-            )
+        function = targets.function_of(*targets.resolve(self.target))
+        if self.source_sha256:
+            targets.check_code(self.target, function, self.source_sha256)
 
     def current_sha256(self) -> str:
         """Hash of the target's source in the installed vLLM, patched or not."""
-        return source_sha256(inspect.unwrap(_function(*self._resolve())))
+        *_, original = targets.layers(targets.function_of(*targets.resolve(self.target)))
+        return targets.source_sha256(self.target, original)
 
-    def _resolve(self) -> tuple[Any, str]:
-        module, _, path = self.target.partition(":")
-        *owners, name = path.split(".")
-        try:
-            owner: Any = importlib.import_module(module)
-            for part in owners:
-                owner = getattr(owner, part)
-            inspect.getattr_static(owner, name)
-        except (ImportError, AttributeError) as error:
-            raise PatchError(
-                f"vLLM has no {self.target}: install a vLLM version in {self.vllm}."
-            ) from error
-        return owner, name
-
-
-def _function(owner: Any, name: str) -> Callable[..., Any]:
-    """The plain function behind an attribute of a class, of whatever kind of method."""
-    raw = inspect.getattr_static(owner, name)
-    return raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
-
-
-def source_sha256(function: Callable[..., Any]) -> str:
-    """Hash of a function's source text."""
-    return hashlib.sha256(inspect.getsource(function).encode()).hexdigest()
+    @property
+    def _mark(self) -> tuple[str, str]:
+        # Two patches may be for one function; the reason tells them apart.
+        return self.target, self.reason

@@ -7,6 +7,7 @@ Without it the flag would be unknown, and `LLM(additional_config=...)` silently 
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,15 +17,31 @@ from ems_vllm.patches.record import Patch, PatchError
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
+# A child of vLLM's logger, so that its settings apply.
+logger = logging.getLogger("vllm.ems")
 
-def refuse_compression(error: PatchError) -> None:
-    """Answer every wish for compression with `error`; everything else runs as vLLM alone.
 
-    Raises:
-        PatchError: vLLM has not even the functions that this hangs on.
+def refuse_compression(cause: Exception) -> None:
+    """Answer every wish for compression with `cause`; everything else runs as vLLM alone.
+
+    Args:
+        cause: Why the package cannot be used: a PatchError is shown as it stands.
     """
+    if isinstance(cause, PatchError):
+        error = cause
+        logger.warning("KV-cache compression is not available: %s", error)
+    else:
+        error = PatchError(
+            f"KV-cache compression is not available, because ems-vllm failed with {cause!r} when "
+            "vLLM loaded it: see the log above for where, or start without --kv-compression."
+        )
+        logger.warning("%s", error, exc_info=cause)
     for patch in _refusals(error):
-        patch.apply()
+        try:
+            patch.apply()
+        except Exception as another:
+            # Where the others hold, they refuse.
+            logger.warning("A wish for KV-cache compression may go unheard: %s", another)
 
 
 def _refusals(error: PatchError) -> tuple[Patch, ...]:
@@ -49,18 +66,27 @@ def _refusals(error: PatchError) -> tuple[Patch, ...]:
 
         return create_engine_config
 
+    def wrap_executor(original: Callable[..., None]) -> Callable[..., None]:
+        def __init__(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+            if CONFIG_KEY in (vllm_config.additional_config or {}):
+                raise error
+            original(self, vllm_config, *args, **kwargs)
+
+        return __init__
+
     wraps = {
-        "add_cli_args": wrap_add_cli_args,
-        "create_engine_config": wrap_create_engine_config,
+        "vllm.engine.arg_utils:EngineArgs.add_cli_args": wrap_add_cli_args,
+        "vllm.engine.arg_utils:EngineArgs.create_engine_config": wrap_create_engine_config,
+        "vllm.v1.executor.abstract:Executor.__init__": wrap_executor,
     }
     return tuple(
         Patch(
-            target=f"vllm.engine.arg_utils:EngineArgs.{name}",
+            target=target,
             wrap=wrap,
             vllm="",
             source_sha256={},
             reason="Compression must be refused rather than ignored.",
             remove_when="ems-vllm supports this vLLM",
         )
-        for name, wrap in wraps.items()
+        for target, wrap in wraps.items()
     )

@@ -90,6 +90,11 @@ class Scorer(Component):
         """Whether the queries of the last `obs_window` tokens are recorded."""
         return False
 
+    @property
+    def reads_queries(self) -> bool:
+        """Whether a score depends on queries."""
+        return self.uses_global or self.uses_window
+
     @abstractmethod
     def score(self, context: CompactionContext) -> Scores:
         """Score the live entries of every row of `context`."""

@@ -32,7 +32,10 @@ class CompactionContext:
         budgets: [num_rows], int32 - entries to keep, whole blocks.
         num_protected: [num_rows], int32 - leading entries (sinks) that always stay as they are.
         target_columns: [num_rows], int32 - live column where the kept entries go.
-        is_decode: [num_rows], bool - the recorded queries are not among the accumulated ones.
+        num_represented: [num_rows], int32 - tokens that the recorded queries stand for, those whose
+            queries were not accumulated: the generated ones since the last compaction (since the
+            prompt's end for the first); all tokens at the first compaction of a prompt that was too
+            short to be compressed, and hence to be accumulated. 0 at the prompt's end.
         max_entries, max_budget: the largest `num_entries` and `budgets`, on the host.
         scale: softmax scale of the model.
         paged_scores: [num_layers, num_pages, num_kv_heads, block_size], float32, or None.
@@ -53,7 +56,7 @@ class CompactionContext:
     budgets: Tensor
     num_protected: Tensor
     target_columns: Tensor
-    is_decode: Tensor
+    num_represented: Tensor
     max_entries: int
     max_budget: int
     scale: float
@@ -95,8 +98,28 @@ class CompactionContext:
             device=self.key_cache.device,
         )
 
-    def accumulated_scores(self) -> Tensor:
-        """Scores accumulated over the prompt's queries, gathered from their pages.
+    def accumulated_scores(self, window: Tensor) -> Tensor:
+        """Attention that the entries received from all queries so far.
+
+        The prompt's queries were accumulated, all of them. Of the generated tokens only the last
+        ones before a compaction are recorded, so they count for all since the one before (ours):
+
+            carried + window * num_represented / num_queries
+
+        Otherwise a generated token would have to be attended to far more than one of the prompt
+        to be kept, and a long generation would forget its own middle.
+
+        Args:
+            window: Of window_scores.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, max_entries], float32.
+        """
+        each_counts_for = self.num_represented / self.num_queries.clamp(min=1)
+        return self._carried_scores().addcmul_(window, each_counts_for[None, :, None, None])
+
+    def _carried_scores(self) -> Tensor:
+        """Scores that lie in the pages: of the prompt, or carried by the entries that were kept.
 
         Returns:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 where there is none.
@@ -112,7 +135,11 @@ class CompactionContext:
         return torch.where(is_scored, gathered, 0.0)
 
     def window_scores(self) -> Tensor:
-        """Attention of the recorded queries, summed over them; shape as accumulated_scores."""
+        """Attention of the recorded queries, summed over them.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 beyond a row's entries.
+        """
         assert self.query_ring is not None
         scores = self.new_scores()
         ops.score_window(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Servers as users start them, and their logs where a test fails."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from openai import OpenAI
 from ems_vllm.eval.server import Server
 
 ROOT = Path(__file__).resolve().parents[2]
+FORK_CLI = Path(__file__).with_name("fork_cli.py")
 MODELS = ("random-llama", "random-qwen3")
 StartServer = Callable[..., AbstractContextManager[Server]]
 
@@ -54,6 +56,24 @@ def start_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Star
         return Server(str(models / model), args, log)
 
     return start
+
+
+@pytest.fixture(scope="session")
+def run_command() -> Iterator[Callable[[list[str], Path], int]]:
+    """Runs a `vllm` command with a file for what it prints, and returns its exit status."""
+    command = [sys.executable, str(FORK_CLI)]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def run(argv: list[str], log: Path) -> int:
+            process.stdin.write(json.dumps({"argv": argv, "log": str(log)}) + "\n")
+            process.stdin.flush()
+            # The answer follows whatever the imports have printed.
+            return next(int(line) for line in process.stdout if line.strip().lstrip("-").isdigit())
+
+        yield run
+        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

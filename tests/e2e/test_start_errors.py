@@ -2,26 +2,14 @@
 """A mistake in the settings stops `vllm serve` with one sentence: key, value, remedy."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-FORK_CLI = Path(__file__).with_name("fork_cli.py")
-
-
-@pytest.fixture(scope="module")
-def fork_cli() -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, str(FORK_CLI)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        yield process
-        process.stdin.close()
+RunCommand = Callable[[list[str], Path], int]
 
 
 @pytest.mark.parametrize(
@@ -90,14 +78,14 @@ def fork_cli() -> Iterator[subprocess.Popen[str]]:
     ],
 )
 def test_one_sentence_says_what_to_change(
-    fork_cli: subprocess.Popen[str],
+    run_command: RunCommand,
     models: Path,
     tmp_path: Path,
     args: list[str],
     key_and_value: str,
     remedy: str,
 ) -> None:
-    sentence = refusal(fork_cli, models, tmp_path / "log.txt", args)
+    sentence = refusal(run_command, models, tmp_path / "log.txt", args)
     assert key_and_value in sentence
     assert remedy in sentence
 
@@ -126,24 +114,21 @@ bad_arguments = (
 @example(args=["--kv-compression", "off.yaml\0"])
 @example(args=["--kv-compression", "ems", "--kv-compression-config", '{"a":' * 10_000])
 def test_any_mistake_ends_with_a_sentence(
-    fork_cli: subprocess.Popen[str],
+    run_command: RunCommand,
     models: Path,
     tmp_path_factory: pytest.TempPathFactory,
     args: list[str],
 ) -> None:
     log = tmp_path_factory.mktemp("mistake") / "log.txt"
-    sentence = refusal(fork_cli, models, log, args)
+    sentence = refusal(run_command, models, log, args)
     assert "kv_compression" in sentence
     assert "Traceback" not in log.read_text()
 
 
-def refusal(fork_cli: subprocess.Popen[str], models: Path, log: Path, args: list[str]) -> str:
+def refusal(run_command: RunCommand, models: Path, log: Path, args: list[str]) -> str:
     """The last line of a `vllm serve` that does not start."""
     argv = ["vllm", "serve", str(models / "random-llama"), *args]
-    fork_cli.stdin.write(json.dumps({"argv": argv, "log": str(log)}) + "\n")
-    fork_cli.stdin.flush()
-    # The answer follows whatever the imports have printed.
-    status = next(int(line) for line in fork_cli.stdout if line.strip().lstrip("-").isdigit())
+    status = run_command(argv, log)
     lines = log.read_text().strip().split("\n")
     assert status != 0, "\n".join(lines)
     assert lines[-1].endswith("."), "\n".join(lines)

@@ -67,6 +67,7 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("ubatch_size", {"parallel_config": {"ubatch_size": 4}}),
     ("scheduler_cls", {"scheduler_config": {"scheduler_cls": "mine.Scheduler"}}),
     ("kv_cache_dtype", {"cache_config": {"cache_dtype": "fp8_e5m2"}}),
+    ("kv_cache_dtype", {"cache_config": {"cache_dtype": "bfloat16"}}),
     (
         "kv_cache_dtype_skip_layers",
         {"cache_config": {"cache_dtype": "fp8", "kv_cache_dtype_skip_layers": ["0"]}},
@@ -108,7 +109,8 @@ def test_every_combination_is_refused_with_one_sentence(vllm_config, index, monk
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, archs: tuple[str, ...]) -> None:
     """A GPU of compute capability 8.9, and an extension built for `archs`."""
-    monkeypatch.setattr(ems_vllm, "build_info", lambda: {"cuda_archs": archs})
+    info = {**ems_vllm.build_info(), "cuda_archs": archs}
+    monkeypatch.setattr(ems_vllm, "build_info", lambda: info)
     monkeypatch.setattr(
         type(current_platform), "get_device_capability", lambda *args: DeviceCapability(8, 9)
     )
@@ -143,7 +145,7 @@ def test_nothing_else_is_refused(vllm_config):
     fine = {
         "": {"speculative_config": SimpleNamespace(method="ngram")},
         "compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE},
-        "cache_config": {"cache_dtype": "bfloat16", "enable_prefix_caching": True},
+        "cache_config": {"cache_dtype": "fp8", "enable_prefix_caching": True},
         "parallel_config": {"tensor_parallel_size": 2, "pipeline_parallel_size": 2},
         "scheduler_config": {"async_scheduling": True},
     }
@@ -158,6 +160,9 @@ def test_refusals_of_layers_name_key_value_and_remedy():
         "known": "A",
         "scales": [1.0],
         "name": "layers.0",
+        "dtype": "float16",
+        "heads": [4, 8],
+        "choice": "one of them",
     }
     for refusal in LAYER_REFUSALS:
         sentence = str(refusal.error("VALUE", "ems", **details))

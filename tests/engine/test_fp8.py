@@ -188,6 +188,46 @@ def test_scales_of_a_checkpoint_are_used(tmp_path):
         assert found == answers(settings("snapkv"))
 
 
+def test_scales_of_weights_that_are_loaded_later_are_used(tmp_path):
+    """The first checkpoint's are 1, the second one's are powers of two, whose answers differ."""
+    ones, others = (1.0,) * 4, (0.125, 0.25, 0.5, 0.0625)
+    first = checkpoint_with_scales(tmp_path / "first", ones, ones)
+    second = checkpoint_with_scales(tmp_path / "second", others, ones)
+    with engine(settings("ems"), second) as probe:
+        expected = probe.generate(PROMPTS, MAX_TOKENS)
+    with engine(settings("ems"), first) as probe:
+        assert probe.generate(PROMPTS, MAX_TOKENS) != expected
+        probe.llm.reset_prefix_cache()
+        probe.llm.collective_rpc("reload_weights", kwargs={"weights_path": second})
+        (group,) = probe.worker.compression.groups
+        assert group.tensors.key_scales.tolist() == list(others)
+        assert probe.generate(PROMPTS, MAX_TOKENS) == expected
+
+
+def test_scales_that_a_trainer_sends_are_used():
+    """Weight transfer ends in another call than reloading; the sender is left out here."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    scales = (0.5, 0.25, 2.0, 4.0)
+
+    def receive(worker: Any) -> None:
+        for layer, scale in zip(worker._attention_layers().values(), scales, strict=True):
+            layer._k_scale.fill_(scale)
+
+    with (
+        mock.patch.object(Worker, "finish_weight_update", receive),
+        engine(settings("snapkv"), kv_cache_dtype="fp8") as probe,
+    ):
+        (group,) = probe.worker.compression.groups
+        assert group.tensors.key_scales.tolist() == [1.0] * 4
+        probe.llm.collective_rpc("finish_weight_update")
+        assert group.tensors.key_scales.tolist() == list(scales)
+        assert [found.key for found in group.tensors.layer_scales] == list(scales)
+        probe.worker._attention_layers().popitem()[1]._k_scale = torch.ones(2)
+        with pytest.raises(ConfigError, match="scales each kv_head"):
+            probe.llm.collective_rpc("finish_weight_update")
+
+
 def checkpoint_with_scales(folder: Path, key: Sequence[float], value: Sequence[float]) -> str:
     shutil.copytree(LLAMA, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -255,14 +295,19 @@ class TestRefusals:
 
         vllm_config = EngineArgs(model=LLAMA).create_engine_config()
         config = load_config({"recipe": "ems"})
-        accepted = ("auto", "float16", "bfloat16", *FLOAT8_CACHES)
-        assert set(accepted) < set(get_args(CacheDType))
+        accepted = ("auto", *FLOAT8_CACHES)
+        # Of a dtype that the model's queries do not have.
+        without_queries = ("float16", "bfloat16")
+        assert {*accepted, *without_queries} < set(get_args(CacheDType))
+        assert vllm_config.model_config.dtype == torch.float32
         for dtype in get_args(CacheDType):
             vllm_config.cache_config.cache_dtype = dtype
+            if dtype in (*accepted, *without_queries):
+                check_compatibility(vllm_config, load_config({"recipe": "knorm"}))
             if dtype in accepted:
                 check_compatibility(vllm_config, config)
                 continue
-            sentence = f"kv_cache_dtype='{dtype}' cannot be combined"
+            sentence = rf"kv_cache_dtype='{dtype}( with dtype float32)?' cannot be combined"
             with pytest.raises(ConfigError, match=sentence):
                 check_compatibility(vllm_config, config)
 
@@ -273,7 +318,23 @@ class TestRefusals:
         ):
             pass
 
-    def test_scales_per_head(self):
+    @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+    def test_a_cache_of_another_dtype_than_the_queries(self, dtype):
+        with (
+            pytest.raises(Exception, match=rf"kv_cache_dtype='{dtype} with dtype float32' .*auto"),
+            engine(settings("ems"), kv_cache_dtype=dtype),
+        ):
+            pass
+
+    @pytest.mark.parametrize(
+        ("dtype", "remedy"),
+        [
+            ("float32", "bfloat16 --dtype bfloat16"),
+            ("float16", "float16"),
+            ("bfloat16", "bfloat16"),
+        ],
+    )
+    def test_scales_per_head(self, dtype, remedy):
         from vllm.model_executor.layers.attention import Attention
 
         def load_scales(layer: Any, *args: Any) -> None:
@@ -281,7 +342,9 @@ class TestRefusals:
 
         with (
             mock.patch.object(Attention, "process_weights_after_loading", load_scales),
-            pytest.raises(ConfigError, match=r"scales each kv_head .*--kv-cache-dtype bfloat16"),
-            engine(settings("ems"), kv_cache_dtype="fp8"),
+            pytest.raises(
+                ConfigError, match=rf"scales each kv_head .*--kv-cache-dtype {remedy}, or"
+            ),
+            engine(settings("ems"), kv_cache_dtype="fp8", dtype=dtype),
         ):
             pass

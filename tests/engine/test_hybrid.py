@@ -183,12 +183,17 @@ def test_a_model_whose_head_size_has_no_cuda_kernel_is_refused_on_a_gpu(folder, 
 
 @pytest.fixture
 def on_cuda(monkeypatch):
-    """Call it with head sizes: layers are chosen as on a GPU with kernels for these."""
+    """Call it with head sizes: layers are chosen as on a GPU with kernels for these.
+
+    The pairs of dtypes are those of the CPU unless others are given.
+    """
     from ems_vllm.engine import layer_choice
 
-    def set_sizes(*sizes):
+    build = ems_vllm.build_info()
+
+    def set_sizes(*sizes, cuda_dtypes=build["cpu_dtypes"]):
         platform = SimpleNamespace(is_cuda=lambda: True)
-        info = {**ems_vllm.build_info(), "cuda_head_sizes": sizes}
+        info = {**build, "cuda_head_sizes": sizes, "cuda_dtypes": cuda_dtypes}
         monkeypatch.setattr(layer_choice, "current_platform", platform)
         monkeypatch.setattr(ems_vllm, "build_info", lambda: info)
 
@@ -204,6 +209,11 @@ class TestLayerChoice:
 
         defaults = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
         return FullAttentionSpec(**{**defaults, **fields})
+
+    @staticmethod
+    def layer(**fields):
+        defaults = {"impl": SimpleNamespace(), "dtype": torch.float32, "kv_cache_dtype": "auto"}
+        return SimpleNamespace(**{**defaults, **fields})
 
     @pytest.mark.parametrize(
         ("fields", "reason"),
@@ -232,6 +242,33 @@ class TestLayerChoice:
         assert choice.kept["size 72"].startswith("head_size 72, for which there is no CUDA kernel")
 
     @pytest.mark.parametrize(
+        ("recipe", "query", "cache", "reason"),
+        [
+            ("ems", torch.float32, "fp8", "float32 queries with a float8_e4m3fn cache"),
+            ("ems", torch.bfloat16, "fp8", None),
+            ("ems", torch.bfloat16, "auto", "bfloat16 queries with a float16 cache"),
+            ("knorm", torch.float32, "fp8", None),
+            ("knorm", torch.bfloat16, "auto", None),
+            ("knorm", torch.bfloat16, "fp8_e5m2", "a uint8 cache, which no kernel reads"),
+        ],
+    )
+    def test_on_a_gpu_dtypes_without_kernels_are_kept(self, on_cuda, recipe, query, cache, reason):
+        from ems_vllm.engine.layer_choice import choose_layers
+
+        pairs = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")]
+        pairs += [("bfloat16", "float8_e4m3fn"), ("float16", "float8_e4m3fn")]
+        on_cuda(32, cuda_dtypes=pairs)
+        scorer = load_config({"recipe": recipe, "budget": 64}).scorer
+        layers = {"layer": self.layer(dtype=query, kv_cache_dtype=cache)}
+        # As vLLM has it: float8 is stored as bytes.
+        stored = torch.float16 if cache == "auto" else torch.uint8
+        choice = choose_layers({"layer": self.spec(dtype=stored)}, layers, scorer)
+        if reason is None:
+            assert choice.compressed == {"layer"}
+        else:
+            assert choice.kept["layer"].startswith(reason)
+
+    @pytest.mark.parametrize(
         ("recipe", "impl", "is_compressed"),
         [
             ("knorm", {"alibi_slopes": torch.ones(4)}, False),
@@ -246,7 +283,7 @@ class TestLayerChoice:
     def test_biased_and_soft_capped_logits(self, recipe, impl, is_compressed):
         from ems_vllm.engine.layer_choice import choose_layers
 
-        layers = {"layer": SimpleNamespace(impl=SimpleNamespace(**impl))}
+        layers = {"layer": self.layer(impl=SimpleNamespace(**impl))}
         scorer = load_config({"recipe": recipe, "budget": 64}).scorer
         choice = choose_layers({"layer": self.spec()}, layers, scorer)
         assert choice.compressed == ({"layer"} if is_compressed else set())

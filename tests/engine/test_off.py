@@ -27,7 +27,7 @@ with engine(None, json.loads(sys.argv[1])) as dense:
             f.__qualname__
             for f in (
                 KVCacheManager.get_computed_blocks,
-                InputProcessor._validate_params,
+                InputProcessor.process_inputs,
                 Scheduler._reserve_prefill_lookahead,
             )
             if ours(f) or hasattr(f, "__ems_patch__")

@@ -2,12 +2,15 @@
 """What the frontend refuses before a request reaches the engine."""
 
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.v1.engine.input_processor import InputProcessor
 
 from ems_vllm.engine.request_check import check_prompt, check_request
+from ems_vllm.patches import input_processor
 
 COMPRESSED = SimpleNamespace(additional_config={"kv_compression": {"recipe": "ems", "budget": 64}})
 DENSE = SimpleNamespace(additional_config={})
@@ -39,3 +42,30 @@ def test_a_prompt_that_still_grows_is_refused_unless_the_request_opts_out():
     check_prompt(COMPRESSED, growing_prompt(), params(kv_compression="off"))
     check_prompt(COMPRESSED, "a", params())
     check_prompt(DENSE, growing_prompt(), params())
+
+
+class Passed(Exception):
+    """The request went on into vLLM's own checks."""
+
+
+def process(vllm_config: object, params: SamplingParams, **kwargs: object) -> None:
+    """vLLM's InputProcessor, up to its first own step."""
+    for patch in input_processor.PATCHES:
+        patch.apply()
+    processor = mock.Mock(vllm_config=vllm_config, _validate_params=mock.Mock(side_effect=Passed))
+    InputProcessor.process_inputs(processor, "id", "a", params, (), **kwargs)
+
+
+def test_every_part_of_a_streamed_prompt_is_checked():
+    """The parameters of a part count, not only those of the whole request."""
+    with pytest.raises(VLLMValidationError, match=r"streamed prompt .* with every part of it"):
+        process(COMPRESSED, params(), resumable=True)
+    with pytest.raises(VLLMValidationError, match="kv_budget=65"):
+        process(COMPRESSED, params(kv_budget=65), resumable=True)
+    for vllm_config, extra_args, kwargs in (
+        (COMPRESSED, {"kv_compression": "off"}, {"resumable": True}),
+        (COMPRESSED, {}, {}),
+        (DENSE, {}, {"resumable": True}),
+    ):
+        with pytest.raises(Passed):
+            process(vllm_config, params(**extra_args), **kwargs)

@@ -274,7 +274,8 @@ def test_opcheck():
         ),
         (
             lambda c: {"query": c.query.half()},
-            "score_queries: key_cache must have dtype Half, got Float",
+            "score_queries: key_cache must have dtype float16 or float8_e4m3fn on this device with "
+            "queries of float16, got float32",
         ),
         (
             lambda c: {"query": c.query[..., :32]},

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Patches of vLLM: known targets, known sources, applied once, refused when in doubt."""
 
+import functools
 import importlib
+import inspect
+import operator
 import pkgutil
 
 import pytest
@@ -9,6 +12,7 @@ import pytest
 import ems_vllm.patches
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.record import Patch, PatchError
+from ems_vllm.patches.target import fits, resolve
 
 
 def test_catalogue_is_complete():
@@ -73,7 +77,7 @@ def test_installed_vllm_is_the_tested_one(patch):
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
 def test_applying_twice_wraps_once(patch):
     patch.apply()
-    owner, name = patch._resolve()
+    owner, name = resolve(patch.target)
     first = owner.__dict__[name]
     patch.apply()
     assert owner.__dict__[name] is first
@@ -116,3 +120,66 @@ def test_release_that_left_a_function_as_it_was_is_taken(monkeypatch):
     monkeypatch.setattr("vllm.__version__", "0.32.7")
     for patch in PATCHES:
         patch.verify()
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.target)
+def test_wrapper_of_another_extension_is_noticed(patch, monkeypatch):
+    """Also one that hides behind functools.wraps, before or after this package."""
+    owner, name = resolve(patch.target)
+    raw = inspect.getattr_static(owner, name)
+    kind = type(raw) if isinstance(raw, staticmethod | classmethod) else (lambda fn: fn)
+    original = getattr(raw, "__func__", raw)
+
+    @functools.wraps(original)
+    def other(*args, **kwargs):
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, kind(other))
+    with pytest.raises(PatchError, match=rf"wrapped by {__name__}: uninstall that extension"):
+        patch.verify()
+
+
+@pytest.mark.parametrize(
+    "replacement",
+    [
+        pytest.param(functools.partial(Target.method), id="partial"),
+        pytest.param(classmethod(functools.partial(Target.method)), id="partial as classmethod"),
+        pytest.param(operator.itemgetter(0), id="object"),
+        pytest.param(len, id="builtin"),
+    ],
+)
+def test_what_is_no_function_is_refused_and_left_alone(replacement, monkeypatch):
+    monkeypatch.setattr(Target, "method", replacement)
+    before = Target.__dict__["method"]
+    with pytest.raises(PatchError, match="another extension has replaced it"):
+        make("method", source_sha256={"0.32.0": "0" * 64}).apply()
+    assert Target.__dict__["method"] is before
+
+
+def test_vllm_without_sources_is_refused(monkeypatch):
+    def missing(function):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(inspect, "getsource", missing)
+    with pytest.raises(PatchError, match="source is missing: install vLLM"):
+        make("method", source_sha256={"0.32.0": "0" * 64}).apply()
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("0.32.0", True),
+        ("0.32.0+cu130", True),
+        ("0.32.0.post1", True),
+        ("0.32.1rc1", True),
+        ("0.32.0rc2", False),
+        ("0.33.0.dev7", False),
+        ("0.33.0rc1", False),
+        ("0.33.0", False),
+        ("dev", False),
+    ],
+)
+def test_versions_are_told_apart(version, expected, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
+    assert fits(">=0.32.0,<0.33") is expected
+    assert fits("")

@@ -23,7 +23,7 @@ class Row:
     tail: int
     budget: int
     num_scored: int | None = None
-    is_decode: bool = False
+    num_represented: int = 0
     seed: int = 0
 
 
@@ -70,7 +70,7 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         budgets=ints(row.budget for row in rows),
         num_protected=ints(min(NUM_SINKS, row.budget) for row in rows),
         target_columns=ints((row.num_entries - row.budget) // BLOCK_SIZE for row in rows),
-        is_decode=torch.tensor([row.is_decode for row in rows]),
+        num_represented=ints(row.num_represented for row in rows),
         max_entries=max(row.num_entries for row in rows),
         max_budget=max(row.budget for row in rows),
         scale=HEAD_SIZE**-0.5,

@@ -11,8 +11,8 @@ from ems_vllm.policies.policy import Policy
 
 ROWS = (
     Row(num_entries=64, tail=9, budget=24, seed=1),
-    Row(num_entries=40, tail=5, budget=32, num_scored=24, is_decode=True, seed=2),
-    Row(num_entries=16, tail=8, budget=8, num_scored=0, is_decode=True, seed=3),
+    Row(num_entries=40, tail=5, budget=32, num_scored=24, num_represented=25, seed=2),
+    Row(num_entries=16, tail=8, budget=8, num_scored=0, num_represented=24, seed=3),
     Row(num_entries=96, tail=17, budget=8, seed=4),
 )
 

@@ -3,13 +3,22 @@
 
 import pytest
 import torch
-from policies.contexts import GROUP, NUM_KV_HEADS, NUM_LAYERS, WINDOW, Row, build_context, entries
+from policies.contexts import (
+    BLOCK_SIZE,
+    GROUP,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    WINDOW,
+    Row,
+    build_context,
+    entries,
+)
 
 from ems_vllm.config import load_config
 
 ROWS = (
     Row(num_entries=64, tail=9, budget=24, seed=1),
-    Row(num_entries=40, tail=3, budget=32, num_scored=24, is_decode=True, seed=2),
+    Row(num_entries=40, tail=3, budget=32, num_scored=24, num_represented=25, seed=2),
 )
 
 
@@ -34,6 +43,13 @@ def accumulated(context, row, layer, kv_head):
     return values
 
 
+def accumulated_so_far(context, row, layer, kv_head):
+    """[num_entries]: of the prompt, and of the recorded queries times those they stand for."""
+    window = window_attention(context, row, layer, kv_head)
+    share = int(context.num_represented[row]) / int(context.num_queries[row])
+    return accumulated(context, row, layer, kv_head) + share * window
+
+
 def each_head():
     for row in range(len(ROWS)):
         for layer in range(NUM_LAYERS):
@@ -50,9 +66,7 @@ def test_ems_is_the_mean_aligned_maximum_of_an_entry_and_those_before():
     context, scores = score("ems")
     for row, layer, head in each_head():
         window = window_attention(context, row, layer, head)
-        carry = accumulated(context, row, layer, head)
-        if ROWS[row].is_decode:
-            carry = carry + window
+        carry = accumulated_so_far(context, row, layer, head)
         aligned = torch.maximum(carry * window.mean() / carry.mean(), window)
         expected = torch.stack([aligned[max(0, i - 12) : i + 1].max() for i in range(len(aligned))])
         got = scores.weights[layer, row, head, : len(expected)]
@@ -63,10 +77,24 @@ def test_ems_is_the_mean_aligned_maximum_of_an_entry_and_those_before():
 def test_h2o_is_the_accumulated_attention():
     context, scores = score("h2o")
     for row, layer, head in each_head():
-        expected = accumulated(context, row, layer, head)
-        if ROWS[row].is_decode:
-            expected = expected + window_attention(context, row, layer, head)
+        expected = accumulated_so_far(context, row, layer, head)
         torch.testing.assert_close(scores.weights[layer, row, head, : len(expected)], expected)
+
+
+@pytest.mark.parametrize("recipe", ["ems", "h2o"])
+def test_a_generated_token_counts_as_much_as_one_of_the_prompt(recipe):
+    """Entries that as many queries attended to equally get the same score, wherever they are."""
+    num_queries, half = 100, 32
+    context = build_context([Row(64, WINDOW, 24, num_scored=half, num_represented=num_queries)])
+    # Generated queries attend to the generated half alone, and to all of it alike; every query of
+    # the prompt attended to the other half in the same way.
+    context.query_ring.fill_(1.0)
+    context.key_cache.fill_(-10.0)
+    generated = context.block_table[0, half // BLOCK_SIZE : 2 * half // BLOCK_SIZE].long()
+    context.key_cache[:, generated] = 10.0
+    context.paged_scores.fill_(num_queries / half)
+    carry = load_config(recipe).scorer.score(context).carry
+    torch.testing.assert_close(carry, torch.full_like(carry, num_queries / half))
 
 
 def test_snapkv_smooths_the_window_attention():

@@ -13,7 +13,7 @@ enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 struct ScoreQueriesParams {
   DType dtype;        // of query
-  DType cache_dtype;  // of key_cache: dtype or kFloat8E4M3
+  DType cache_dtype;  // of key_cache
   int64_t num_rows;
   int64_t num_tokens;
   int64_t num_heads;
@@ -37,7 +37,7 @@ struct ScoreQueriesParams {
 
 struct ScoreWindowParams {
   DType dtype;        // of ring
-  DType cache_dtype;  // of key_cache: dtype or kFloat8E4M3
+  DType cache_dtype;  // of key_cache
   int64_t num_layers;
   int64_t num_rows;
   int64_t num_heads;

@@ -16,6 +16,23 @@ OVERRIDES = {
 }
 
 
+# vLLM's backends that send each batch to one of two others, by whether it holds image tokens that
+# see each other. vLLM prefers them for models with such tokens on Hopper and later.
+_COMPOSITES = ("TRITON_FLASH_ATTN", "TRITON_FLASHINFER")
+
+
+def observable_backend(name: str) -> str:
+    """What to choose instead of a backend that cannot be observed, in words.
+
+    Args:
+        name: vLLM's name of it.
+    """
+    if name in _COMPOSITES:
+        # The one that batches with such tokens go to.
+        return "TRITON_ATTN"
+    return "one of them"
+
+
 def override_backends() -> None:
     """Make vLLM use the wrapped backends in this process."""
     from vllm.v1.attention import selector

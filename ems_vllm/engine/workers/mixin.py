@@ -10,22 +10,29 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
-from ems_vllm.config import KVCompressionConfig
+from ems_vllm.config import ConfigError, KVCompressionConfig
 from ems_vllm.engine import capacity
 from ems_vllm.engine.active_config import active_config
-from ems_vllm.engine.backends import OVERRIDES, override_backends, restore_backends
+from ems_vllm.engine.backends import (
+    OVERRIDES,
+    observable_backend,
+    override_backends,
+    restore_backends,
+)
 from ems_vllm.engine.cache_scales import has_scales_per_head, layer_scales
 from ems_vllm.engine.compatibility import (
     HEAD_SCALES,
     MIXED_GROUP,
+    MIXED_QUERY_HEADS,
     MIXED_SCALES,
     NO_FULL_ATTENTION,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
+    unquantised_cache,
 )
 from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.layer_choice import choose_layers, mixed_layer
+from ems_vllm.engine.layer_choice import LayerChoice, choose_layers, mixed_layer
 from ems_vllm.engine.memory import Footprint
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.progress_log import ProgressLog
@@ -68,17 +75,21 @@ class CompressionWorkerMixin(_Base):
         """Specs in which the layers that will be compressed say so."""
         specs = super().get_kv_cache_spec()
         choice = choose_layers(specs, self._attention_layers(), self._policy.scorer)
+        # A stage of a pipeline may have none while others have; see initialize_from_config.
         if not choice.compressed and not self.parallel_config.pipeline_parallel_size > 1:
-            raise NO_FULL_ATTENTION.error(
-                self.model_config.model,
-                self._compression_config.recipe,
-                layers=choice.describe_kept(),
-            )
+            raise self._nothing_to_compress(choice)
         settings = self._policy.allocator.settings(self._compression_config.plan_settings)
         return {
             name: self._compressed_spec(spec, settings) if name in choice.compressed else spec
             for name, spec in specs.items()
         }
+
+    def _nothing_to_compress(self, choice: LayerChoice) -> ConfigError:
+        return NO_FULL_ATTENTION.error(
+            self.model_config.model,
+            self._compression_config.recipe,
+            layers=choice.describe_kept(),
+        )
 
     def _compressed_spec(self, spec: Any, settings: Any) -> CompressedAttentionSpec:
         config, scorer = self._compression_config, self._policy.scorer
@@ -117,14 +128,19 @@ class CompressionWorkerMixin(_Base):
             raise MIXED_GROUP.error(self.model_config.model, recipe, name=name)
         runner = self.model_runner
         layers = self._attention_layers()
-        # Sleep mode frees what is in this pool, and discards it as it does the cache.
-        with self._maybe_get_memory_pool_context("kv_cache"):
-            groups = [
-                self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
-                for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
-                # A pipeline stage may have no layer of a group.
-                if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
-            ]
+        # The groups of the whole model, also where this stage of a pipeline has no layer of them.
+        if not any(
+            isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+            for group in kv_cache_config.kv_cache_groups
+        ):
+            specs = super().get_kv_cache_spec()
+            raise self._nothing_to_compress(choose_layers(specs, layers, self._policy.scorer))
+        groups = [
+            self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
+            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+            # A pipeline stage may have no layer of a group.
+            if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+        ]
         self.compression = CompressionRuntime(groups, batch_order(runner))
         for group in groups:
             binding = GroupBinding(self.compression, group)
@@ -137,7 +153,11 @@ class CompressionWorkerMixin(_Base):
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)
             capacity.log_start(
-                logger, self._compression_config, kv_cache_config, self.model_config.max_model_len
+                logger,
+                self._compression_config,
+                kv_cache_config,
+                layers,
+                self.model_config.max_model_len,
             )
 
     def _build_group(
@@ -157,13 +177,20 @@ class CompressionWorkerMixin(_Base):
         for name in layer_names:
             if not hasattr(layers[name].impl, "compression"):
                 backend = layers[name].attn_backend.get_name()
-                raise UNKNOWN_BACKEND.error(backend, recipe, known=", ".join(OVERRIDES))
+                raise UNKNOWN_BACKEND.error(
+                    backend,
+                    recipe,
+                    known=", ".join(OVERRIDES),
+                    choice=observable_backend(backend),
+                )
         scales = {float(layers[name].impl.scale) for name in owners}
         if len(scales) > 1:
             raise MIXED_SCALES.error(self.model_config.model, recipe, scales=sorted(scales))
+        heads = {layers[name].num_heads for name in owners}
+        if len(heads) > 1 and self._policy.scorer.uses_window:
+            raise MIXED_QUERY_HEADS.error(self.model_config.model, recipe, heads=sorted(heads))
         for name in owners:
-            if has_scales_per_head(layers[name]):
-                raise HEAD_SCALES.error(self.model_config.model, recipe, name=name)
+            self._check_scales(name, layers[name])
         scheduler = self.scheduler_config
         capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
         columns = spec.max_num_blocks_per_req(self.vllm_config, self.model_config.max_model_len)
@@ -178,6 +205,8 @@ class CompressionWorkerMixin(_Base):
             obs_window=self._compression_config.obs_window,
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
+            # Sleep mode frees what is in this pool, and discards it as it does the cache.
+            pool=self._maybe_get_memory_pool_context("kv_cache"),
         )
         return CompressedGroup(
             tensors,
@@ -225,6 +254,33 @@ class CompressionWorkerMixin(_Base):
         assert self.compression is not None
         with self.compression.warming_up():
             return super().compile_or_warm_up_model()
+
+    # -- new weights ---------------------------------------------------------------------------
+
+    def reload_weights(self, *args: Any, **kwargs: Any) -> None:
+        super().reload_weights(*args, **kwargs)
+        self._read_scales_again()
+
+    def finish_weight_update(self) -> None:
+        super().finish_weight_update()
+        self._read_scales_again()
+
+    def _read_scales_again(self) -> None:
+        """A checkpoint brings the scales of its float8 cache with it."""
+        layers = self._attention_layers()
+        for group in self.compression.groups if self.compression is not None else ():
+            for name in group.layer_names:
+                self._check_scales(name, layers[name])
+            group.tensors.set_scales([layer_scales(layers[name]) for name in group.layer_names])
+
+    def _check_scales(self, name: str, layer: Attention) -> None:
+        if has_scales_per_head(layer):
+            raise HEAD_SCALES.error(
+                self.model_config.model,
+                self._compression_config.recipe,
+                name=name,
+                dtype=unquantised_cache(self.vllm_config),
+            )
 
     def kv_compression_stats(self) -> list[dict[str, int]]:
         """Counters of every compressed group since the start (for collective_rpc)."""

@@ -52,9 +52,10 @@ class ReferenceRequest:
     ) -> None:
         self._model = model
         self._settings = settings
-        self._prompt_len = prompt.num_tokens
         self._num_processed = prompt.num_tokens
         self._first = 0
+        # Tokens whose queries have been accumulated, by the prompt or by a compaction.
+        self._num_accumulated = prompt.num_tokens if settings.plan.compresses_prompt else 0
         self._queries = prompt.queries
         self._step_queries: dict[int, torch.Tensor] = {}
         # Scores of the leading entries; the others have none yet.
@@ -102,6 +103,7 @@ class ReferenceRequest:
             num_kept = (tail - first) * block_size
             self._scores = from_pages(context.paged_scores, start, start + num_kept)
         self._first = first
+        self._num_accumulated = self._num_processed
 
     def _context(
         self, first: int, tail: int, keys: torch.Tensor, values: torch.Tensor
@@ -112,8 +114,8 @@ class ReferenceRequest:
         num_kept = (tail - first) * block_size
         table = torch.arange(keys.shape[1], dtype=torch.int32, device=device)[None]
 
-        def row(value: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
-            return torch.tensor([value], dtype=dtype, device=device)
+        def row(value: int) -> torch.Tensor:
+            return torch.tensor([value], dtype=torch.int32, device=device)
 
         num_sinks = min(settings.policy.selector.num_sink_tokens, num_kept)
         num_scored = 0 if self._scores is None else min(self._scores.shape[2], num_entries)
@@ -128,9 +130,7 @@ class ReferenceRequest:
             budgets=row(num_kept),
             num_protected=row(num_sinks),
             target_columns=row(first - self._first),
-            is_decode=row(
-                self._first > 0 or self._num_processed > self._prompt_len, dtype=torch.bool
-            ),
+            num_represented=row(self._num_processed - self._num_accumulated),
             max_entries=num_entries,
             max_budget=num_kept,
             scale=settings.scale,

@@ -29,9 +29,10 @@ class EMSScorer(Scorer):
 
     The maximum keeps what the whole prompt looked at as well as what the end of it looks at.
     Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
-    global score of an entry grows by the attention of the recorded queries (ours). Pooling is
-    SnapKV's idea; that it looks back only is ours: a model that copies attends to where the copy
-    begins, and reads on from there when the prompt has long been compressed.
+    global score of an entry grows by the attention of the recorded queries, which count for all
+    tokens generated since the last compression (ours, `CompactionContext.accumulated_scores`).
+    Pooling is SnapKV's idea; that it looks back only is ours: a model that copies attends to where
+    the copy begins, and reads on from there when the prompt has long been compressed.
     """
 
     kernel_size: Annotated[int, Field(ge=1, le=63)] = 13
@@ -59,9 +60,7 @@ class EMSScorer(Scorer):
 
     def score(self, context: CompactionContext) -> Scores:
         window = context.window_scores()
-        # Prompt queries were accumulated already; generated ones only ever show up in the window.
-        carry = context.accumulated_scores()
-        carry = where(context.is_decode[None, :, None, None], carry + window, carry)
+        carry = context.accumulated_scores(window)
         weights = maximum(carry * _mean_ratio(window, carry), window)
         return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from torch import where
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
 
@@ -19,9 +18,10 @@ class H2OScorer(Scorer):
     """Attention that an entry has received from all queries so far (heavy hitters).
 
     Paper: Zhang et al. 2023, arXiv:2306.14048. Deviations: eviction runs at the prompt's end and
-    every `recompress_interval` generated tokens instead of at every token; generated tokens add
-    the attention of the last `obs_window` queries before a recompression, not of all of them; the
-    recent half of the paper's budget is `recent_window`, beside the budget.
+    every `recompress_interval` generated tokens instead of at every token; of the tokens generated
+    between two compressions the last `obs_window` are recorded and count for all of them (ours,
+    `CompactionContext.accumulated_scores`); the recent half of the paper's budget is
+    `recent_window`, beside the budget.
     """
 
     sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
@@ -40,7 +40,5 @@ class H2OScorer(Scorer):
         return True
 
     def score(self, context: CompactionContext) -> Scores:
-        carry = context.accumulated_scores()
-        window = context.window_scores()
-        carry = where(context.is_decode[None, :, None, None], carry + window, carry)
+        carry = context.accumulated_scores(context.window_scores())
         return Scores(carry, carry)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a worker refuses once it knows its layers, and what the start-up log says of the others."""
+
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from engine.harness import LLAMA, engine
+from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
+from vllm.v1.worker.gpu_worker import Worker
+
+from ems_vllm.config import ConfigError, load_config
+from ems_vllm.engine import capacity
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.policies.policy import Policy
+
+CONFIG = load_config({"recipe": "ems", "budget": 64})
+
+
+@pytest.fixture(scope="module")
+def worker():
+    with engine({"recipe": "ems", "budget": 64}) as probe:
+        yield probe.worker
+
+
+def build_group(worker):
+    """The group of the running model, built again."""
+    (group,) = worker.compression.groups
+    layers = worker._attention_layers()
+    return worker._build_group(0, group.tensors.spec, group.layer_names, layers)
+
+
+class TestQueryHeads:
+    @pytest.fixture(autouse=True)
+    def another_number(self, worker, monkeypatch):
+        layer = list(worker._attention_layers().values())[-1]
+        monkeypatch.setattr(layer, "num_heads", 2 * layer.num_heads)
+
+    def test_different_numbers_are_refused_where_queries_are_recorded(self, worker):
+        with pytest.raises(ConfigError, match=r"different numbers of query heads \(\[\d+, \d+\]\)"):
+            build_group(worker)
+
+    def test_they_do_not_matter_where_none_are_recorded(self, worker, monkeypatch):
+        recipe = load_config({"recipe": "knorm", "budget": 64})
+        monkeypatch.setattr(worker, "_policy", Policy.from_config(recipe))
+        assert build_group(worker).tensors.query_ring is None
+
+
+@pytest.mark.parametrize(
+    ("backend", "remedy"),
+    [
+        ("TRITON_FLASH_ATTN", "choose TRITON_ATTN with --attention-backend"),
+        ("TRITON_FLASHINFER", "choose TRITON_ATTN with --attention-backend"),
+        ("ROCM_ATTN", "choose one of them with --attention-backend"),
+    ],
+)
+def test_backends_that_cannot_be_observed(worker, monkeypatch, backend, remedy):
+    layer = next(iter(worker._attention_layers().values()))
+    monkeypatch.setattr(layer, "impl", SimpleNamespace())
+    monkeypatch.setattr(layer, "attn_backend", SimpleNamespace(get_name=lambda: backend))
+    with pytest.raises(ConfigError, match=f"attention_backend='{backend}' .*{remedy}"):
+        build_group(worker)
+
+
+def spec(cls=FullAttentionSpec, **fields):
+    plain = {"block_size": 16, "num_kv_heads": 2, "head_size": 32, "dtype": torch.float32}
+    return cls(**plain, **fields)
+
+
+def compressed():
+    return spec(CompressedAttentionSpec, settings=CONFIG.plan_settings)
+
+
+def configs_of_stages(*stages):
+    """What vLLM makes of the specs of a pipeline's stages."""
+    vllm_config = EngineArgs(LLAMA, block_size=16).create_engine_config()
+    vllm_config.cache_config.kv_cache_layout = "LBNHC"
+    return get_kv_cache_configs(vllm_config, list(stages), [64 << 20] * len(stages))
+
+
+class TestPipeline:
+    """A stage without a layer to compress: whether that is wrong depends on the other stages."""
+
+    @pytest.fixture(autouse=True)
+    def a_stage_that_keeps_all(self, worker, monkeypatch):
+        names = ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn")
+        specs = {name: spec(SlidingWindowSpec, sliding_window=64) for name in names}
+        monkeypatch.setattr(Worker, "get_kv_cache_spec", lambda worker: dict(specs))
+        monkeypatch.setattr(Worker, "initialize_from_config", lambda worker, config: None)
+        monkeypatch.setattr(worker.parallel_config, "pipeline_parallel_size", 2)
+        monkeypatch.setattr(worker, "compression", worker.compression)
+
+    def test_it_starts_where_another_stage_has_one(self, worker):
+        config, _ = configs_of_stages(worker.get_kv_cache_spec(), {"model.layers.2": compressed()})
+        worker.initialize_from_config(config)
+        assert worker.compression.groups == []
+
+    def test_it_is_refused_where_none_has(self, worker):
+        for config in configs_of_stages(worker.get_kv_cache_spec(), {"model.layers.2": spec()}):
+            with pytest.raises(ConfigError, match=r"no layer .* \(2 layers: SlidingWindow has"):
+                worker.initialize_from_config(config)
+
+
+def test_the_log_gives_the_reasons_that_only_layers_know():
+    (config,) = configs_of_stages({"capped": spec()})
+    capped = SimpleNamespace(
+        impl=SimpleNamespace(logits_soft_cap=50.0), dtype=torch.float32, kv_cache_dtype="auto"
+    )
+    logger = mock.Mock()
+    capacity.log_start(logger, CONFIG, config, {"capped": capped}, 512)
+    lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
+    assert any(
+        "0 of 1 layers compressed; left alone: 1 layers: soft-capped" in line for line in lines
+    )
