@@ -229,7 +229,7 @@ def _steps_noted(probe: Any, steps: list[dict[str, Any]]) -> Iterator[None]:
 
     def noted(output: Any) -> Any:
         if steps:
-            steps[-1]["events"] = _written(take())
+            steps[-1]["events"] += take()
         before = num_compactions() if compression else 0
         spans = [
             [_start_of(output, req_id), probe.scheduler.requests[req_id].num_prompt_tokens, num]
@@ -241,6 +241,7 @@ def _steps_noted(probe: Any, steps: list[dict[str, Any]]) -> Iterator[None]:
                 {
                     "spans": [[start, start + num, length] for start, length, num in spans],
                     "num_compactions": num_compactions() - before if compression else 0,
+                    "events": [],
                 }
             )
         return result
@@ -248,8 +249,9 @@ def _steps_noted(probe: Any, steps: list[dict[str, Any]]) -> Iterator[None]:
     probe.worker.execute_model = noted
     with listening() as last:
         yield
-    if steps:
-        steps[-1]["events"] = _written(last)
+    steps[-1]["events"] += last
+    for step in steps:
+        step["events"] = _written(step["events"])
 
 
 def _start_of(output: Any, req_id: str) -> int:
