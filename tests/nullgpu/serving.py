@@ -206,7 +206,13 @@ def _serve(run: Run) -> dict[str, Any]:
 
 
 def _sleep_and_wake(probe: Any) -> list[int]:
+    import gc
+
     import torch
+
+    # What earlier requests left in torch's cache goes with sleeping, and does not come back.
+    gc.collect()
+    torch.cuda.empty_cache()
 
     def free() -> int:
         return torch.cuda.mem_get_info()[0]
