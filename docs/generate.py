@@ -13,6 +13,7 @@ from ems_vllm.config import recipes
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, Refusal
 from ems_vllm.patches.catalogue import PATCHES
+from ems_vllm.patches.contracts import CONTRACTS
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
 
 DOCS = Path(__file__).resolve().parent
@@ -61,8 +62,10 @@ def compatibility() -> str:
         "`--hf-overrides '{\"sliding_window\": null}'` says so to vLLM, and every layer is "
         "compressed.",
         "",
-        "A request with a wrong `vllm_xargs`, with more than the server keeps, or with a prompt "
-        "that is still being streamed is an HTTP 400 ([settings](configuration.md#per-request)). "
+        "A request with a wrong `vllm_xargs`, with more than the server keeps, with beam search, "
+        "or with a prompt that is still being streamed is an HTTP 400 "
+        "([settings](configuration.md#per-request)). A `VllmConfig` that holds the settings but "
+        "was not made by `EngineArgs` is refused when its engine starts. "
         "What is known to work, and by which test, is in [reliability.md](reliability.md).",
     ]
     return "\n".join(lines) + "\n"
@@ -96,8 +99,9 @@ def patches() -> str:
         "# Patches of vLLM",
         "",
         "Everything else goes through vLLM's extension points. A patch wraps one function, checks "
-        "the version and the source it was written for, and raises when either differs. On such a "
-        "vLLM everything runs as without this package, and compression is refused with what to do.",
+        "the version and the source it was written for, and raises when either differs or another "
+        "extension has wrapped the function, also through functools.wraps. On such a vLLM "
+        "everything runs as without this package, and compression is refused with what to do.",
         "",
     ]
     for patch in PATCHES:
@@ -109,7 +113,22 @@ def patches() -> str:
             f"* Goes when: {patch.remove_when}",
             "",
         ]
-    return "\n".join(lines)
+    lines += [
+        "## Relied upon",
+        "",
+        "These are not wrapped, but compression is only right as long as they do what they did "
+        "when they were read. Their sources are compared when compression is switched on; where "
+        "one differs, or another extension has wrapped it, compression is refused and vLLM alone "
+        "runs as ever.",
+        "",
+        "| function | what compression relies on | read in |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| `{contract.target}` | {contract.why} | {', '.join(contract.source_sha256)} |"
+        for contract in CONTRACTS
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def configuration() -> str:

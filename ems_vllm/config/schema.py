@@ -103,8 +103,9 @@ class KVCompressionConfig(BaseModel):
             max_num_batched_tokens. A request that finds no room waits a step.
         query_ring_rows: Requests whose last queries are recorded at a time; None derives it from
             the number of blocks. A request that finds no row waits a step.
-        workspace_mib: Upper bound of a compaction's scores, in MiB. What kernels need beside them
-            (32 MiB) and this are kept free when the KV cache is sized.
+        workspace_mib: Upper bound of what a compaction allocates, in MiB; a single layer of a
+            request of max_model_len may need more. The larger of the two, and what kernels need
+            beside it (32 MiB), are kept free when the KV cache is sized.
         scorer, allocator, selector, merger: The four choices of a policy.
     """
 

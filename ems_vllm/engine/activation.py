@@ -9,7 +9,7 @@ from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.compatibility import SCHEDULERS, WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import async_llm, catalogue, input_processor
+from ems_vllm.patches import async_llm, catalogue, input_processor, openai_serving
 from ems_vllm.patches.record import PatchError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    for patch in (*input_processor.PATCHES, *async_llm.PATCHES):
+    for patch in (*input_processor.PATCHES, *async_llm.PATCHES, *openai_serving.PATCHES):
         patch.apply()
 
 

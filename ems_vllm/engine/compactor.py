@@ -19,10 +19,6 @@ if TYPE_CHECKING:
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
 
-# Live float32 tensors of the shape of a score during a compaction: weights, carry, window, and
-# the temporaries of combining them.
-_SCORE_TENSORS = 8
-
 
 @dataclass
 class CompactionCounters:
@@ -39,15 +35,15 @@ class Compactor:
     Args:
         tensors: The group's cache, scores and query ring.
         policy: What stays and what is merged.
-        workspace_bytes: Bound of the score tensors of a compaction.
+        workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
+            single request does.
     """
 
     def __init__(self, tensors: GroupTensors, policy: Policy, workspace_bytes: int) -> None:
         self._tensors = tensors
         self._policy = policy
         self._block_size = tensors.spec.block_size
-        bytes_per_entry = 4 * _SCORE_TENSORS * tensors.spec.num_kv_heads
-        self._max_entries = max(1, workspace_bytes // bytes_per_entry)
+        self._max_entries = policy.max_entries(workspace_bytes, tensors.spec.num_kv_heads)
         self.counters = CompactionCounters()
 
     @torch.inference_mode()
@@ -69,7 +65,7 @@ class Compactor:
         return (order.tail - order.first) * self._block_size
 
     def _waves(self, orders: Sequence[Compaction]) -> Iterator[tuple[list[Compaction], int]]:
-        """Split the work so that the score tensors of a wave fit the workspace.
+        """Split the work so that what the policy allocates for a wave fits the workspace.
 
         Yields:
             (requests, most layers at a time); requests of similar length together, because a wave
@@ -80,13 +76,16 @@ class Compactor:
         for order in sorted(orders, key=self._num_entries):
             size = self._num_entries(order)
             if wave and (len(wave) + 1) * size * num_layers > self._max_entries:
-                yield wave, num_layers
+                yield wave, self._max_layers(wave)
                 wave = []
             wave.append(order)
         if wave:
-            # A single request may exceed the workspace; its layers are taken in turns then.
-            per_layer = len(wave) * self._num_entries(wave[-1])
-            yield wave, max(1, min(num_layers, self._max_entries // per_layer))
+            yield wave, self._max_layers(wave)
+
+    def _max_layers(self, wave: list[Compaction]) -> int:
+        """A single request may exceed the workspace; its layers are taken in turns then."""
+        per_layer = len(wave) * self._num_entries(wave[-1])
+        return max(1, min(self._tensors.num_layers, self._max_entries // per_layer))
 
     def _context(self, wave: list[Compaction], stack: LayerStack) -> CompactionContext:
         tensors = self._tensors

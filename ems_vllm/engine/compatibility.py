@@ -198,6 +198,19 @@ def _mixed_full_graphs(config: VllmConfig) -> str | None:
     return None if mode.separate_routine() else mode.name
 
 
+def _full_graphs_by_fusion(config: VllmConfig) -> bool | None:
+    compilation = config.compilation_config
+    if _mixed_full_graphs(config) is None or compilation.splitting_ops:
+        return None
+    return compilation.pass_config.fuse_attn_quant or None
+
+
+def _full_graphs_by_splitting(config: VllmConfig) -> list[str] | None:
+    # None is vLLM's default, which splits at attention, also where FULL was asked for.
+    no_split = config.compilation_config.splitting_ops == []
+    return [] if no_split and _mixed_full_graphs(config) is not None else None
+
+
 # Decided by the configuration, before anything is loaded.
 RULES = (
     Rule(
@@ -293,6 +306,20 @@ RULES = (
         "it moves blocks on its own",
         "drop it",
         lambda c: c.attention_config.hisparse_config,
+    ),
+    # vLLM answers these two with full graphs, whatever mode was asked for.
+    Rule(
+        "compilation_config.pass_config.fuse_attn_quant",
+        "vLLM then runs prompt chunks inside full CUDA graphs, where they could not be scored",
+        "set it to false, or use_inductor_graph_partition to true",
+        _full_graphs_by_fusion,
+    ),
+    Rule(
+        "compilation_config.splitting_ops",
+        "without attention in it, vLLM runs prompt chunks inside full CUDA graphs, where they "
+        "could not be scored",
+        "drop it and use FULL_AND_PIECEWISE (vLLM's default) as cudagraph_mode",
+        _full_graphs_by_splitting,
     ),
     Rule(
         "compilation_config.cudagraph_mode",

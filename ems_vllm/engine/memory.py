@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
 
     from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.policies.policy import Policy
 
 # What one operator allocates on a GPU at most: kMaxScratchBytes of csrc/launchers.h.
 KERNEL_SCRATCH_BYTES = 32 << 20
@@ -25,6 +26,8 @@ class Footprint:
 
     Attributes:
         config: Settings of the server.
+        policy: Made of them.
+        max_model_len: Entries of the longest request.
         max_num_seqs: Most requests that run at a time.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
@@ -32,6 +35,8 @@ class Footprint:
     """
 
     config: KVCompressionConfig
+    policy: Policy
+    max_model_len: int
     max_num_seqs: int
     query_itemsize: int
     num_heads: Mapping[str, int]
@@ -39,7 +44,12 @@ class Footprint:
 
     @property
     def workspace_bytes(self) -> int:
-        return (self.config.workspace_mib << 20) + KERNEL_SCRATCH_BYTES
+        """What is set aside for a compaction: a layer of one request is never split."""
+        layers = (
+            self.policy.workspace_bytes(self.max_model_len, spec.num_kv_heads)
+            for spec in self._compressed.values()
+        )
+        return max(self.config.workspace_mib << 20, *layers, 0) + KERNEL_SCRATCH_BYTES
 
     def score_bytes(self, num_blocks: int) -> int:
         """Of the score pages: one for every block, and the private ones."""

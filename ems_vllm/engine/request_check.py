@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError, RequestOptions
+from ems_vllm.config.errors import shown
 from ems_vllm.engine.active_config import active_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from ems_vllm.config import KVCompressionConfig
 
 
 def check_request(vllm_config: VllmConfig, params: Any) -> None:
@@ -23,18 +26,59 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
     Raises:
         VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
     """
+    extra_args = getattr(params, "extra_args", None)
+    config = active_config(vllm_config) if extra_args else None
+    if config is not None:
+        _options(config, extra_args)
+
+
+def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
+    """Refuse what `check_request` refuses, and beams, before an answer has begun.
+
+    Every step of a beam is a prompt of its own, and a prompt attends to its whole cache.
+
+    Args:
+        vllm_config: Of the engine that will run the request.
+        request: As the API received it.
+
+    Raises:
+        VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
+    """
     from vllm.exceptions import VLLMValidationError
 
-    extra_args = getattr(params, "extra_args", None)
-    if not extra_args:
-        return
     config = active_config(vllm_config)
     if config is None:
         return
+    # Where the API has no such field, vLLM keeps what a client sent all the same.
+    options = _options(config, getattr(request, "vllm_xargs", None))
+    if options.enabled and getattr(request, "use_beam_search", False):
+        remedy = "; send vllm_xargs.kv_compression='off' with it" if config.allow_off else ""
+        raise VLLMValidationError(
+            f"use_beam_search=True cannot be combined with kv_compression={config.recipe!r}: beams "
+            f"attend to their whole cache{remedy}, or drop use_beam_search.",
+            parameter="use_beam_search",
+        )
+
+
+def _options(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
+    """What a request may have of what it asks for.
+
+    Raises:
+        VLLMValidationError: it may not have it.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise VLLMValidationError(
+            f"vllm_xargs={shown(extra_args)} is not allowed: send an object.",
+            parameter="vllm_xargs",
+        )
     try:
-        RequestOptions.parse(extra_args).check_ceiling(config.plan_settings)
+        options = RequestOptions.parse(extra_args)
+        options.check_ceiling(config.plan_settings)
     except ConfigError as error:
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    return options
 
 
 def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:

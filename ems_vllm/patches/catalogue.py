@@ -9,7 +9,9 @@ from ems_vllm.patches import (
     executor,
     flash_attn,
     input_processor,
+    openai_serving,
 )
+from ems_vllm.patches.contracts import CONTRACTS, Contract
 from ems_vllm.patches.record import Patch
 
 # Applied wherever the package is installed; the others where compression is asked for.
@@ -19,15 +21,16 @@ PATCHES: tuple[Patch, ...] = (
     *ALWAYS,
     *input_processor.PATCHES,
     *async_llm.PATCHES,
+    *openai_serving.PATCHES,
     *flash_attn.PATCHES,
 )
 
 
-def verify(patches: Iterable[Patch] = PATCHES) -> None:
-    """Check patches against the installed vLLM; nothing is changed.
+def verify(records: Iterable[Patch | Contract] = (*PATCHES, *CONTRACTS)) -> None:
+    """Check patches and contracts against the installed vLLM; nothing is changed.
 
     Raises:
-        PatchError: the first patch that does not fit.
+        PatchError: the first one that does not fit.
     """
-    for patch in patches:
-        patch.verify()
+    for record in records:
+        record.verify()

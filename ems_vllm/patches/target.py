@@ -68,14 +68,17 @@ def resolve(target: str) -> tuple[Any, str]:
 def function_of(owner: Any, name: str) -> Callable[..., Any]:
     """The plain function behind an attribute of a class, of whatever kind of method."""
     raw = inspect.getattr_static(owner, name)
+    if isinstance(raw, property) and raw.fget is not None:
+        return raw.fget
     return raw.__func__ if isinstance(raw, staticmethod | classmethod) else raw
 
 
 def layers(function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """A function and what it wraps, as functools.wraps records it, from the outside in."""
-    while function is not None:
-        yield function
-        function = getattr(function, "__wrapped__", None)
+    layer: Callable[..., Any] | None = function
+    while layer is not None:
+        yield layer
+        layer = getattr(layer, "__wrapped__", None)
 
 
 def check_code(target: str, function: Callable[..., Any], tested: Mapping[str, str]) -> None:

@@ -95,6 +95,19 @@ class Scorer(Component):
         """Whether a score depends on queries."""
         return self.uses_global or self.uses_window
 
+    @property
+    def num_score_tensors(self) -> int:
+        """Float32 tensors of the shape of a score that `score` holds at a time, at most.
+
+        What it returns is among them, an int64 tensor counts as two.
+        """
+        return 8
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that `score` holds beside them, whatever the number of entries."""
+        return 0
+
     @abstractmethod
     def score(self, context: CompactionContext) -> Scores:
         """Score the live entries of every row of `context`."""

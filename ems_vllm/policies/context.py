@@ -14,6 +14,9 @@ from ems_vllm import ops
 if TYPE_CHECKING:
     from torch import Tensor
 
+# Keys that are gathered at a time, with what is made of them.
+KEY_SLICE_BYTES = 16 << 20
+
 
 @dataclass(frozen=True)
 class CompactionContext:
@@ -87,8 +90,12 @@ class CompactionContext:
     @cached_property
     def is_entry(self) -> Tensor:
         """[1, num_rows, 1, max_entries], bool: the entry exists in this row."""
-        entries = torch.arange(self.max_entries, device=self.block_table.device)
-        return (entries < self.num_entries[:, None])[None, :, None, :]
+        return (self._entries < self.num_entries[:, None])[None, :, None, :]
+
+    @property
+    def _entries(self) -> Tensor:
+        """[max_entries], int32: 0, 1, 2, ..."""
+        return torch.arange(self.max_entries, dtype=torch.int32, device=self.block_table.device)
 
     def new_scores(self) -> Tensor:
         """[num_layers, num_rows, num_kv_heads, max_entries], float32, uninitialised."""
@@ -129,10 +136,9 @@ class CompactionContext:
         columns = -(-self.max_entries // self.block_size)
         pages = self.score_table[:, :columns].long()
         gathered = self.paged_scores[:, pages].transpose(2, 3).flatten(3)[..., : self.max_entries]
-        entries = torch.arange(self.max_entries, device=gathered.device)
-        is_scored = (entries < self.num_scored[:, None])[None, :, None, :]
-        # where, not a product: an unscored slot may hold anything, NaN included.
-        return torch.where(is_scored, gathered, 0.0)
+        is_unscored = (self._entries >= self.num_scored[:, None])[None, :, None, :]
+        # No product: an unscored slot may hold anything, NaN included.
+        return gathered.masked_fill_(is_unscored, 0.0)
 
     def window_scores(self) -> Tensor:
         """Attention of the recorded queries, summed over them.
@@ -157,16 +163,34 @@ class CompactionContext:
         )
         return scores
 
-    def gather_keys(self) -> Tensor:
-        """Keys of the entries, as stored.
+    def key_norms(self) -> Tensor:
+        """Euclidean norms of the entries' keys, as stored, gathered `KEY_SLICE_BYTES` at a time.
 
         Returns:
-            [num_layers, num_rows, num_kv_heads, max_entries, head_size], dtype of the cache, or
-            bfloat16 for a float8 cache.
+            [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
+            entries.
         """
-        columns = -(-self.max_entries // self.block_size)
-        keys = self.key_cache[:, self.block_table[:, :columns].long()]
-        if keys.dtype == torch.float8_e4m3fn:
-            # torch computes nothing in float8; bfloat16 holds every number of it.
-            keys = keys.to(torch.bfloat16)
-        return keys.transpose(2, 3).flatten(3, 4)[..., : self.max_entries, :]
+        num_columns = -(-self.max_entries // self.block_size)
+        columns = self.block_table[:, :num_columns].flatten()
+        # Every block of every layer.
+        layers = torch.arange(self.num_layers, device=columns.device)
+        layers = layers.repeat_interleave(len(columns))
+        blocks = columns.long().repeat(self.num_layers)
+        _, _, *block_shape, head_size = self.key_cache.shape
+        norms = torch.empty((len(blocks), *block_shape), device=columns.device)
+        # Beside what is gathered: a float8 key in bfloat16, and the float32 that torch computes in.
+        block_bytes = norms[:1].numel() * head_size * (self.key_cache.itemsize + 2 + 4)
+        step = max(1, KEY_SLICE_BYTES // block_bytes)
+        for at in range(0, len(blocks), step):
+            part = slice(at, at + step)
+            norms[part] = _norms(self.key_cache[layers[part], blocks[part]])
+        by_row = norms.unflatten(0, (self.num_layers, self.num_rows, num_columns))
+        return by_row.transpose(2, 3).flatten(3)[..., : self.max_entries]
+
+
+def _norms(keys: Tensor) -> Tensor:
+    """Over the last dimension, float32."""
+    if keys.dtype == torch.float8_e4m3fn:
+        # torch computes nothing in float8; bfloat16 holds every number of it.
+        keys = keys.to(torch.bfloat16)
+    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)

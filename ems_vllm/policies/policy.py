@@ -13,6 +13,12 @@ if TYPE_CHECKING:
     from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Selector
     from ems_vllm.policies.context import CompactionContext
 
+# What is alive after scoring, in tensors of the shape of a score: weights, carry, and at most as
+# much for each of kept_idx, merge_idx and class_idx.
+_SELECTION_TENSORS = 5
+# Per entry of a row, whatever the number of kv_heads: masks, ranks, and the block table's columns.
+_ROW_BYTES = 16
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -26,6 +32,24 @@ class Policy:
     @classmethod
     def from_config(cls, config: KVCompressionConfig) -> Policy:
         return cls(config.scorer, config.allocator, config.selector, config.merger)
+
+    def workspace_bytes(self, num_entries: int, num_kv_heads: int) -> int:
+        """Bound of what `compact` allocates, scratch memory inside of operators not counted.
+
+        Args:
+            num_entries: num_layers * num_rows * max_entries of the context.
+            num_kv_heads: Of a layer, on this rank.
+        """
+        return self.scorer.scratch_bytes + num_entries * self._bytes_per_entry(num_kv_heads)
+
+    def max_entries(self, workspace_bytes: int, num_kv_heads: int) -> int:
+        """The most entries that need no more than `workspace_bytes`; 0 where none fits."""
+        left = max(0, workspace_bytes - self.scorer.scratch_bytes)
+        return left // self._bytes_per_entry(num_kv_heads)
+
+    def _bytes_per_entry(self, num_kv_heads: int) -> int:
+        num_tensors = max(self.scorer.num_score_tensors, _SELECTION_TENSORS)
+        return 4 * num_tensors * num_kv_heads + _ROW_BYTES
 
     def compact(self, context: CompactionContext) -> None:
         """Write the kept and merged entries of every row into its target columns, in place."""

@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-from torch import where
-from torch.nn.functional import avg_pool1d, max_pool1d, pad
+from torch import maximum
+from torch.nn.functional import avg_pool1d, max_pool1d
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,15 +48,29 @@ def pool(scores: Tensor, is_entry: Tensor, kernel_size: int, pooling: Pooling) -
     if pooling == "max":
         pooled = _pooled(scores, max_pool1d, kernel_size)
     elif pooling == "forward":
-        flat = pad(scores.flatten(0, -2).unsqueeze(1), (kernel_size - 1, 0))
-        pooled = max_pool1d(flat, kernel_size, stride=1).view_as(scores)
+        pooled = _maximum_so_far(scores, kernel_size)
     else:
         share = _pooled(is_entry[:, :, 0].float(), avg_pool1d, kernel_size)[:, :, None]
-        pooled = _pooled(scores, avg_pool1d, kernel_size) / share
-    return where(is_entry, pooled, 0.0)
+        pooled = _pooled(scores, avg_pool1d, kernel_size).div_(share)
+    return pooled.masked_fill_(~is_entry, 0.0)
 
 
 def _pooled(values: Tensor, operation: Callable[..., Tensor], kernel_size: int) -> Tensor:
     """Over the last dimension; nothing beyond its ends."""
     flat = values.flatten(0, -2).unsqueeze(1)
     return operation(flat, kernel_size, stride=1, padding=kernel_size // 2).view_as(values)
+
+
+def _maximum_so_far(values: Tensor, width: int) -> Tensor:
+    """Of each value and the width - 1 before it, in the last dimension.
+
+    Doubles what a value has seen. A pooling would need a padded copy, and indices on a GPU.
+    """
+    seen = 1
+    while seen < width:
+        step = min(seen, width - seen)
+        further = values.clone()
+        maximum(values[..., step:], values[..., :-step], out=further[..., step:])
+        values = further
+        seen += step
+    return values

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 from e2e.clients import blocks_held, client_of, complete, greedy, prompt, wait_until_idle
 from openai import BadRequestError, OpenAI
@@ -122,6 +123,61 @@ def test_chat_is_checked_too(server: Server, client: OpenAI, stream: bool) -> No
     arguments = greedy(server, 4, {"kv_bugdet": 64})
     with pytest.raises(BadRequestError, match="kv_bugdet=64"):
         client.chat.completions.create(messages=messages, stream=stream, **arguments)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"stream": True}, {"background": True, "store": True}],
+    ids=["whole", "streamed", "in the background"],
+)
+def test_responses_are_checked_while_they_can_be_a_400(
+    server: Server, client: OpenAI, extra: dict[str, bool]
+) -> None:
+    with pytest.raises(BadRequestError, match="kv_bugdet=64 is not a setting: use 'kv_budget'"):
+        client.responses.create(
+            model=greedy(server, 4)["model"],
+            input="Hello",
+            max_output_tokens=2,
+            extra_body={"vllm_xargs": {"kv_bugdet": 64}},
+            **extra,
+        )
+
+
+@pytest.mark.parametrize(
+    ("xargs", "message"),
+    [
+        ({"kv_bugdet": 64}, "kv_bugdet=64 is not a setting"),
+        ({}, "use_beam_search=True cannot be combined with kv_compression='ems'"),
+    ],
+    ids=["typing error", "compressed"],
+)
+def test_beams_are_refused_rather_than_left_uncompressed(
+    server: Server, client: OpenAI, xargs: dict[str, Any], message: str
+) -> None:
+    arguments = {**greedy(server, 4), "n": 2}
+    beams = {**arguments.pop("extra_body"), "use_beam_search": True, "vllm_xargs": xargs}
+    tokens, messages = prompt(40, seed=15), [{"role": "user", "content": "Hello"}]
+    with pytest.raises(BadRequestError, match=message):
+        client.completions.create(prompt=tokens, extra_body=beams, **arguments)
+    with pytest.raises(BadRequestError, match=message):
+        client.chat.completions.create(messages=messages, extra_body=beams, **arguments)
+
+
+def test_beams_that_opt_out_are_answered(server: Server, client: OpenAI) -> None:
+    arguments = {**greedy(server, 4), "n": 2}
+    beams = {**arguments.pop("extra_body"), "use_beam_search": True, "vllm_xargs": OFF}
+    tokens = prompt(40, seed=15)
+    answer = client.completions.create(prompt=tokens, extra_body=beams, **arguments)
+    assert len(answer.choices) == 2
+
+
+def test_generative_scoring_is_checked_too(server: Server, client: OpenAI) -> None:
+    url = str(client.base_url.join("/generative_scoring"))
+    body = {"query": "Is it", "items": ["red", "blue"], "label_token_ids": [400, 401]}
+    assert httpx.post(url, json=body, timeout=60).status_code == 200
+    answer = httpx.post(url, json={**body, "vllm_xargs": {"kv_bugdet": 64}}, timeout=60)
+    assert answer.status_code == 400
+    assert "kv_bugdet=64" in answer.text
 
 
 def test_other_extensions_arguments_pass(server: Server) -> None:

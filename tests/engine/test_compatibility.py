@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 from engine.harness import LLAMA
-from vllm.config import CUDAGraphMode
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.platforms.interface import DeviceCapability
@@ -74,9 +74,29 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ),
     ("kv_sharing_fast_prefill", {"cache_config": {"kv_sharing_fast_prefill": True}}),
     ("hisparse_config", {"attention_config": {"hisparse_config": "a HiSparseConfig"}}),
+    # What vLLM makes of FULL_AND_PIECEWISE.
+    (
+        "compilation_config.pass_config.fuse_attn_quant",
+        {
+            "compilation_config": {
+                "cudagraph_mode": CUDAGraphMode.FULL,
+                "splitting_ops": [],
+                "pass_config": SimpleNamespace(fuse_attn_quant=True),
+            }
+        },
+    ),
+    (
+        "compilation_config.splitting_ops",
+        {"compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL, "splitting_ops": []}},
+    ),
     (
         "compilation_config.cudagraph_mode",
-        {"compilation_config": {"cudagraph_mode": CUDAGraphMode.FULL}},
+        {
+            "compilation_config": {
+                "cudagraph_mode": CUDAGraphMode.FULL,
+                "splitting_ops": ["vllm::unified_attention"],
+            }
+        },
     ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
@@ -138,6 +158,35 @@ def test_a_gpu_with_kernels_is_not_refused(vllm_config, monkeypatch):
 def test_architectures_cover_gpus_as_cuda_promises(arch, capabilities):
     gpus = [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
     assert [gpu for gpu in gpus if covers(arch, *gpu)] == capabilities
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings", "key"),
+    [
+        ("FULL_AND_PIECEWISE", {"splitting_ops": []}, "splitting_ops=[]"),
+        (
+            "FULL_AND_PIECEWISE",
+            {"pass_config": {"fuse_attn_quant": True}},
+            "pass_config.fuse_attn_quant=True",
+        ),
+        ("FULL", {}, "cudagraph_mode='FULL'"),
+        ("FULL_AND_PIECEWISE", {}, None),
+        ("FULL_DECODE_ONLY", {"splitting_ops": []}, None),
+    ],
+)
+def test_full_graphs_name_what_led_to_them(vllm_config, mode, settings, key):
+    """vLLM itself turns the mode into another."""
+    compilation = CompilationConfig(
+        mode=CompilationMode.VLLM_COMPILE, cudagraph_mode=mode, custom_ops=["none"], **settings
+    )
+    compilation.set_splitting_ops_for_v1(all2all_backend="naive")
+    with changed(vllm_config, {"": {"compilation_config": compilation}}):
+        if key is None:
+            check_compatibility(vllm_config, CONFIG)
+            return
+        with pytest.raises(ConfigError) as refusal:
+            check_compatibility(vllm_config, CONFIG)
+    assert str(refusal.value).startswith(f"compilation_config.{key} cannot be combined")
 
 
 def test_nothing_else_is_refused(vllm_config):

@@ -70,11 +70,17 @@ class Run:
         )
 
 
+def stored(
+    cache: torch.Tensor, context: CompactionContext, first: int, num_entries: int
+) -> torch.Tensor:
+    """Entries of the only row from a column on, [num_layers, num_kv_heads, num_entries, ...]."""
+    columns = context.block_table[0, first : first + num_entries // context.block_size].long()
+    return cache[:, columns].transpose(1, 2).flatten(2, 3).clone()
+
+
 def written(cache: torch.Tensor, context: CompactionContext) -> torch.Tensor:
     """What the compaction of the only row left in its target columns."""
-    (budget,), (column,) = context.budgets.tolist(), context.target_columns.tolist()
-    columns = context.block_table[0, column : column + budget // context.block_size].long()
-    return cache[:, columns].transpose(1, 2).flatten(2, 3).clone()
+    return stored(cache, context, int(context.target_columns[0]), int(context.budgets[0]))
 
 
 @contextmanager
@@ -83,7 +89,7 @@ def recorded(run: Run) -> Iterator[None]:
     compact = Policy.compact
 
     def recording(self: Policy, context: CompactionContext) -> None:
-        before = context.gather_keys()[:, 0, :, None]
+        before = stored(context.key_cache, context, 0, context.max_entries)[:, :, None]
         compact(self, context)
         keys = written(context.key_cache, context)
         unchanged = (keys[:, :, :, None] == before).all(-1).any(-1)
@@ -109,7 +115,8 @@ def reference_runs(model: ReferenceModel, config: KVCompressionConfig) -> list[R
     runs = []
     for prompt in PROMPTS:
         run = Run()
-        prefilled = model.prefill(prompt, config.obs_window)
+        plan = model.plan(len(prompt), config, RequestOptions())
+        prefilled = model.prefill(prompt, config.obs_window, [plan.first_scored_query])
         request = model.request(prefilled, config, RequestOptions())
         with recorded(run), reference_operators():
             run.token_ids = list(islice(generated(prefilled.logits, request.step), MAX_TOKENS))

@@ -60,8 +60,10 @@ def plain_answer(llama, prompt, count):
 
 def answer(reference, compression, prompt=PROMPT, count=40, **options):
     config = load_config({"recipe": "ems", "min_blocks_saved": 1, **compression})
-    prefilled = reference.prefill(prompt, config.obs_window)
-    request = reference.request(prefilled, config, RequestOptions(**options))
+    asked = RequestOptions(**options)
+    first = reference.plan(len(prompt), config, asked).first_scored_query
+    prefilled = reference.prefill(prompt, config.obs_window, [first])
+    request = reference.request(prefilled, config, asked)
     with reference_operators():
         token_ids = list(islice(generated(prefilled.logits, request.step), count))
     return token_ids, request
@@ -122,10 +124,11 @@ def test_received_attention_is_the_column_sum_in_every_chunk():
 
 
 def test_prompt_scores_and_queries(reference):
-    prefilled = reference.prefill(PROMPT, 16)
-    assert prefilled.scores.shape == (2, 2, 600)
-    # Every query gives away a share of one in every head.
-    torch.testing.assert_close(prefilled.scores.sum(-1), torch.full((2, 2), 600.0))
+    prefilled = reference.prefill(PROMPT, 16, [0, 400])
+    for first, scores in prefilled.scores.items():
+        assert scores.shape == (2, 2, 600)
+        # Every query that counts gives away a share of one in every head.
+        torch.testing.assert_close(scores.sum(-1), torch.full((2, 2), 600.0 - first))
     assert prefilled.queries.shape == (2, 16, 4, 16)
     short = reference.prefill(PROMPT[:5], 16)
     assert short.queries.shape == (2, 5, 4, 16)

@@ -113,6 +113,8 @@ class CompressionWorkerMixin(_Base):
     def _footprint(self) -> Footprint:
         return Footprint(
             config=self._compression_config,
+            policy=self._policy,
+            max_model_len=self.model_config.max_model_len,
             max_num_seqs=self.scheduler_config.max_num_seqs,
             query_itemsize=self.model_config.dtype.itemsize,
             num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},

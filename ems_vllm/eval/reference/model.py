@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,6 +18,7 @@ from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
+    from ems_vllm._C import CompressionPlan
     from ems_vllm.config import KVCompressionConfig, RequestOptions
 
 
@@ -60,16 +61,24 @@ class ReferenceModel:
         )
         return cls(model.to(device), block_size)
 
-    def prefill(self, token_ids: Sequence[int], num_queries: int) -> Prefilled:
+    def prefill(
+        self, token_ids: Sequence[int], num_queries: int, first_queries: Collection[int] = (0,)
+    ) -> Prefilled:
         """Process a prompt once for all requests that start with it; see prefill.prefill."""
-        return prefill(self.model, token_ids, num_queries, self.scale)
+        return prefill(self.model, token_ids, num_queries, self.scale, first_queries)
+
+    def plan(
+        self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
+    ) -> CompressionPlan:
+        """When a server with `config` would compress a prompt of `num_tokens` tokens."""
+        settings = config.allocator.settings(config.plan_settings)
+        return settings.plan(num_tokens, self.block_size, options)
 
     def request(
         self, prompt: Prefilled, config: KVCompressionConfig, options: RequestOptions
     ) -> ReferenceRequest:
         """A request that goes on from a prompt, compressed as a server with `config` would."""
-        settings = config.allocator.settings(config.plan_settings)
-        plan = settings.plan(prompt.num_tokens, self.block_size, options)
+        plan = self.plan(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
         return ReferenceRequest(
             self.model, RequestSettings(plan, policy, config.obs_window, self.scale), prompt

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,9 @@ class Prefilled:
         logits: [vocabulary] - after its last token.
         keys, values: [num_layers, num_kv_heads, num_tokens, head_size]; keys after RoPE.
         queries: [num_layers, num_queries, num_heads, head_size] - of the last tokens.
-        scores: [num_layers, num_kv_heads, num_tokens], float32 - attention that every token
-            received from all tokens, averaged over the query heads of a kv_head.
+        scores: By position of the first query that counts: [num_layers, num_kv_heads, num_tokens],
+            float32 - attention that every token received from that token and all after it,
+            averaged over the query heads of a kv_head.
     """
 
     num_tokens: int
@@ -38,7 +39,7 @@ class Prefilled:
     keys: torch.Tensor
     values: torch.Tensor
     queries: torch.Tensor
-    scores: torch.Tensor
+    scores: Mapping[int, torch.Tensor]
 
 
 class PromptObserver:
@@ -49,23 +50,35 @@ class PromptObserver:
         num_tokens: Of the prompt.
         num_queries: Last queries to keep.
         scale: Softmax scale.
+        first_queries: Positions from which on queries count; scores are kept for each.
     """
 
-    def __init__(self, num_layers: int, num_tokens: int, num_queries: int, scale: float) -> None:
+    def __init__(
+        self,
+        num_layers: int,
+        num_tokens: int,
+        num_queries: int,
+        scale: float,
+        first_queries: Collection[int],
+    ) -> None:
         self._num_tokens, self._num_queries, self._scale = num_tokens, num_queries, scale
         self.queries: list[torch.Tensor | None] = [None] * num_layers
-        self.scores: list[torch.Tensor | None] = [None] * num_layers
+        self.scores: dict[int, dict[int, torch.Tensor]] = {first: {} for first in first_queries}
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """See attention.Observer."""
         last = self.queries[layer]
         joined = queries if last is None else torch.cat([last, queries])
         self.queries[layer] = joined[-self._num_queries :].clone()
-        scores = self.scores[layer]
-        if scores is None:
-            scores = keys.new_zeros((keys.shape[0], self._num_tokens), dtype=torch.float32)
-            self.scores[layer] = scores
-        scores[:, : keys.shape[1]] += received_attention(queries, keys, self._scale)
+        num_seen = keys.shape[1]
+        for first, scores_by_layer in self.scores.items():
+            scores = scores_by_layer.get(layer)
+            if scores is None:
+                scores = keys.new_zeros((keys.shape[0], self._num_tokens), dtype=torch.float32)
+                scores_by_layer[layer] = scores
+            counted = queries[max(0, first - num_seen + len(queries)) :]
+            if len(counted):
+                scores[:, :num_seen] += received_attention(counted, keys, self._scale)
 
 
 def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
@@ -93,7 +106,11 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) 
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel, token_ids: Sequence[int], num_queries: int, scale: float
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    num_queries: int,
+    scale: float,
+    first_queries: Collection[int] = (0,),
 ) -> Prefilled:
     """Process a prompt.
 
@@ -102,9 +119,10 @@ def prefill(
         token_ids: The prompt.
         num_queries: Last queries to keep, the largest obs_window of what follows.
         scale: Softmax scale.
+        first_queries: Positions of the first query that scores, of all plans that go on from here.
     """
     num_layers = model.config.num_hidden_layers
-    observer = PromptObserver(num_layers, len(token_ids), num_queries, scale)
+    observer = PromptObserver(num_layers, len(token_ids), num_queries, scale, first_queries)
     cache = DynamicCache()
     with observed_by(observer):
         for start in range(0, len(token_ids), _CHUNK):
@@ -117,5 +135,8 @@ def prefill(
         keys=keys,
         values=values,
         queries=torch.stack([queries for queries in observer.queries if queries is not None]),
-        scores=torch.stack([scores for scores in observer.scores if scores is not None]),
+        scores={
+            first: torch.stack([by_layer[layer] for layer in sorted(by_layer)])
+            for first, by_layer in observer.scores.items()
+        },
     )

@@ -62,7 +62,8 @@ class ReferenceRequest:
         self._scores: torch.Tensor | None = None
         if settings.policy.scorer.uses_global:
             compresses_prompt = settings.plan.compresses_prompt
-            self._scores = prompt.scores if compresses_prompt else prompt.scores[:, :, :0]
+            scores = prompt.scores[settings.plan.first_scored_query]
+            self._scores = scores if compresses_prompt else scores[:, :, :0]
         self._cache = to_cache(prompt.keys, prompt.values)
 
     @property

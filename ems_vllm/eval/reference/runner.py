@@ -67,12 +67,19 @@ class Runner:
     ) -> Iterator[tuple[Method, AnswerLine]]:
         """Answers to a prompt, which is processed once; none where a budget has no room."""
         window = max(config.obs_window for config in self._configs.values())
-        prefilled = self._reference.prefill(prompt.prompt_token_ids, window)
+        asked = []
         for method in methods:
             config = self._configs[method.recipe]
             options = method.options(prompt, config, self._reference.block_size)
-            if options is None:
-                continue
+            if options is not None:
+                asked.append((method, config, options))
+        num_tokens = len(prompt.prompt_token_ids)
+        firsts = {
+            self._reference.plan(num_tokens, config, options).first_scored_query
+            for _, config, options in asked
+        }
+        prefilled = self._reference.prefill(prompt.prompt_token_ids, window, firsts)
+        for method, config, options in asked:
             request = self._reference.request(prefilled, config, options)
             yield method, self._answer(prompt, prefilled.logits, request)
 

@@ -61,7 +61,7 @@ class EMSScorer(Scorer):
     def score(self, context: CompactionContext) -> Scores:
         window = context.window_scores()
         carry = context.accumulated_scores(window)
-        weights = maximum(carry * _mean_ratio(window, carry), window)
+        weights = maximum(carry * _mean_ratio(window, carry), window, out=window)
         return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
 
 

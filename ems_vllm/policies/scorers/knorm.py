@@ -5,9 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.context import KEY_SLICE_BYTES
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -25,6 +24,10 @@ class KnormScorer(Scorer):
     queries, so a hit in the prefix cache changes nothing.
     """
 
+    @property
+    def scratch_bytes(self) -> int:
+        return KEY_SLICE_BYTES
+
     def score(self, context: CompactionContext) -> Scores:
-        norms = torch.linalg.vector_norm(context.gather_keys(), dim=-1, dtype=torch.float32)
-        return Scores(torch.where(context.is_entry, 1.0 / (norms + _EPS), 0.0))
+        weights = context.key_norms().add_(_EPS).reciprocal_()
+        return Scores(weights.masked_fill_(~context.is_entry, 0.0))

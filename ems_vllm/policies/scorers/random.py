@@ -31,16 +31,19 @@ class RandomScorer(Scorer):
         layer = torch.arange(shape[0], device=device).view(-1, 1, 1, 1)
         head = torch.arange(shape[2], device=device).view(1, 1, -1, 1)
         entry = torch.arange(shape[3], device=device).view(1, 1, 1, -1)
-        index = ((layer * 1_000_003 + head) * 16_777_259 + entry) ^ (self.seed * 2_654_435_769)
+        index = (layer * 1_000_003 + head) * 16_777_259 + entry
+        index ^= self.seed * 2_654_435_769
         weights = _uniform(index).expand(-1, context.num_rows, -1, -1)
         return Scores(torch.where(context.is_entry, weights, 0.0))
 
 
 def _uniform(index: torch.Tensor) -> torch.Tensor:
-    """A multiply-xorshift hash of int64 numbers to float32 in (0, 1)."""
+    """A multiply-xorshift hash of int64 numbers, which are overwritten, to float32 in (0, 1)."""
     mask = 0xFFFFFFFF
-    value = index & mask
+    index &= mask
     for _ in range(2):
-        value = (((value >> 16) ^ value) * 0x45D9F3B) & mask
-    value = (value >> 16) ^ value
-    return (value.double() + 0.5).div(2.0**32).float().clamp(min=1e-9)
+        index ^= index >> 16
+        index *= 0x45D9F3B
+        index &= mask
+    index ^= index >> 16
+    return index.double().add_(0.5).div_(2.0**32).float().clamp_(min=1e-9)

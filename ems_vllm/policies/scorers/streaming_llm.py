@@ -22,6 +22,7 @@ class StreamingLLMScorer(Scorer):
     """
 
     def score(self, context: CompactionContext) -> Scores:
-        rank = torch.arange(1, context.max_entries + 1, device=context.key_cache.device)
-        weights = context.new_scores().copy_(rank.float())
-        return Scores(torch.where(context.is_entry, weights, 0.0))
+        device = context.key_cache.device
+        rank = torch.arange(1, context.max_entries + 1, dtype=torch.float32, device=device)
+        weights = context.new_scores().copy_(rank)
+        return Scores(weights.masked_fill_(~context.is_entry, 0.0))

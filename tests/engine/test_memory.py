@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is kept free beside the cache, by arithmetic."""
+
+import pytest
+import torch
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+from ems_vllm.config import load_config, recipes
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint
+from ems_vllm.engine.observation import ObservationSettings, score_tokens
+from ems_vllm.policies.policy import Policy
+
+GIB = 1 << 30
+# Layers, query heads and kv_heads of a rank, head size, and what is left for the cache beside the
+# weights (bfloat16, 90 % of the card).
+MODELS = {
+    "Llama-3.1-8B, 80 GiB": (32, 32, 8, 128, 55.9),
+    "Llama-3.1-8B, 24 GiB": (32, 32, 8, 128, 5.0),
+    "Qwen3-32B, 141 GiB": (64, 64, 8, 128, 61.5),
+    "Llama-3.3-70B, 4 x 80 GiB": (80, 16, 2, 128, 36.7),
+    "Mistral-Small-24B, 80 GiB": (40, 32, 8, 128, 28.0),
+}
+
+
+def footprint(
+    recipe="ems", layers=1, heads=32, kv_heads=8, head_size=128, max_model_len=131_072, **more
+):
+    config = load_config({"recipe": recipe, "budget": 1024, **more})
+    policy = Policy.from_config(config)
+    plain = FullAttentionSpec(
+        block_size=16, num_kv_heads=kv_heads, head_size=head_size, dtype=torch.bfloat16
+    )
+    observation = ObservationSettings(
+        obs_window=config.obs_window if policy.scorer.uses_window else 0,
+        score_tokens=score_tokens(None, max_model_len, 8192) if policy.scorer.uses_global else None,
+        ring_rows=config.query_ring_rows,
+    )
+    settings = policy.allocator.settings(config.plan_settings)
+    spec = CompressedAttentionSpec.compress(plain, settings, observation)
+    names = [f"layer {index}" for index in range(layers)]
+    return Footprint(
+        config=config,
+        policy=policy,
+        max_model_len=max_model_len,
+        # vLLM's default on a data-center GPU.
+        max_num_seqs=1024,
+        query_itemsize=2,
+        num_heads=dict.fromkeys(names, heads),
+        specs=dict.fromkeys(names, spec),
+    )
+
+
+def workspace(recipe, max_model_len, kv_heads=8):
+    sizes = footprint(recipe, kv_heads=kv_heads, max_model_len=max_model_len)
+    return sizes.workspace_bytes - KERNEL_SCRATCH_BYTES
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_the_workspace_has_room_for_a_layer_of_the_longest_request(recipe):
+    policy = Policy.from_config(load_config(recipe))
+    assert workspace(recipe, 32_768) == 64 << 20
+    assert workspace(recipe, 1 << 20) == policy.workspace_bytes(1 << 20, 8) > 64 << 20
+    # Tensor parallelism: a rank has a share of the kv_heads.
+    assert workspace(recipe, 131_072, kv_heads=1) == 64 << 20
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_query_ring_is_a_small_share_of_the_cache(name):
+    *shape, gib = MODELS[name]
+    sizes = footprint("ems", *shape)
+    available = int(gib * GIB)
+    cache = sizes.reduce(available)
+    page = sum(spec.page_size_bytes for spec in sizes.specs.values())
+    num_blocks = cache // page
+    # Everything fits, and not a block more would.
+    assert cache + sizes.total_bytes(num_blocks) <= available
+    assert cache + page + sizes.total_bytes(num_blocks + 1) > available
+    # On a small card the rows for prompts weigh more.
+    assert sizes.ring_bytes(num_blocks) < (0.01 if gib > 20 else 0.02) * cache
+    # Twice as many requests may record at a time as decoding ones do on average.
+    (spec, *_) = sizes.specs.values()
+    held = num_blocks * 16 / (1024 + 64 + 256)
+    assert spec.num_ring_rows(num_blocks, 1024) >= 2 * held * 16 / 256
+
+
+def test_rows_can_be_set():
+    one, few = (footprint("snapkv", query_ring_rows=rows).ring_bytes(10_000) for rows in (1, 8))
+    assert few == 8 * one == 8 * 16 * 32 * 128 * 2

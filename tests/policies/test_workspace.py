@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compaction allocates stays within what its policy declares, and memory is set aside for.
+
+On torch's meta device, which allocates nothing and follows the GPU's choices: caches of any size
+cost nothing. Operators allocate beside this; csrc/launchers.h bounds what.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ems_vllm import ops
+from ems_vllm.config import load_config, recipes
+from ems_vllm.policies import context as context_module
+from ems_vllm.policies.context import CompactionContext
+from ems_vllm.policies.policy import Policy
+
+BLOCK_SIZE = 16
+OPERATORS = ("score_window", "select_entries", "assign_classes", "merge_compact")
+WORKSPACE = 64 << 20
+
+
+class Allocations(TorchDispatchMode):
+    """Bytes of the storages that tensors made inside of it hold: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        known = {id(leaf.untyped_storage()) for leaf in tensors((args, kwargs))}
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            # A view, or written into: the storage of an argument.
+            if id(storage) in known or storage in self._known:
+                continue
+            self._known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._free, storage.nbytes())
+        return result
+
+    def _free(self, num_bytes: int) -> None:
+        self.now -= num_bytes
+
+
+def tensors(values: Any) -> list[torch.Tensor]:
+    return [v for v in torch.utils._pytree.tree_leaves(values) if isinstance(v, torch.Tensor)]
+
+
+def meta_context(
+    num_layers: int,
+    num_rows: int,
+    num_entries: int,
+    budget: int,
+    *,
+    num_kv_heads: int = 8,
+    head_size: int = 128,
+    dtype: torch.dtype = torch.bfloat16,
+) -> CompactionContext:
+    """A context that has shapes only, every row of the same length."""
+    with torch.device("meta"):
+        columns = num_entries // BLOCK_SIZE
+        shape = (num_layers, num_rows * columns + 1, num_kv_heads, BLOCK_SIZE)
+        key_cache, value_cache = torch.empty((*shape, 2 * head_size), dtype=dtype).chunk(2, dim=-1)
+        row = torch.empty(num_rows, dtype=torch.int32)
+        table = torch.empty((num_rows, columns), dtype=torch.int32)
+        ring = torch.empty((num_layers, num_rows, 16, 4 * num_kv_heads, head_size))
+        return CompactionContext(
+            key_cache=key_cache,
+            value_cache=value_cache,
+            block_table=table,
+            num_entries=row,
+            num_live=row,
+            num_scored=row,
+            budgets=row,
+            num_protected=row,
+            target_columns=row,
+            num_represented=row,
+            max_entries=num_entries,
+            max_budget=budget,
+            scale=1.0,
+            paged_scores=torch.empty(shape),
+            score_table=table,
+            query_ring=ring,
+            ring_rows=row,
+            num_queries=row,
+            end_positions=row,
+        )
+
+
+@pytest.fixture(autouse=True)
+def no_operators():
+    """They only write into what they are given."""
+    with mock.patch.multiple(ops, **{name: lambda *args: None for name in OPERATORS}):
+        yield
+
+
+def peak(policy: Policy, context: CompactionContext) -> int:
+    with torch.inference_mode(), Allocations() as allocations:
+        policy.compact(context)
+    return allocations.peak
+
+
+def policies() -> list[Any]:
+    poolings = [
+        {"recipe": recipe, "scorer": {"pooling": pooling, "kernel_size": 63}}
+        for recipe in ("ems", "snapkv")
+        for pooling in ("avg", "max", "forward")
+    ]
+    names = recipes.names() + [f"{x['recipe']}-{x['scorer']['pooling']}" for x in poolings]
+    settings = [{"recipe": recipe} for recipe in recipes.names()] + poolings
+    # Merging holds most.
+    merging = {"merger": {"name": "ems", "max_candidates_per_center": 16}}
+    return [
+        pytest.param(Policy.from_config(load_config({**item, **merging})), id=name)
+        for item, name in zip(settings, names, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("num_kv_heads", [1, 8])
+@pytest.mark.parametrize(
+    ("num_rows", "num_entries"), [(1, 32_768), (200, 32), (7, 1312)], ids=["long", "short", "some"]
+)
+@pytest.mark.parametrize("policy", policies())
+def test_what_fits_the_workspace_stays_within(policy, num_rows, num_entries, num_kv_heads, dtype):
+    per_layer = num_rows * num_entries
+    num_layers = policy.max_entries(WORKSPACE, num_kv_heads) // per_layer
+    assert num_layers >= 1
+    for budget in (BLOCK_SIZE, num_entries // 2, num_entries - BLOCK_SIZE):
+        options = {"num_kv_heads": num_kv_heads, "dtype": dtype}
+        context = meta_context(num_layers, num_rows, num_entries, budget, **options)
+        used = peak(policy, context)
+        assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
+        del context
+
+
+@pytest.mark.parametrize("policy", policies())
+def test_a_layer_beyond_the_workspace_stays_within_what_is_set_aside(policy):
+    num_entries = 1 << 20
+    assert policy.max_entries(WORKSPACE, 8) < num_entries
+    context = meta_context(1, 1, num_entries, num_entries // 2, head_size=16)
+    assert WORKSPACE < peak(policy, context) <= policy.workspace_bytes(num_entries, 8)
+
+
+def test_norms_of_slices_are_the_norms(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    cache = torch.randn(3, 40, 2, BLOCK_SIZE, 8, generator=generator)
+    table = torch.randperm(40, generator=generator).int()[:36].view(2, 18)
+    context = meta_context(3, 2, 18 * BLOCK_SIZE, BLOCK_SIZE)
+    context = CompactionContext(**{**vars(context), "key_cache": cache, "block_table": table})
+    expected = cache[:, table.long()].transpose(2, 3).flatten(3, 4).norm(dim=-1)
+    for slice_bytes in (1, 20_000, 1 << 20):
+        monkeypatch.setattr(context_module, "KEY_SLICE_BYTES", slice_bytes)
+        torch.testing.assert_close(context.key_norms(), expected)
