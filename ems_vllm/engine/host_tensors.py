@@ -13,7 +13,10 @@ def to_device(
     values: Sequence[int] | np.ndarray, device: torch.device, dtype: torch.dtype = torch.int32
 ) -> torch.Tensor:
     """[len(values)]: a fresh tensor; PyTorch recycles the pinned staging memory when it is safe."""
-    host = torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    host = torch.tensor(values, dtype=dtype)
+    if device.type == "cuda":
+        # Not while it is made: torch pins no tensor that is made from an array.
+        host = host.pin_memory()
     return host.to(device, non_blocking=True)
 
 

@@ -49,7 +49,7 @@ class Run:
         compression: As `additional_config["kv_compression"]`; None is vLLM alone.
         arguments: More arguments of vLLM's LLM.
         requests: (prompt length, new tokens) of requests that are sent together.
-        sleeps: Whether the engine sleeps and wakes up before it serves.
+        sleeps: Whether the engine serves them once before, sleeps and wakes up.
     """
 
     compression: dict[str, Any] | None = field(default_factory=lambda: dict(COMPRESSION))
@@ -63,16 +63,19 @@ class Step:
     """One call of the worker.
 
     Attributes:
-        num_scheduled: Tokens of each request.
-        num_prompt: How many of these were prompt tokens.
+        spans: (tokens processed before, and after, prompt length) of each request.
         num_compactions: Requests that were compacted before the model ran.
         events: What the GPU was asked to do, counted.
     """
 
-    num_scheduled: list[int]
-    num_prompt: int
+    spans: list[list[int]]
     num_compactions: int
     events: Counter[Event]
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens that were processed."""
+        return sum(len(range(start, min(stop, length))) for start, stop, length in self.spans)
 
     @property
     def only_decodes(self) -> bool:
@@ -177,14 +180,15 @@ def _serve(run: Run) -> dict[str, Any]:
         context = engine(run.compression, **arguments | run.arguments)
         probe = context.__enter__()
     try:
-        freed = _sleep_and_wake(probe) if run.sleeps else []
+        prompts = [tokens(length, seed=i) for i, (length, _) in enumerate(run.requests)]
+        nums_new = [num_new for _, num_new in run.requests]
+        freed: list[int] = []
+        if run.sleeps:
+            probe.generate(prompts, nums_new, detokenize=False)
+            freed = _sleep_and_wake(probe)
         steps: list[dict[str, Any]] = []
         with _steps_noted(probe, steps):
-            answers = probe.generate(
-                [tokens(length, seed=i) for i, (length, _) in enumerate(run.requests)],
-                [num_new for _, num_new in run.requests],
-                detokenize=False,
-            )
+            answers = probe.generate(prompts, nums_new, detokenize=False)
         worker_runner = probe.worker.model_runner
         return {
             "start": _written(start),
@@ -202,7 +206,13 @@ def _serve(run: Run) -> dict[str, Any]:
 
 
 def _sleep_and_wake(probe: Any) -> list[int]:
+    import gc
+
     import torch
+
+    # What earlier requests left in torch's cache goes with sleeping, and does not come back.
+    gc.collect()
+    torch.cuda.empty_cache()
 
     def free() -> int:
         return torch.cuda.mem_get_info()[0]
@@ -225,21 +235,19 @@ def _steps_noted(probe: Any, steps: list[dict[str, Any]]) -> Iterator[None]:
 
     def noted(output: Any) -> Any:
         if steps:
-            steps[-1]["events"] = _written(take())
+            steps[-1]["events"] += take()
         before = num_compactions() if compression else 0
-        requests = probe.scheduler.requests
-        result = execute(output)
-        num_prompt = sum(
-            max(0, min(num, requests[req_id].num_prompt_tokens - _start_of(output, req_id)))
+        spans = [
+            [_start_of(output, req_id), probe.scheduler.requests[req_id].num_prompt_tokens, num]
             for req_id, num in output.num_scheduled_tokens.items()
-            if req_id in requests
-        )
+        ]
+        result = execute(output)
         if output.total_num_scheduled_tokens:
             steps.append(
                 {
-                    "num_scheduled": list(output.num_scheduled_tokens.values()),
-                    "num_prompt": num_prompt,
+                    "spans": [[start, start + num, length] for start, length, num in spans],
                     "num_compactions": num_compactions() - before if compression else 0,
+                    "events": [],
                 }
             )
         return result
@@ -247,8 +255,9 @@ def _steps_noted(probe: Any, steps: list[dict[str, Any]]) -> Iterator[None]:
     probe.worker.execute_model = noted
     with listening() as last:
         yield
-    if steps:
-        steps[-1]["events"] = _written(last)
+    steps[-1]["events"] += last
+    for step in steps:
+        step["events"] = _written(step["events"])
 
 
 def _start_of(output: Any, req_id: str) -> int:

@@ -3,12 +3,16 @@
 
 Model Runner V2 learns from a kernel how many tokens each request was given: one, if its prompt was
 done in this step. Tokens themselves may be anything. Runner V1 knows without asking.
+
+A fill is a kernel of torch; the null GPU makes copies.
 """
 
 import ctypes
 from typing import Any
+from unittest import mock
 
 import numpy as np
+import torch
 
 
 def install() -> None:
@@ -30,3 +34,12 @@ def install() -> None:
         return output, num_sampled, num_rejected
 
     GPUModelRunner.sample = sampled
+
+
+def fills() -> Any:
+    """Within this context, tensors are filled."""
+
+    def fill(tensor: torch.Tensor, value: Any) -> torch.Tensor:
+        return tensor.copy_(torch.full(tensor.shape, value, dtype=tensor.dtype))
+
+    return mock.patch.object(torch.Tensor, "fill_", fill)

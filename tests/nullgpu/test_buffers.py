@@ -2,7 +2,8 @@
 """What our kernels leave in memory while vLLM serves in CUDA graphs.
 
 Everything else computes nothing, so queries and keys are whatever the memory holds; where they go
-is what the scheduler knows. Model Runner V1, which makes its block tables on the host.
+follows from the settings and what vLLM schedules. Model Runner V1, which makes its block tables on
+the host.
 """
 
 import json
@@ -13,8 +14,15 @@ from nullgpu.paths import environment as of_null_gpu
 from nullgpu.serving import COMPRESSION, environment
 from processes import run_script
 
-# Two that are compressed, one of them in chunks, and one that is not: three rows, padded to four.
-REQUESTS = ((150, 40), (300, 40), (10, 40))
+# Two that are compressed, one in chunks of which two score, and one that is not: three rows,
+# padded to four.
+REQUESTS = ((220, 40), (300, 40), (10, 40))
+# And one that finds the beginning of the second in the prefix cache: tokens of it, its own, new.
+AGAIN = (200, 100, 20)
+# 192 of these are found: so many whole blocks lie before the ones that a compaction writes.
+CACHED_COLUMNS = 12
+# Not all of the 16 tokens between two compactions are recorded.
+OBS_WINDOW = 12
 _SCRIPT = """
 if __name__ == "__main__":
     import json, sys
@@ -25,7 +33,8 @@ if __name__ == "__main__":
 
 @pytest.fixture(scope="module")
 def found():
-    case = {"compression": COMPRESSION, "requests": REQUESTS}
+    compression = COMPRESSION | {"obs_window": OBS_WINDOW}
+    case = {"compression": compression, "requests": REQUESTS, "again": AGAIN}
     return run_script(_SCRIPT, case, environment(1) | of_null_gpu(computes=True))
 
 
@@ -44,14 +53,23 @@ def test_attention_reads_each_requests_live_blocks(found):
     assert found["wrong tables"] == []
 
 
+def test_a_compaction_reads_what_its_request_left_in_memory(found):
+    """Its blocks, its score pages, and the row in which its last queries are."""
+    assert found["compactions checked"] == found["compactions"]
+    assert found["wrong compactions"] == []
+
+
 def test_a_query_is_recorded_once_and_padding_never(found):
-    """Of the ring, a step writes the slots of its requests' last queries and no others."""
+    """Of the ring, a step writes the slots of the last queries before a compaction alone."""
     assert found["slots checked"] > 100
+    assert found["steps that record nothing"] > 10
     assert found["wrong slots"] == []
 
 
 def test_scores_are_added_to_the_pages_of_the_prompt_alone(found):
-    assert found["prompts checked"] >= len(REQUESTS)
+    """Pages that begin anew are overwritten whole; those of shared blocks are left alone."""
+    assert found["chunks checked"] > found["chunks that go on"] > 0
+    assert found["private pages"] == CACHED_COLUMNS
     assert found["wrong scores"] == [], json.dumps(found["wrong scores"])
 
 

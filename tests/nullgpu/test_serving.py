@@ -4,9 +4,16 @@
 import importlib.util
 
 import pytest
-from nullgpu.serving import CHUNK, REQUESTS, Run, count, serve
+from nullgpu.serving import CHUNK, COMPRESSION, REQUESTS, Run, count, serve
 
-NUM_LAYERS = 4
+# Of the model.
+NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_SIZE = 4, 8, 4, 64
+BLOCK_SIZE = 16
+OBS_WINDOW = 16
+# The last queries of a prompt that score: as many as a hit in the prefix cache always leaves.
+NUM_SCORING = COMPRESSION["budget"] + COMPRESSION["recent_window"]
+# The shortest prompt that is compressed: one whole block beside what is kept and what is recent.
+COMPRESSED_FROM = NUM_SCORING + BLOCK_SIZE
 RUNNERS = (2, 1)
 # What compression may add to a step in which every request decodes: recording the queries of each
 # layer, the metadata, and bringing ring slots and first columns to the GPU.
@@ -24,6 +31,7 @@ COMPACTION_KERNELS = {
     "ems::merge_classes_kernel",
     "ems::write_targets_kernel",
 }
+SCORE, SCORE_LSE = "ems::score_queries_sm90_kernel", "ems::score_queries_lse_sm90_kernel"
 FLASH = {"attention_backend": "FLASH_ATTN"}
 DENSE = Run(None, FLASH)
 EMS = Run(arguments=FLASH)
@@ -33,12 +41,24 @@ GRAPHS = {
     "FULL_DECODE_ONLY": {"compilation_config": {"cudagraph_mode": "FULL_DECODE_ONLY"}},
 }
 BY_GRAPHS = {mode: Run(arguments=FLASH | chosen) for mode, chosen in GRAPHS.items()}
-# The last chunk of the prompt is a single token.
-ONE_TOKEN = Run(arguments=FLASH, requests=((CHUNK + 1, 8),))
+# vLLM would leave a single token of the first for the second step, and take as much of the second.
+SHORT_CHUNKS = Run(arguments=FLASH, requests=((CHUNK + 1, 8), (CHUNK - 1, 8), (CHUNK, 8)))
 # In one chunk, so they are due in the same step.
 TOGETHER = Run(arguments=FLASH, requests=((CHUNK // 2, 40), (CHUNK // 2, 40)))
-SLEEPING = Run(arguments=FLASH, sleeps=True)
-FLASH_RUNS = (DENSE, EMS, *BY_GRAPHS.values(), ONE_TOKEN, TOGETHER)
+# Scores and query ring of more than 10 MiB each, so that torch allocates them by themselves.
+PREFIX_SCORE_TOKENS, RING_ROWS = 1 << 19, 256
+LARGE = FLASH | {
+    "max_num_seqs": RING_ROWS,
+    "num_blocks": 200,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8]},
+}
+SLEEPING_DENSE = Run(None, LARGE, sleeps=True)
+SLEEPING = Run(
+    COMPRESSION | {"prefix_score_tokens": PREFIX_SCORE_TOKENS, "query_ring_rows": RING_ROWS},
+    LARGE,
+    sleeps=True,
+)
+FLASH_RUNS = (DENSE, EMS, *BY_GRAPHS.values(), SHORT_CHUNKS, TOGETHER)
 OTHER_BACKENDS = {
     name: Run(arguments={"attention_backend": name}) for name in ("TRITON_ATTN", "FLEX_ATTENTION")
 }
@@ -72,8 +92,30 @@ def assert_captures_are_sound(found):
     assert {event.name for event in captured if event.is_ours} <= {"ems::record_queries_kernel"}
 
 
+def num_scoring(step):
+    """Prompt queries of a step that have to score."""
+    return sum(
+        len(range(max(start, prompt_len - NUM_SCORING), min(stop, prompt_len)))
+        for start, stop, prompt_len in step.spans
+        if prompt_len >= COMPRESSED_FROM
+    )
+
+
+def assert_scored(found, requests=REQUESTS, passes=(SCORE,)):
+    """Every query that has to score does, in every layer, and no step launches more for it."""
+    for step in found.steps:
+        launched = {
+            event.name: n for event, n in step.events.items() if "score_queries" in event.name
+        }
+        expected = passes if num_scoring(step) else ()
+        assert launched == dict.fromkeys(expected, NUM_LAYERS), step.spans
+    compressed = [length for length, _ in requests if length >= COMPRESSED_FROM]
+    assert sum(map(num_scoring, found.steps)) == NUM_SCORING * len(compressed)
+    assert sum(step.num_prompt for step in found.steps) == sum(length for length, _ in requests)
+
+
 def full_decodes(found):
-    steps = [s for s in found.steps if s.only_decodes and len(s.num_scheduled) == len(REQUESTS)]
+    steps = [s for s in found.steps if s.only_decodes and len(s.spans) == len(REQUESTS)]
     assert steps
     return steps
 
@@ -96,11 +138,7 @@ def test_flash_attention_is_served_compressed_in_graphs(runner):
     assert found.backend == "CompressedFlashAttentionBackend"
     assert found.graphs == "FULL_AND_PIECEWISE"
     # FlashAttention hands over its log-sum-exp: the pass that would compute it is not needed.
-    prompt_steps = [step for step in found.steps if step.num_prompt > 1]
-    for step in prompt_steps:
-        assert step.count(name="ems::score_queries_sm90_kernel") == NUM_LAYERS
-        assert step.count(name="ems::score_queries_lse_sm90_kernel") == 0
-    assert sum(step.num_prompt for step in found.steps) == sum(length for length, _ in REQUESTS)
+    assert_scored(found)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -112,8 +150,7 @@ def test_other_backends_are_served_compressed(runner, backend):
     assert found.backend.startswith("Compressed")
     assert backend.split("_")[0].lower() in found.backend.lower()
     # These keep no log-sum-exp.
-    for step in (step for step in found.steps if step.num_prompt > 1):
-        assert step.count(name="ems::score_queries_lse_sm90_kernel") == NUM_LAYERS
+    assert_scored(found, passes=(SCORE_LSE, SCORE))
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -173,7 +210,7 @@ def test_a_compaction_is_one_launch_of_each_kernel_and_no_waiting(runner, run):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("run", FLASH_RUNS[1:], ids=["ems", *GRAPHS, "one token", "together"])
+@pytest.mark.parametrize("run", FLASH_RUNS[1:], ids=["ems", *GRAPHS, "short chunks", "together"])
 def test_our_kernels_run_on_the_stream_of_the_model(runner, run):
     for step in with_flash(runner, run).steps:
         model = {event.stream for event in step.events if event.name == "cublasGemmEx"}
@@ -181,27 +218,28 @@ def test_our_kernels_run_on_the_stream_of_the_model(runner, run):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_a_prompt_chunk_of_one_token_is_served(runner):
-    found = with_flash(runner, ONE_TOKEN)
-    assert_served(found, ONE_TOKEN.requests)
-    assert [step.num_scheduled for step in found.steps[:2]] == [[CHUNK], [1]]
-
-
-@pytest.mark.xfail(reason="such a batch replays the graph of a decoding step", strict=True)
-@pytest.mark.parametrize("runner", RUNNERS)
-def test_a_prompt_chunk_of_one_token_is_scored(runner):
-    step = with_flash(runner, ONE_TOKEN).steps[1]
-    assert step.num_prompt == 1
-    assert step.count(name="ems::score_queries_sm90_kernel") == NUM_LAYERS
+def test_a_prompt_is_scored_whole_however_it_is_cut(runner):
+    """A batch of chunks as short as decoding steps would replay their graph, which scores none."""
+    found = with_flash(runner, SHORT_CHUNKS)
+    assert_served(found, SHORT_CHUNKS.requests)
+    assert found.steps[0].spans == [[0, CHUNK - 1, CHUNK + 1]]
+    chunks = [(stop - start) for step in found.steps for start, stop, n in step.spans if start < n]
+    assert len(chunks) > len(SHORT_CHUNKS.requests)
+    assert min(chunks) > 1
+    assert_scored(found, SHORT_CHUNKS.requests)
 
 
 def test_an_engine_that_slept_serves_compressed():
     # vLLM lets one engine of a process sleep.
-    (dense,), (found,) = serve(2, Run(None, FLASH, sleeps=True)), serve(2, SLEEPING)
+    (dense,), (found,) = serve(2, SLEEPING_DENSE), serve(2, SLEEPING)
     for each in (dense, found):
         assert_served(each)
         freed, taken = each.freed_bytes
         assert freed > 0
         assert taken == freed
-    # Cache and weights are given back as by vLLM alone.
-    assert found.freed_bytes[0] >= dense.freed_bytes[0]
+    assert sum(step.num_compactions for step in found.steps) > 0
+    # Cache and weights are given back as by vLLM alone, and what compression keeps beside them.
+    pages = LARGE["num_blocks"] + PREFIX_SCORE_TOKENS // BLOCK_SIZE
+    scores = NUM_LAYERS * pages * NUM_KV_HEADS * BLOCK_SIZE * 4
+    ring = NUM_LAYERS * RING_ROWS * OBS_WINDOW * NUM_HEADS * HEAD_SIZE * 2
+    assert found.freed_bytes[0] >= dense.freed_bytes[0] + scores + ring
