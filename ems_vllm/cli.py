@@ -102,13 +102,14 @@ def _plan_row(
 @app.command("recipes")
 def list_recipes() -> None:
     """List the recipes that ship with this package."""
-    table = Table("recipe", "size", "scorer", "allocator", "selector", "merger")
+    table = Table("recipe", "size", "scorer", "allocator", "selector", "merger", "neutral to hits")
     for name in recipes.names():
         config = load_config(name)
         assert config is not None
         size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
         parts = (config.scorer, config.allocator, config.selector, config.merger)
-        table.add_row(name, size, *(part.name() for part in parts))
+        neutral = "yes" if config.is_neutral_to_hits else "no"
+        table.add_row(name, size, *(part.name() for part in parts), neutral)
     Console().print(table)
 
 
@@ -119,6 +120,17 @@ def show(recipe: Annotated[str, typer.Argument(help="Recipe or YAML file.")]) ->
     if config is None:
         raise ConfigError(f"recipe={recipe!r} compresses nothing: name a recipe.")
     Console().print_json(data=config.to_dict())
+    # Beside the JSON, which may be piped into a file.
+    Console(stderr=True).print(_neutrality(config), style="dim")
+
+
+def _neutrality(config: KVCompressionConfig) -> str:
+    if config.is_neutral_to_hits:
+        return "Hits in the prefix cache, preemptions and chunks change no answer of this recipe."
+    return (
+        "Which queries score depends on hits in the prefix cache, so answers may, too: set "
+        "global_queries to a number and sample_stride to 1 where that must not be."
+    )
 
 
 @app.command()

@@ -51,7 +51,7 @@ def test_recipes_are_listed_and_shown():
     listed = run("recipes").output
     for name in recipes.names():
         assert name in listed
-    shown = json.loads(run("show", "ems").output)
+    shown = json.loads(run("show", "ems").stdout)
     assert shown["scorer"]["name"] == "ems"
     assert shown["budget"] == 1024
 

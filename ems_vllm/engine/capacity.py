@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.engine.memory import Footprint
     from ems_vllm.plan import PlanSettings
 
 
@@ -56,11 +57,13 @@ def log_start(
     kv_cache_config: KVCacheConfig,
     layers: Mapping[str, Any],
     max_model_len: int,
+    footprint: Footprint,
 ) -> None:
-    """Say which recipe runs, what it leaves alone, and how many requests fit.
+    """Say which recipe runs, what it leaves alone and takes, and how many requests fit.
 
     Args:
         layers: vLLM's attention layers by name.
+        footprint: What this worker holds beside the cache.
     """
     parts = " x ".join(
         f"{key}={getattr(config, key).name()}"
@@ -90,6 +93,14 @@ def log_start(
         len(compressed),
         len(specs),
         choose_layers(others, layers, config.scorer).describe_kept(),
+    )
+    blocks = kv_cache_config.num_blocks
+    logger.info(
+        "KV-cache compression: beside the cache %.1f MiB of scores, %.1f MiB of recorded queries "
+        "and %.1f MiB of workspace on each worker.",
+        footprint.score_bytes(blocks) / 2**20,
+        footprint.ring_bytes(blocks) / 2**20,
+        footprint.workspace_bytes / 2**20,
     )
     if len(kv_cache_config.kv_cache_groups) > 1 or not compressed:
         return

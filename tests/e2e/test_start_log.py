@@ -13,6 +13,16 @@ def test_log_names_the_recipe(server: Server) -> None:
     assert "KV-cache compression: 4 of 4 layers compressed; left alone: none." in log
 
 
+def test_log_says_what_lies_beside_the_cache(server: Server) -> None:
+    found = re.search(
+        r"beside the cache ([\d.]+) MiB of scores, ([\d.]+) MiB of recorded queries and "
+        r"([\d.]+) MiB of workspace",
+        server.log(),
+    )
+    assert found is not None
+    assert all(float(size) > 0 for size in found.groups())
+
+
 def test_log_compares_capacity(server: Server) -> None:
     capacity = re.search(
         r"requests of (\d+) tokens that fit: ([\d.]+) dense \((\d+) blocks each\), "

@@ -160,6 +160,7 @@ class CompressionWorkerMixin(_Base):
                 kv_cache_config,
                 layers,
                 self.model_config.max_model_len,
+                self._footprint(),
             )
 
     def _build_group(
