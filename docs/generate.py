@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ems_vllm.config import recipes
+from ems_vllm.config import load_config, recipes
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, Refusal
 from ems_vllm.patches.catalogue import PATCHES
@@ -145,7 +145,9 @@ def configuration() -> str:
         "|---|---|---|",
     ]
     for name, field in KVCompressionConfig.model_fields.items():
-        default = "set by the recipe" if field.is_required() else f"`{field.default}`"
+        # One default depends on other settings; shown is what a recipe without more gets.
+        value = getattr(load_config("ems"), name) if field.default_factory else field.default
+        default = "set by the recipe" if field.is_required() else f"`{value}`"
         lines.append(f"| `{name}` | {default} | {described[name]} |")
     lines += ["", f"Recipes: {', '.join(f'`{name}`' for name in recipes.names())}.", ""]
     for registry in (SCORERS, ALLOCATORS, SELECTORS, MERGERS):

@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     from ems_vllm.plan import PlanSettings
 
 # Constants of the ring's size (ours). Rows for prompts that end in the same step or two:
-_MIN_ROWS = 16
+_MIN_ROWS = 8
 # Times as many rows as decoding requests use on average:
-_SPARE = 2
+_SPARE = 1.5
 # Entries of a request where the budget is a fraction of the prompt:
 _TYPICAL_BUDGET = 1024
 

@@ -47,9 +47,7 @@ from ems_vllm.eval.server import Server
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 16
 BUDGET, RECENT_WINDOW, INTERVAL = 96, 32, 32
-_SETTINGS = json.dumps(
-    {"budget": BUDGET, "recent_window": RECENT_WINDOW, "recompress_interval": INTERVAL}
-)
+_SETTINGS = {"budget": BUDGET, "recent_window": RECENT_WINDOW, "recompress_interval": INTERVAL}
 _NUM_AFTERWARDS = 8
 _NUM_MEMORY_SAMPLES = 40
 # Each client's requests, on average, below which a server is still warming up.
@@ -63,14 +61,12 @@ class Configuration:
 
     Attributes:
         recipe: None: vLLM alone.
-        is_salted: Whether requests are kept from sharing prefixes; the prefix cache is on, and a
-            preempted request may find its own prompt in it.
-        hits_change_answers: Whether a recipe's scores depend on which queries a hit spares.
+        hits_change_answers: All queries of a prompt score that are computed, so answers depend on
+            what a hit spares.
     """
 
     name: str
     recipe: str | None = None
-    is_salted: bool = False
     hits_change_answers: bool = False
 
     def arguments(self, max_len: int = MAX_LEN) -> list[str]:
@@ -82,22 +78,26 @@ class Configuration:
             *("--dtype", "float32", "--enable-prompt-tokens-details"),
         ]
         if self.recipe is not None:
-            arguments += ["--kv-compression", self.recipe, "--kv-compression-config", _SETTINGS]
+            settings: dict[str, object] = dict(_SETTINGS)
+            if self.hits_change_answers:
+                settings["global_queries"] = "all"
+            arguments += ["--kv-compression", self.recipe]
+            arguments += ["--kv-compression-config", json.dumps(settings)]
         return arguments
 
     def expectation(self, cases: Sequence[Case]) -> Expectation:
         exact = {i for i, case in enumerate(cases) if _is_never_compressed(case)}
         return Expectation(
-            hits=not self.is_salted,
             exact_cases=frozenset(exact) if self.hits_change_answers else None,
         )
 
 
+DENSE = "dense"
 CONFIGURATIONS = (
-    Configuration("dense"),
+    Configuration(DENSE),
     Configuration("knorm", "knorm"),
-    Configuration("ems", "ems", is_salted=True),
-    Configuration("ems, prefixes shared", "ems", hits_change_answers=True),
+    Configuration("ems", "ems"),
+    Configuration("ems, all queries score", "ems", hits_change_answers=True),
 )
 
 
@@ -175,13 +175,11 @@ def measure(
     )
 
 
-def _beside_dense(
-    result: Result, alone: dict[str | None, list[Answer]], recipe: str | None
-) -> Result:
+def _beside_dense(result: Result, alone: dict[str, list[Answer]]) -> Result:
     """The result with the number of answers that compression itself changes."""
-    if recipe is None or None not in alone:
+    if result.name == DENSE or DENSE not in alone:
         return result
-    pairs = zip(alone[recipe], alone[None], strict=True)
+    pairs = zip(alone[result.name], alone[DENSE], strict=True)
     return replace(result, num_unlike_dense=sum(a.token_ids != b.token_ids for a, b in pairs))
 
 
@@ -252,7 +250,7 @@ def main() -> int:
     cases = make_cases(options.clients, options.seed)
     jobs = make_jobs(cases, options.requests, options.seed + 1)
     results = []
-    alone: dict[str | None, list[Answer]] = {}
+    alone: dict[str, list[Answer]] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder, "model"))
         for configuration in CONFIGURATIONS:
@@ -260,24 +258,21 @@ def main() -> int:
                 continue
             log = Path(folder, "server.log")
             with Server(model, configuration.arguments(), log) as server:
-                # Without hits they depend on the recipe alone.
-                if configuration.recipe not in alone:
-                    console.print(f"{configuration.name}: every request alone ...")
-                    alone[configuration.recipe] = answers_alone(server, cases)
+                console.print(f"{configuration.name}: every request alone ...")
+                right = alone[configuration.name] = answers_alone(server, cases)
                 console.print(f"{configuration.name}: all clients at once ...")
                 result = measure(
                     server,
                     configuration.name,
                     configuration.expectation(cases),
                     cases,
-                    alone[configuration.recipe],
+                    right,
                     jobs,
                     options.clients,
-                    is_salted=configuration.is_salted,
                     has_memory=options.requests >= _WARM_UP * options.clients,
                 )
             console.print(f"{configuration.name}: {result.wall_s:.0f} s")
-            results.append(_beside_dense(result, alone, configuration.recipe))
+            results.append(_beside_dense(result, alone))
     console.print(table(results))
     violations = [sentence for result in results for sentence in result.violations()]
     if options.output is not None:

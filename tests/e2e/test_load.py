@@ -97,7 +97,6 @@ def test_every_answer_is_the_one_the_request_gets_alone(
         alone,
         JOBS,
         NUM_CLIENTS,
-        is_salted=configuration.is_salted,
     )
     assert result.violations() == []
     assert result.num_left_streaming > 0
