@@ -34,6 +34,9 @@ class Planner:
         num_blocks: Blocks of the cache.
         max_num_seqs: Most requests that run at a time.
         decode_query_len: Tokens of a decoding request in a step, drafts included.
+        cuts_anywhere: Whether a chunk may end wherever it suits. Where states of Mamba layers are
+            cached, vLLM cuts at blocks; then a request that is short of something waits instead of
+            advancing a little, and a last chunk may look like a decoding step.
     """
 
     def __init__(
@@ -42,10 +45,12 @@ class Planner:
         num_blocks: int,
         max_num_seqs: int,
         decode_query_len: int,
+        cuts_anywhere: bool = True,
     ) -> None:
         self.requests: dict[str, TrackedRequest] = {}
         self._managers = list(managers)
         self._decode_query_len = decode_query_len
+        self._cuts_anywhere = cuts_anywhere
         observation = managers[0].kv_cache_spec.observation
         self._obs_window = observation.obs_window
         self._scores = observation.score_tokens is not None
@@ -131,16 +136,20 @@ class Planner:
         if scores:
             needed_from = min(tracked.first_scored_query, recorded_from)
             if start + num_tokens > needed_from and not self._dealer.deal_pages(tracked):
-                num_tokens = max(0, needed_from - start)
+                num_tokens = self._until(needed_from, start)
         if (
             self._obs_window
             and start + num_tokens > recorded_from
             and not self._dealer.deal_row(tracked)
         ):
-            num_tokens = max(0, recorded_from - start)
-        if scores:
+            num_tokens = self._until(recorded_from, start)
+        if scores and self._cuts_anywhere:
             num_tokens = self._unlike_decoding(tracked.prompt_len - start, num_tokens)
         return num_tokens
+
+    def _until(self, position: int, start: int) -> int:
+        """Tokens to a position from which on something is needed that there is none of."""
+        return max(0, position - start) if self._cuts_anywhere else 0
 
     def _unlike_decoding(self, remaining: int, num_tokens: int) -> int:
         """A chunk of a prompt that is longer than a decoding step, and leaves such a one.

@@ -43,6 +43,7 @@ class CompressionSchedulerMixin(_Base):
             num_blocks=self.kv_cache_config.num_blocks,
             max_num_seqs=self.max_num_running_reqs,
             decode_query_len=1 + self.num_spec_tokens,
+            cuts_anywhere=not self.need_mamba_block_aligned_split,
         )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:

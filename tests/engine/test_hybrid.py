@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engine import tiny_models
+from engine.arrivals import Arrival, serve
 from engine.harness import engine, tokens
 from engine.tiny_models import MAX_MODEL_LEN
 
@@ -117,6 +118,26 @@ def test_preempted_requests_of_a_model_with_states_give_the_same_answers(folder)
         assert probe.generate(prompts, 80) == expected
         assert probe.num_preemptions > 0
         probe.assert_pool_is_empty()
+
+
+def test_prompts_that_end_just_behind_a_block_are_served(folder):
+    """Where states are cached, vLLM ends chunks at blocks; whoever waits must not wait for ever."""
+    compression = settings(64, "ems", query_ring_rows=1)
+    with engine(compression, folder("lfm2"), **OPTIONS) as probe:
+        assert probe.scheduler.need_mamba_block_aligned_split
+        block_size = probe.scheduler.cache_config.block_size
+        count = -(-400 // block_size)
+        arrivals = [
+            Arrival(0, tokens(count * block_size + beyond, seed=beyond), MAX_TOKENS)
+            for beyond in (0, 1, 2)
+        ]
+
+        def limit(step):
+            assert step < 1000, "no progress"
+
+        outputs = serve(probe, arrivals, limit)
+        assert {len(output.outputs[0].token_ids) for output in outputs} == {MAX_TOKENS}
+        assert probe.stats()["num_compactions"] >= 3
 
 
 def test_scores_and_cache_together_fit_the_memory(folder):
