@@ -7,6 +7,7 @@ memory. So compression is refused until somebody has read the new code.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -60,6 +61,7 @@ class Contract:
         return hashlib.sha256(_source(self.target).encode()).hexdigest()
 
 
+@functools.cache
 def _source(target: str) -> str:
     """The source of a function as inspect.getsource gives it, read from the file.
 

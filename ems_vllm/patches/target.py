@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import inspect
@@ -108,6 +109,7 @@ def check_code(target: str, function: Callable[..., Any], tested: Mapping[str, s
         )
 
 
+@functools.cache
 def source_sha256(target: str, function: Callable[..., Any]) -> str:
     """Hash of a function's source text.
 

@@ -10,6 +10,7 @@ import pkgutil
 import pytest
 
 import ems_vllm.patches
+from ems_vllm.patches import target as targets
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.record import Patch, PatchError
 from ems_vllm.patches.target import fits, resolve
@@ -161,6 +162,8 @@ def test_vllm_without_sources_is_refused(monkeypatch):
         raise OSError("could not get source code")
 
     monkeypatch.setattr(inspect, "getsource", missing)
+    # Read once, a source is known.
+    targets.source_sha256.cache_clear()
     with pytest.raises(PatchError, match="source is missing: install vLLM"):
         make("method", source_sha256={"0.32.0": "0" * 64}).apply()
 
