@@ -35,7 +35,7 @@ class PlanSettings:
     recent_window: int
     recompress_interval: int
     min_blocks_saved: int
-    global_queries: int | None
+    global_queries: int | None = None
     allow_off: bool = True
     max_budget: int | None = None
 

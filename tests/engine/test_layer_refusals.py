@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine import capacity
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.observation import ObservationSettings
 from ems_vllm.policies.policy import Policy
 
 CONFIG = load_config({"recipe": "ems", "budget": 64})
@@ -71,7 +72,8 @@ def spec(cls=FullAttentionSpec, **fields):
 
 
 def compressed():
-    return spec(CompressedAttentionSpec, settings=CONFIG.plan_settings)
+    observation = ObservationSettings(obs_window=16, score_tokens=8192, ring_rows=None)
+    return spec(CompressedAttentionSpec, settings=CONFIG.plan_settings, observation=observation)
 
 
 def configs_of_stages(*stages):
@@ -110,7 +112,9 @@ def test_the_log_gives_the_reasons_that_only_layers_know():
         impl=SimpleNamespace(logits_soft_cap=50.0), dtype=torch.float32, kv_cache_dtype="auto"
     )
     logger = mock.Mock()
-    capacity.log_start(logger, CONFIG, config, {"capped": capped}, 512)
+    sizes = mock.Mock(workspace_bytes=0)
+    sizes.score_bytes.return_value = sizes.ring_bytes.return_value = 0
+    capacity.log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
     lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
     assert any(
         "0 of 1 layers compressed; left alone: 1 layers: soft-capped" in line for line in lines

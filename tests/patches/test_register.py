@@ -21,8 +21,11 @@ SETTINGS = {"kv_compression": {"recipe": "ems"}}
 
 
 @pytest.fixture(autouse=True)
-def _put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def _put_back(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """Every test starts with vLLM's own functions, and leaves things as they were."""
+    # vLLM's loggers do not propagate once it has set them up, and other tests make them quiet.
+    caplog.set_level(logging.WARNING, logger="vllm.ems")
+    monkeypatch.setattr(logging.getLogger("vllm.ems"), "handlers", [caplog.handler])
     # Loaded within a test, it would be undone with the test and never loaded again.
     load_general_plugins()
     for owner, name in (
