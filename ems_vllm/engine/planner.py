@@ -152,10 +152,10 @@ class Planner:
         return max(0, position - start) if self._cuts_anywhere else 0
 
     def _unlike_decoding(self, remaining: int, num_tokens: int) -> int:
-        """A chunk of a prompt that is longer than a decoding step, and leaves such a one.
+        """At most `num_tokens`, so that this chunk and what is left exceed a decoding step.
 
-        A batch in which no request has more tokens than a decoding one replays the CUDA graph of
-        decoding batches, which scores nothing.
+        0 where that cannot be. A batch in which no request has more tokens than a decoding one
+        replays the CUDA graph of decoding batches, which scores nothing.
         """
         longest = self._decode_query_len
         if num_tokens < remaining <= num_tokens + longest:
