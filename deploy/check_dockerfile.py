@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SYSTEM_COMMANDS = ("apt-get", "useradd")
 START_SECONDS = 180
+PRETRAINED = ("smollm2", "gemma3-270m")
 
 
 def instructions(dockerfile: Path) -> list[tuple[str, str]]:
@@ -67,7 +68,8 @@ class Image:
         for source in map(ROOT.joinpath, sources):
             destination = self.workdir / target
             if source.is_dir():
-                ignore = shutil.ignore_patterns("*.so", "__pycache__", "random-*")
+                # As .dockerignore has it.
+                ignore = shutil.ignore_patterns("*.so", "__pycache__", "random-*", *PRETRAINED)
                 shutil.copytree(source, destination, symlinks=True, ignore=ignore)
             else:
                 destination.mkdir(parents=True, exist_ok=True)

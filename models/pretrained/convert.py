@@ -7,6 +7,7 @@ Needs the packages of requirements/models.txt (download.use_tools).
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ def convert(gguf: Path, folder: Path, name: str) -> None:
         folder: Where to.
         name: Under which the model was published.
     """
-    # As late as this, so that a model that is there already costs no import.
+    # Everything is in the file. huggingface_hub reads this when it is imported, which is as late as
+    # this, so that a model that is there already costs no import.
+    os.environ["HF_HUB_OFFLINE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GgufConfig
     from transformers.utils import logging
@@ -49,6 +52,8 @@ def convert(gguf: Path, folder: Path, name: str) -> None:
         pad_token_id=config.pad_token_id,
     )
     model.save_pretrained(folder)
+    # safetensors lets nobody else read it, such as the user of a container.
+    (folder / "model.safetensors").chmod(0o644)
     tokenizer.save_pretrained(folder)
     _edit(folder / "config.json", {"_name_or_path": name})
     _edit(folder / "generation_config.json", {})

@@ -4,7 +4,7 @@
 #   .gpu/site.tar.xz         Python packages, vLLM among them (site.sh)
 #   .gpu/extension.tar.xz    this package's extension, where nvcc is (extension.py)
 #   .gpu/commit              what is checked
-#   .gpu/model/, .gpu-model/ a real model, where it can be had (model.sh)
+#   .gpu/model/, .gpu-model/ a real model, where it can be had (model.py)
 # What is in build/gpu-pack/ from the last time, and is packed from the same, is taken again.
 #   PYTHON         a Python with torch, pip and transformers
 #   GPU_PYTHON312  a Python 3.12, for its headers
@@ -40,8 +40,9 @@ cd "$here"
 mkdir -p "$cache"
 step site site.sh thin_fatbin.py requirements.txt "$root/requirements/cuda.txt" -- \
   bash site.sh "$cache/site.tar.xz"
-step model model.sh model.txt model.py pack.sh ../gguf_llama.py ../gguf_to_hf.py \
-  ../packed_model.py -- bash model.sh "$cache/model" "$first_part_bytes" ||
+step model model.py pack.sh ../gguf_llama.py ../packed_model.py "$root"/models/get.py \
+  "$root"/models/pretrained/*.py "$root/requirements/models.txt" -- \
+  "$PYTHON" model.py smollm2 "$cache/model" --parts "$first_part_bytes" ||
   echo "The model could not be packed: real_model.sh needs one from elsewhere."
 "$PYTHON" extension.py "$cache/extension.tar.xz" --headers-of "${GPU_PYTHON312:-python3.12}" || {
   rm -f "$cache/extension.tar.xz"
