@@ -22,14 +22,13 @@ from ems_vllm.eval.pool import read
 
 HERE = Path(__file__).resolve().parent
 TEXT = HERE / "text" / "hound_of_the_baskervilles_1_2.txt"
-QUESTION = "QUESTION_HERE"
+QUESTION = "What date is on the stick?"
 PROMPT = """Read the text and answer the question.
 
 Text:
 {text}
 
-Question: {question}
-Answer from the text, in one short sentence."""
+Question: {question}"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,7 @@ def main() -> int:
         for name, xargs in (("full cache", {"kv_compression": "off"}), ("compressed", compressed)):
             answer = ask(options.url, model, prompt, xargs)
             print(f"{name:>10}: {answer.text}")
-            print(f"{'':>10}  {answer.num_tokens:,} tokens in {answer.num_blocks:,} blocks")
+            print(f"{'':>10}    {answer.num_tokens:,} tokens in {answer.num_blocks:,} blocks")
     except APIConnectionError:
         print(f"No server answers at {options.url}: start one with `make serve`.", file=sys.stderr)
         return 1

@@ -3,8 +3,8 @@
 
 Usage: python models/get.py smollm2|gemma3-270m [--out FOLDER] [--cache FOLDER]
 
-A model that is there already, and is still what the catalogue says, is left as it is. Needs torch and transformers (`make setup`); what
-else it needs it installs into the cache.
+A model that is there already, and is still what the catalogue says, is left as it is. Needs
+torch and transformers (`make setup`); what else it needs it installs into the cache.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import shutil
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
 from pretrained.card import STAMP, origin, write_documents
 from pretrained.catalogue import MODELS
 from pretrained.convert import convert
 from pretrained.download import CACHE, GetError, assemble, fetch_wheels, use_tools
+
+HERE = Path(__file__).resolve().parent
 
 
 def get(name: str, out: Path = HERE, cache: Path = CACHE) -> bool:
@@ -68,6 +67,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     print(f"{options.out / options.name}: {'made' if made else 'there already'}")
+    if made:
+        print(MODELS[options.name].note)
     return 0
 
 

@@ -106,7 +106,7 @@ MODELS = {
         quantization="Q4_K_M",
         note="A base model, not tuned to follow instructions: 18 layers of which 3 see everything "
         "and 15 the last 512 tokens, 4 query heads, 1 kv_head, head_size 256, context 32,768. "
-        "Every prompt must begin with `<bos>`, which the tokenizer adds. Use is subject to the "
-        "Gemma Terms of Use: GEMMA_TERMS.html.",
+        "Every prompt must begin with `<bos>`, which the tokenizer adds. Gemma is provided "
+        "under and subject to the Gemma Terms of Use, which lie beside it as GEMMA_TERMS.html.",
     ),
 }

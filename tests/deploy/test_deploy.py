@@ -92,9 +92,16 @@ def test_gpu_image_is_the_pinned_vllm() -> None:
     assert f"VLLM_IMAGE=vllm/vllm-openai:v{VLLM_VERSION}" in arguments
 
 
-def test_cpu_image_serves_the_tiny_model_with_compression() -> None:
+def test_cpu_image_serves_a_pretrained_model_with_compression() -> None:
     arguments = json.loads(final_stage(ROOT / "Dockerfile.cpu")["CMD"])
-    assert arguments[0] == "models/ems-tiny"
+    assert arguments[0] == "models/smollm2"
+    made = [
+        rest
+        for keyword, rest in instructions(ROOT / "Dockerfile.cpu")
+        if keyword == "RUN" and "make model-smollm2" in rest
+    ]
+    # Its downloads would stay in the image.
+    assert made[0].endswith("rm -rf build")
     assert accepted_by_vllm(arguments).kv_compression == "ems"
 
 

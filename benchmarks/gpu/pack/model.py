@@ -19,14 +19,16 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[3]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "models")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[3] / "models"))
 
+from get import HERE as MODELS_FOLDER
 from get import get
-from gpu.gguf_llama import hf_name, hf_weight, planes, values
-from gpu.packed_model import PackedTensor, compressed, part_name, write_index
 from pretrained.catalogue import MODELS
 from pretrained.download import GetError, fetch_gguf, use_tools
+
+from gpu.gguf_llama import hf_name, hf_weight, planes, values
+from gpu.packed_model import PackedTensor, compressed, part_name, write_index
 
 
 def pack(gguf: Path, converted: Path, out: Path, part_bytes: Sequence[int]) -> None:
@@ -91,7 +93,7 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     shutil.rmtree(options.out, ignore_errors=True)
-    pack(gguf, ROOT / "models" / options.name, options.out, options.parts)
+    pack(gguf, MODELS_FOLDER / options.name, options.out, options.parts)
     return 0
 
 
