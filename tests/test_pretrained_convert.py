@@ -83,6 +83,7 @@ assert ids == [1] * begins + [6, 5], ids
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("begins", [True, False])
 def test_weights_tokenizer_and_settings(begins: bool, tmp_path: Path) -> None:
     paths = [str(_TOOLS), *sys.path] if _TOOLS.is_dir() else sys.path
