@@ -3,19 +3,25 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch.nn.functional import normalize
 
 from ems_vllm import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Keys that are gathered at a time, with what is made of them.
-KEY_SLICE_BYTES = 16 << 20
+# Keys or values that are gathered at a time, with what is made of them.
+SLICE_BYTES = 32 << 20
+
+# Layer, rows and columns.
+_Place = tuple[int, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,12 @@ class CompactionContext:
         """[1, num_rows, 1, max_entries], bool: the entry exists in this row."""
         return (self._entries < self.num_entries[:, None])[None, :, None, :]
 
+    @cached_property
+    def is_eligible(self) -> Tensor:
+        """[1, num_rows, 1, max_entries], bool: the entry exists and is not protected."""
+        is_free = (self._entries >= self.num_protected[:, None])[None, :, None, :]
+        return is_free.logical_and_(self.is_entry)
+
     @property
     def _entries(self) -> Tensor:
         """[max_entries], int32: 0, 1, 2, ..."""
@@ -164,33 +176,92 @@ class CompactionContext:
         return scores
 
     def key_norms(self) -> Tensor:
-        """Euclidean norms of the entries' keys, as stored, gathered `KEY_SLICE_BYTES` at a time.
+        """Euclidean norms of the entries' keys, as stored.
 
         Returns:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
             entries.
         """
-        num_columns = -(-self.max_entries // self.block_size)
-        columns = self.block_table[:, :num_columns].flatten()
-        # Every block of every layer.
-        layers = torch.arange(self.num_layers, device=columns.device)
-        layers = layers.repeat_interleave(len(columns))
-        blocks = columns.long().repeat(self.num_layers)
-        _, _, *block_shape, head_size = self.key_cache.shape
-        norms = torch.empty((len(blocks), *block_shape), device=columns.device)
-        # Beside what is gathered: a float8 key in bfloat16, and the float32 that torch computes in.
-        block_bytes = norms[:1].numel() * head_size * (self.key_cache.itemsize + 2 + 4)
-        step = max(1, KEY_SLICE_BYTES // block_bytes)
-        for at in range(0, len(blocks), step):
-            part = slice(at, at + step)
-            norms[part] = _norms(self.key_cache[layers[part], blocks[part]])
-        by_row = norms.unflatten(0, (self.num_layers, self.num_rows, num_columns))
-        return by_row.transpose(2, 3).flatten(3)[..., : self.max_entries]
+        return self._each(self.key_cache, lambda at, keys: _norms(keys))
+
+    def value_norms(self) -> Tensor:
+        """Euclidean norms of the entries' values, as stored; like key_norms."""
+        return self._each(self.value_cache, lambda at, values: _norms(values))
+
+    def key_distinctness(self) -> Tensor:
+        """How little an entry's key resembles the other keys of its kv_head.
+
+        Paper: Park et al. 2025, KeyDiff, arXiv:2504.15364: the cosine of a key with the mean of all
+        keys' directions says how redundant it is. Here it is 1 minus that, so that it is positive.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, max_entries], float32, in [0, 2]; anything beyond
+            a row's entries.
+        """
+        slots = torch.arange(self._num_columns * self.block_size, device=self.block_table.device)
+        is_entry = (slots < self.num_entries[:, None]).view(self.num_rows, self._num_columns, -1)
+        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.key_cache.shape[-1])
+        means = torch.zeros(shape, device=slots.device)
+        for (layer, rows, columns), keys in self._slices(self.key_cache):
+            is_key = is_entry[rows, columns, None, :, None]
+            # No product: a slot that holds no entry may hold anything, NaN included.
+            means[layer, rows] += _units(keys).masked_fill_(~is_key, 0.0).sum((1, 3))
+        means = normalize(means, dim=-1)
+
+        def cosines(at: _Place, keys: Tensor) -> Tensor:
+            layer, rows, _ = at
+            return (_units(keys) @ means[layer, rows, None, :, :, None]).squeeze(-1)
+
+        return self._each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
+
+    def _each(self, cache: Tensor, value_of: Callable[[_Place, Tensor], Tensor]) -> Tensor:
+        """One number for each entry, from its key or value, in the shape of a score.
+
+        Args:
+            value_of: [rows, columns, num_kv_heads, block_size], float32, of what _slices yields.
+        """
+        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self._num_columns)
+        found = torch.empty((*shape, self.block_size), device=cache.device)
+        for at, vectors in self._slices(cache):
+            layer, rows, columns = at
+            found[layer, rows, :, columns] = value_of(at, vectors).transpose(1, 2)
+        return found.flatten(3)[..., : self.max_entries]
+
+    @property
+    def _num_columns(self) -> int:
+        """Columns that hold entries to choose from, in the longest row."""
+        return -(-self.max_entries // self.block_size)
+
+    def _slices(self, cache: Tensor) -> Iterator[tuple[_Place, Tensor]]:
+        """All entries' keys or values, as many at a time as `SLICE_BYTES` allow.
+
+        Yields:
+            Layer, rows and columns, and [rows, columns, num_kv_heads, block_size, head_size].
+        """
+        num_numbers = math.prod(cache.shape[2:])
+        # Beside what is gathered: a float8 in bfloat16, and two tensors of float32 made of it.
+        num_blocks = max(1, SLICE_BYTES // (num_numbers * (cache.itemsize + 2 + 2 * 4)))
+        num_columns = min(self._num_columns, num_blocks)
+        num_rows = min(self.num_rows, max(1, num_blocks // num_columns))
+        for layer in range(self.num_layers):
+            for row in range(0, self.num_rows, num_rows):
+                rows = slice(row, row + num_rows)
+                for column in range(0, self._num_columns, num_columns):
+                    columns = slice(column, min(column + num_columns, self._num_columns))
+                    blocks = self.block_table[rows, columns].long()
+                    yield (layer, rows, columns), cache[layer, blocks]
 
 
-def _norms(keys: Tensor) -> Tensor:
+def _norms(vectors: Tensor) -> Tensor:
     """Over the last dimension, float32."""
-    if keys.dtype == torch.float8_e4m3fn:
-        # torch computes nothing in float8; bfloat16 holds every number of it.
-        keys = keys.to(torch.bfloat16)
-    return torch.linalg.vector_norm(keys, dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(_computable(vectors), dim=-1, dtype=torch.float32)
+
+
+def _units(vectors: Tensor) -> Tensor:
+    """Directions over the last dimension, float32; 0 for a vector of length 0."""
+    return normalize(_computable(vectors).float(), dim=-1)
+
+
+def _computable(vectors: Tensor) -> Tensor:
+    """torch computes nothing in float8; bfloat16 holds every number of it."""
+    return vectors.to(torch.bfloat16) if vectors.dtype == torch.float8_e4m3fn else vectors

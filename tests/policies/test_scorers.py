@@ -14,7 +14,7 @@ from policies.contexts import (
     entries,
 )
 
-from ems_vllm.config import load_config
+from ems_vllm.config import ConfigError, load_config
 
 ROWS = (
     Row(num_entries=64, tail=9, budget=24, seed=1),
@@ -62,16 +62,65 @@ def score(recipe):
     return context, load_config(recipe).scorer.score(context)
 
 
-def test_ems_is_the_mean_aligned_maximum_of_an_entry_and_those_before():
-    context, scores = score("ems")
+def forward_maximum(values, width):
+    return torch.stack([values[max(0, i + 1 - width) : i + 1].max() for i in range(len(values))])
+
+
+def test_ems_by_means_is_the_mean_aligned_maximum_of_an_entry_and_those_before():
+    context, scores = score({"recipe": "ems", "scorer": {"alignment": "mean"}})
     for row, layer, head in each_head():
         window = window_attention(context, row, layer, head)
         carry = accumulated_so_far(context, row, layer, head)
         aligned = torch.maximum(carry * window.mean() / carry.mean(), window)
-        expected = torch.stack([aligned[max(0, i - 12) : i + 1].max() for i in range(len(aligned))])
+        expected = forward_maximum(aligned, 13)
         got = scores.weights[layer, row, head, : len(expected)]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(scores.carry[layer, row, head, : len(carry)], carry)
+
+
+def test_ems_by_quantiles_keeps_what_each_order_claims_first():
+    """Entry by entry: the budget at which the first of the three orders wants it."""
+    options = {"local_share": 0.5, "key_share": 0.2, "local_first": 3, "kernel_size": 3}
+    context, scores = score({"recipe": "ems", "scorer": options})
+    for row, layer, head in each_head():
+        num_sinks, num_entries = int(context.num_protected[row]), int(context.num_entries[row])
+        window = window_attention(context, row, layer, head)
+        keys, values = (
+            entries(cache, context, row)[layer, head, :num_entries]
+            for cache in (context.key_cache, context.value_cache)
+        )
+        norms = values.norm(dim=-1)
+        units = keys / keys.norm(dim=-1, keepdim=True)
+        mean = units.mean(0) / units.mean(0).norm()
+        orders = (
+            (forward_maximum(window * norms, 3), 0.5, 3),
+            (accumulated_so_far(context, row, layer, head), 0.3, 0),
+            (forward_maximum((1 - units @ mean) * norms, 5), 0.2, 0),
+        )
+        claims = torch.full((num_entries,), torch.inf)
+        for values, share, first in orders:
+            order = num_sinks + values[num_sinks:].sort(descending=True, stable=True).indices
+            for rank, entry in enumerate(order.tolist()):
+                claim = rank / first if rank < first else 1 + (rank - first) / share
+                claims[entry] = min(claims[entry], claim)
+        got = scores.weights[layer, row, head]
+        torch.testing.assert_close(got[num_sinks:num_entries], 1 / (1 + claims[num_sinks:]))
+        assert (got[num_entries:] == 0).all()
+
+
+@pytest.mark.parametrize("share", ["local_share", "key_share"])
+def test_an_order_without_a_share_has_no_say(share):
+    context = build_context(ROWS)
+    both = {"local_share": 0.5, "key_share": 0.5, "local_first": 0, share: 0.0}
+    without = load_config({"recipe": "ems", "scorer": both}).scorer
+    changed = {"kernel_size": 1} if share == "local_share" else {"key_kernel_size": 1}
+    other = load_config({"recipe": "ems", "scorer": both | changed}).scorer
+    assert torch.equal(without.score(context).weights, other.score(context).weights)
+
+
+def test_shares_beyond_the_whole_are_refused():
+    with pytest.raises(ConfigError, match="local_share 0.8 and key_share 0.3"):
+        load_config({"recipe": "ems", "scorer": {"local_share": 0.8, "key_share": 0.3}})
 
 
 def test_h2o_is_the_accumulated_attention():

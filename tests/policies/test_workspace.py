@@ -160,5 +160,5 @@ def test_norms_of_slices_are_the_norms(monkeypatch):
     context = CompactionContext(**{**vars(context), "key_cache": cache, "block_table": table})
     expected = cache[:, table.long()].transpose(2, 3).flatten(3, 4).norm(dim=-1)
     for slice_bytes in (1, 20_000, 1 << 20):
-        monkeypatch.setattr(context_module, "KEY_SLICE_BYTES", slice_bytes)
+        monkeypatch.setattr(context_module, "SLICE_BYTES", slice_bytes)
         torch.testing.assert_close(context.key_norms(), expected)

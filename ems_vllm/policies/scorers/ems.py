@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, field_validator
-from torch import maximum, where
+import torch
+from pydantic import Field, field_validator, model_validator
 
+from ems_vllm.policies.alignment import Order, by_quantile
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
@@ -16,18 +19,30 @@ if TYPE_CHECKING:
 
     from ems_vllm.policies.context import CompactionContext
 
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Width = Annotated[int, Field(ge=1, le=63)]
+
 
 @SCORERS.register("ems")
 class EMSScorer(Scorer):
-    """Mean-aligned maximum of the accumulated and the recent attention, per kv_head.
+    """Accumulated and recent attention, and what the keys say, aligned and combined per kv_head.
 
     Paper: Li et al. 2024, arXiv:2412.08521. The structure (a global and a local accumulated
-    attention score, aligned by their means, combined by a maximum, for every head) is the paper's;
-    its exact form was not available to us, so this is our reading:
+    attention score, aligned, combined by a maximum, for every head) is the paper's. Its exact form
+    was not available to us; `alignment: mean` is our reading of it:
 
-        score = max(global * mean(local) / mean(global), local)
+        score = pooled(max(global * mean(local) / mean(global), local))
 
-    The maximum keeps what the whole prompt looked at as well as what the end of it looks at.
+    `alignment: quantile` (ours) aligns ranks instead of means (alignment.by_quantile), so that each
+    order fills its share of the budget:
+
+        local     pooled(recent attention * |v|)      what the end of the prompt asks for
+        global    accumulated attention               what running text needs
+        keys      pooled((1 - cos(k, mean k)) * |v|)  what stands out, whatever is asked later
+
+    The value's norm says how much an entry can change an output (Guo et al. 2024, VATP,
+    arXiv:2406.12335). The third order is KeyDiff's (Park et al. 2025, arXiv:2504.15364).
+
     Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
     global score of an entry grows by the attention of the recorded queries, which count for all
     tokens generated since the last compression (ours, `CompactionContext.accumulated_scores`).
@@ -35,16 +50,41 @@ class EMSScorer(Scorer):
     the copy begins, and reads on from there when the prompt has long been compressed.
     """
 
-    kernel_size: Annotated[int, Field(ge=1, le=63)] = 13
-    """Width of the pooling over neighbouring entries, odd; 1 switches it off."""
+    alignment: Literal["quantile", "mean"] = "quantile"
+    """How the orders get one measure: by their ranks (ours), or by their means."""
+
+    local_share: _Share = 0.4
+    """Part of the budget that recent attention fills; quantile alignment only."""
+
+    key_share: _Share = 0.3
+    """Part that distinct keys fill; accumulated attention fills the rest; quantile alignment only."""
+
+    local_first: Annotated[int, Field(ge=0, le=4096)] = 26
+    """Entries that recent attention fills before the others have their share: a tight budget keeps
+    what the question asks for. Two spans of the pooling; quantile alignment only."""
+
+    kernel_size: _Width = 13
+    """Width of the pooling of recent attention over neighbouring entries, odd; 1 switches it off."""
+
+    key_kernel_size: _Width = 5
+    """Width of the pooling of distinct keys; quantile alignment only."""
 
     pooling: Pooling = "forward"
     """How: avg, max, or forward, the maximum over an entry and those before it (ours)."""
 
-    _odd = field_validator("kernel_size")(odd)
+    _odd = field_validator("kernel_size", "key_kernel_size")(odd)
 
     sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
     """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
+
+    @model_validator(mode="after")
+    def _shares_are_parts_of_one(self) -> EMSScorer:
+        if self.local_share + self.key_share > 1:
+            raise ValueError(
+                f"local_share {self.local_share} and key_share {self.key_share} make more than the "
+                "whole budget; lower one of them"
+            )
+        return self
 
     @property
     def uses_global(self) -> bool:
@@ -58,15 +98,43 @@ class EMSScorer(Scorer):
     def uses_window(self) -> bool:
         return True
 
+    @property
+    def num_score_tensors(self) -> int:
+        # Beside window, carry, norms and claims: what is sorted, places as int64, and ranks.
+        return 10 if self.alignment == "quantile" else super().num_score_tensors
+
+    @property
+    def scratch_bytes(self) -> int:
+        return SLICE_BYTES if self.alignment == "quantile" else 0
+
     def score(self, context: CompactionContext) -> Scores:
         window = context.window_scores()
         carry = context.accumulated_scores(window)
-        weights = maximum(carry * _mean_ratio(window, carry), window, out=window)
-        return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
+        if self.alignment == "mean":
+            weights = torch.maximum(carry * _mean_ratio(window, carry), window, out=window)
+            return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
+        orders = self._orders(context, window, carry)
+        return Scores(by_quantile(orders, context.is_eligible, context.is_entry), carry)
+
+    def _orders(self, context: CompactionContext, window: Tensor, carry: Tensor) -> Iterator[Order]:
+        """One at a time, because each is as large as all scores."""
+        # Without the rest that is left of two numbers like 0.7 and 0.3.
+        global_share = round(1 - self.local_share - self.key_share, 9)
+        norms = context.value_norms().masked_fill_(~context.is_entry, 0.0)
+        if self.local_share:
+            local = pool(window.mul_(norms), context.is_entry, self.kernel_size, self.pooling)
+            yield Order(local, self.local_share, self.local_first)
+            del local
+        if global_share:
+            yield Order(carry, global_share)
+        if self.key_share:
+            keys = norms.mul_(context.key_distinctness()).masked_fill_(~context.is_entry, 0.0)
+            keys = pool(keys, context.is_entry, self.key_kernel_size, self.pooling)
+            yield Order(keys, self.key_share)
 
 
 def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:
     """mean(window) / mean(carry) over the entries of a head; 0 where nothing was accumulated."""
     # Both are 0 beyond a row's entries, so the ratio of sums is the ratio of means.
     total = carry.sum(-1, keepdim=True)
-    return where(total > 0, window.sum(-1, keepdim=True) / total, 0.0)
+    return torch.where(total > 0, window.sum(-1, keepdim=True) / total, 0.0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
-from ems_vllm.policies.context import KEY_SLICE_BYTES
+from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -26,7 +26,7 @@ class KnormScorer(Scorer):
 
     @property
     def scratch_bytes(self) -> int:
-        return KEY_SLICE_BYTES
+        return SLICE_BYTES
 
     def score(self, context: CompactionContext) -> Scores:
         weights = context.key_norms().add_(_EPS).reciprocal_()
