@@ -42,6 +42,37 @@ class KeyValueRetrieval(Task):
         )
 
 
+@TASKS.register("kv_words")
+class KeyValueWords(Task):
+    """The number beside one word, in a list of as many as fit; its depth goes through the grid.
+
+    Ours, for models to which UUIDs are too long.
+    """
+
+    metric = "first_number"
+    max_tokens = 12
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        depth = self.options.depths[key.index % len(self.options.depths)]
+
+        def build(size: int) -> Question:
+            rng = generator(key)
+            names = list(dict.fromkeys(words.pair(rng) for _ in range(size)))
+            numbers = {name: words.number(rng, 4) for name in names}
+            asked, *listed = names
+            listed.insert(round(depth * len(listed)), asked)
+            return Question(
+                instruction="A list of words and their numbers follows.\n",
+                document="\n".join(f"{name}: {numbers[name]}" for name in listed),
+                question=f"\n\nWhat is the number of {asked} in the list?",
+                answer_prefix=f"\n{asked}:",
+                references=(numbers[asked],),
+                depth=depth,
+            )
+
+        return self.fitted(key, tokenizer, build, minimum=2)
+
+
 @TASKS.register("kv_retrieval_75")
 class KeyValueRetrieval75(KeyValueRetrieval):
     """The same with 75 pairs, the smallest setting of the paper, whatever the length."""

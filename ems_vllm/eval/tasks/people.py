@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Questions about one of many people: extraction where every sentence looks like the others. Ours."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from ems_vllm.eval import words
+from ems_vllm.eval.question import Question
+from ems_vllm.eval.sample import Key, Sample, generator
+from ems_vllm.eval.tasks.base import TASKS, Task
+from ems_vllm.eval.tokenizer import Tokenizer
+
+_FIRST = (
+    "Ada Albert Alice Anna Arthur Bella Carl Clara Daniel David Edith Edward Ella Emma Felix Frank "
+    "George Grace Hannah Harry Helen Henry Ida Jack James Jane John Julia Karl Kate Laura Leo Lucy "
+    "Mark Martha Mary Max Nora Oscar Paul Peter Rosa Ruth Sarah Simon Sophie Thomas Walter William"
+).split()
+_TRADES = (
+    "baker banker barber brewer butcher carpenter clerk cook dentist doctor farmer fisherman "
+    "gardener hunter jeweller judge lawyer librarian mason miller miner musician nurse painter "
+    "pilot plumber poet potter printer sailor sculptor shepherd smith soldier surgeon tailor "
+    "teacher weaver writer"
+).split()
+_ENDINGS = ("bridge", "burg", "dale", "field", "ford", "ham", "hill", "mouth", "port", "ton")
+
+
+@dataclass(frozen=True)
+class _Person:
+    name: str
+    trade: str
+    town: str
+    year: int
+
+    @classmethod
+    def draw(cls, rng: random.Random) -> _Person:
+        family = f"{rng.choice(words.ADJECTIVES)}{rng.choice(('man', 'ley', 'son', 'well', 'er'))}"
+        return cls(
+            name=f"{rng.choice(_FIRST)} {family.capitalize()}",
+            trade=rng.choice(_TRADES),
+            town=f"{rng.choice(words.NOUNS)}{rng.choice(_ENDINGS)}".capitalize(),
+            year=rng.randrange(1800, 2000),
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name} was born in the year {self.year} in the town of {self.town} and worked "
+            f"as a {self.trade}."
+        )
+
+
+@TASKS.register("people")
+class People(Task):
+    """The town, the trade or the year of birth of one of as many people as fit."""
+
+    metric = "string_match_all"
+    max_tokens = 16
+
+    def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
+        rng = generator(key)
+        asked = _Person.draw(rng)
+        what = rng.choice(("town", "trade", "year"))
+        question, prefix, answer = {
+            "town": (
+                f"In which town was {asked.name} born?",
+                f" {asked.name} was born in the town of",
+                asked.town,
+            ),
+            "trade": (
+                f"What did {asked.name} work as?",
+                f" {asked.name} worked as a",
+                asked.trade,
+            ),
+            "year": (
+                f"In which year was {asked.name} born?",
+                f" {asked.name} was born in the year",
+                str(asked.year),
+            ),
+        }[what]
+        depth = self.options.depths[key.index % len(self.options.depths)]
+
+        def build(size: int) -> Question:
+            own = generator(key, "others")
+            others = [_Person.draw(own) for _ in range(size)]
+            people = [str(person) for person in others if person.name != asked.name]
+            people.insert(round(depth * len(people)), str(asked))
+            return Question(
+                instruction="Here are facts about some people. A question about them follows.\n\n",
+                document="\n".join(people),
+                question=f"\n\nQuestion: {question}\nAnswer:",
+                answer_prefix=prefix,
+                references=(answer,),
+                depth=depth,
+            )
+
+        return self.fitted(key, tokenizer, build, minimum=1)
