@@ -22,7 +22,8 @@ class Question:
         document: What is compressed.
         question: What is asked, with the white space that sets it off from the document.
         answer_prefix: How the answer begins; the model goes on from there.
-        neutral_prefix: The same without a word of the question, for "first".
+        ahead: What "first" asks before the document; by default instruction and question.
+        neutral_prefix: The answer prefix without a word of the question, for "first".
         references, choices, depth: As in Sample.
         gold: The first reference as it follows the answer prefix; by default a space and the
             reference.
@@ -32,6 +33,7 @@ class Question:
     question: str = ""
     instruction: str = ""
     answer_prefix: str = ""
+    ahead: str | None = None
     neutral_prefix: str = "Answer:"
     references: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
@@ -95,7 +97,9 @@ def writer(tokenizer: Tokenizer, *, in_template: bool = True) -> Writer:
             written = question.question + after + question.answer_prefix
             return prompt if in_template else tokenizer.render_plain(prompt), written
         if protocol == FIRST:
-            asked = f"{question.instruction.strip()}\n{question.question.strip()}".strip()
+            asked = question.ahead
+            if asked is None:
+                asked = f"{question.instruction.strip()}\n{question.question.strip()}".strip()
             if in_template:
                 prompt = tokenizer.render_first(asked, question.document, question.neutral_prefix)
                 return prompt, ""

@@ -47,9 +47,11 @@ class CodeCompletion(Task):
             return Question(
                 instruction="Here are the files of a Python package.\n\n",
                 document="\n".join(listed),
-                question="\n\nWrite once more, from the files above, the line that follows these:\n"
-                f"{quoted}",
+                question="\n\nWrite some lines of the files above once more.",
+                # Not in the question as well: the answer would go on as the question does.
                 answer_prefix=f"\n\n{quoted}\n",
+                ahead="In the following files of a Python package, find these lines. Which line "
+                f"follows them?\n{quoted}",
                 neutral_prefix="The next line is:\n",
                 references=(asked,),
                 depth=depth,

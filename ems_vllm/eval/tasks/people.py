@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions about one of many people: extraction where every sentence looks like the others. Ours."""
+"""Questions about people of whom the text says a sentence each. Ours."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import random
 from dataclasses import dataclass
 
 from ems_vllm.eval import words
+from ems_vllm.eval.haystack import essay, essay_words, insert_at_depths
 from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
 from ems_vllm.eval.tasks.base import TASKS, Task
@@ -23,6 +24,7 @@ _TRADES = (
     "pilot plumber poet potter printer sailor sculptor shepherd smith soldier surgeon tailor "
     "teacher weaver writer"
 ).split()
+_NUM_OTHERS = 3
 _ENDINGS = ("bridge", "burg", "dale", "field", "ford", "ham", "hill", "mouth", "port", "ton")
 
 
@@ -52,7 +54,10 @@ class _Person:
 
 @TASKS.register("people")
 class People(Task):
-    """The town, the trade or the year of birth of one of as many people as fit."""
+    """The town, the trade or the year of birth of one of four people, in prose.
+
+    The other three sentences look the same, so that they compete.
+    """
 
     metric = "string_match_all"
     max_tokens = 16
@@ -80,14 +85,17 @@ class People(Task):
         }[what]
         depth = self.options.depths[key.index % len(self.options.depths)]
 
+        others = [_Person.draw(rng) for _ in range(_NUM_OTHERS)]
+        sentences = [str(asked), *(str(person) for person in others if person.name != asked.name)]
+        depths = [depth, *(rng.random() for _ in sentences[1:])]
+        text = essay_words(self.options.text_path)
+        start = rng.randrange(len(text))
+
         def build(size: int) -> Question:
-            own = generator(key, "others")
-            others = [_Person.draw(own) for _ in range(size)]
-            people = [str(person) for person in others if person.name != asked.name]
-            people.insert(round(depth * len(people)), str(asked))
+            document = " ".join(insert_at_depths(essay(text, start, size), sentences, depths))
             return Question(
-                instruction="Here are facts about some people. A question about them follows.\n\n",
-                document="\n".join(people),
+                instruction="Read the following text. I will ask about the people in it.\n\n",
+                document=document,
                 question=f"\n\nQuestion: {question}\nAnswer:",
                 answer_prefix=prefix,
                 references=(answer,),

@@ -43,9 +43,11 @@ class Quotation(Task):
             return Question(
                 instruction="Read the following text. A passage of it will be quoted.\n\n",
                 document=document,
-                question="\n\nQuote from the text above the passage that begins with these words: "
-                f'"{given}"',
+                question="\n\nQuote a passage from the text above, word for word.",
+                # Not in the question as well: the answer would go on as the question does.
                 answer_prefix=f'\n\n"{given}',
+                ahead="In the following text, find the passage that begins with these words: "
+                f'"{given}". How does it go on?',
                 neutral_prefix="The passage goes on:",
                 references=(asked,),
                 depth=depth,
