@@ -11,10 +11,11 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
+from ems_vllm.eval.following import Followed
 from ems_vllm.eval.protocol import LAST, Protocol
 from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 from ems_vllm.eval.sample import Key, Sample
-from ems_vllm.eval.scoring import score_continuation, score_output
+from ems_vllm.eval.scoring import score_continuation, score_followed, score_output
 from ems_vllm.eval.tasks import TASKS
 
 
@@ -47,6 +48,7 @@ class PromptLine(_Line):
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
     natural_length: int | None = None
+    follows_full: bool = False
 
     @property
     def budget_length(self) -> int:
@@ -68,12 +70,15 @@ class AnswerLine(_Line):
         output: What was generated, without the prompt.
         logprobs: For prompts with a continuation, instead of `output`: natural logarithms of the
             probabilities of its tokens.
+        followed: For prompts that follow the full cache: how the engine's own full cache, which
+            answered first, is followed.
         prompt_tokens: Tokens that the engine processed before the answer.
         error: Why there is no answer; it scores 0.
     """
 
     output: str = ""
     logprobs: tuple[float, ...] | None = None
+    followed: Followed | None = None
     prompt_tokens: int | None = None
     error: str | None = None
 
@@ -169,6 +174,8 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
         score = 0.0
     elif sample.continuation_token_ids:
         score = score_continuation(sample, answer.logprobs or ())
+    elif sample.follows_full:
+        score = score_followed(sample, answer.followed)
     else:
         score = score_output(sample, answer.output)
     return SampleResult(
@@ -179,6 +186,7 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
         index=sample.index,
         protocol=sample.protocol,
         score=score,
+        followed=answer.followed,
         prompt_tokens=answer.prompt_tokens,
         output=answer.output,
         error=answer.error,

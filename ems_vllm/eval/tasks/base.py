@@ -50,6 +50,7 @@ class Task(ABC):
         max_tokens: Generation length.
         stop: Texts that end an answer.
         protocols: Where the question may stand; the first is the task's own.
+        follows_full: As in Sample.
     """
 
     metric: ClassVar[str] = "string_match_all"
@@ -57,6 +58,7 @@ class Task(ABC):
     max_tokens: ClassVar[int] = 128
     stop: ClassVar[tuple[str, ...]] = ()
     protocols: ClassVar[tuple[Protocol, ...]] = PROTOCOLS
+    follows_full: ClassVar[bool] = False
 
     def __init__(self, options: TaskOptions = TaskOptions()) -> None:
         self.options = options
@@ -175,6 +177,7 @@ class Task(ABC):
             written_token_ids=writing.written_token_ids,
             natural_length=writing.num_tokens + num_new if is_all else None,
             protocol=key.protocol,
+            follows_full=self.follows_full,
             gold_token_ids=tuple(tokenizer.encode_plain(question.gold_text)),
         )
 
