@@ -42,8 +42,8 @@ class Sample:
         choices: Classes to choose from, for metrics that need them.
         turns: What the user says in each turn of a conversation; the answer to the last one is
             scored.
-        written_token_ids: What the model is made to write before its answer, after the prompt: a
-            long list that is compressed on the way, or, where the protocol is "later", the question.
+        written_token_ids: What the model is made to write after the prompt, before its answer: a
+            long list that is compressed on the way, or the question, where the protocol is "later".
         continuation_token_ids: For teacher forcing, the tokens that follow the prompt.
         continuation_bytes: Length of their text in UTF-8.
         natural_length: Tokens of prompt and answer where there was not enough to fill `length`.

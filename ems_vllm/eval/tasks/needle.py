@@ -9,7 +9,7 @@ first one.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from ems_vllm.eval import words
@@ -20,7 +20,7 @@ from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 Kind = Literal["words", "numbers", "uuids", "phrases"]
-_MAKE = {
+_MAKE: dict[Kind, Callable[[random.Random], str]] = {
     "words": words.pair,
     "numbers": words.number,
     "uuids": words.identifier,

@@ -13,17 +13,19 @@ from ems_vllm.eval.sample import Key, Sample, generator
 from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
-_FIRST = (
-    "Ada Albert Alice Anna Arthur Bella Carl Clara Daniel David Edith Edward Ella Emma Felix Frank "
-    "George Grace Hannah Harry Helen Henry Ida Jack James Jane John Julia Karl Kate Laura Leo Lucy "
-    "Mark Martha Mary Max Nora Oscar Paul Peter Rosa Ruth Sarah Simon Sophie Thomas Walter William"
-).split()
-_TRADES = (
-    "baker banker barber brewer butcher carpenter clerk cook dentist doctor farmer fisherman "
-    "gardener hunter jeweller judge lawyer librarian mason miller miner musician nurse painter "
-    "pilot plumber poet potter printer sailor sculptor shepherd smith soldier surgeon tailor "
-    "teacher weaver writer"
-).split()
+_FIRST_NAMES = """
+Ada Albert Alice Anna Arthur Bella Carl Clara Daniel David Edith Edward Ella Emma Felix Frank
+George Grace Hannah Harry Helen Henry Ida Jack James Jane John Julia Karl Kate Laura Leo Lucy
+Mark Martha Mary Max Nora Oscar Paul Peter Rosa Ruth Sarah Simon Sophie Thomas Walter William
+"""
+_TRADE_NAMES = """
+baker banker barber brewer butcher carpenter clerk cook dentist doctor farmer fisherman
+gardener hunter jeweller judge lawyer librarian mason miller miner musician nurse painter
+pilot plumber poet potter printer sailor sculptor shepherd smith soldier surgeon tailor
+teacher weaver writer
+"""
+_FIRST = tuple(_FIRST_NAMES.split())
+_TRADES = tuple(_TRADE_NAMES.split())
 _NUM_OTHERS = 3
 _ENDINGS = ("bridge", "burg", "dale", "field", "ford", "ham", "hill", "mouth", "port", "ton")
 
@@ -60,7 +62,7 @@ class People(Task):
     """
 
     metric = "string_match_all"
-    max_tokens = 16
+    max_tokens = 32
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
         rng = generator(key)

@@ -74,6 +74,6 @@ def _question(lines: Sequence[str], value: str) -> Question:
         document="\n".join(lines),
         question=f"\nQuestion: Find all variables that are assigned the value {value} in the "
         "text above.",
-        answer_prefix=" Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{_NUM_HOPS + 1} variables are assigned the value {value}, they are: ",
+        answer_prefix=" Answer: According to the chain(s) of variable assignment in the text "
+        f"above, {_NUM_HOPS + 1} variables are assigned the value {value}, they are: ",
     )
