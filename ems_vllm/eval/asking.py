@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.endpoint import Answer, Endpoint, NoAnswer
 from ems_vllm.eval.exchange import AnswerLine, scored
+from ems_vllm.eval.following import NUM_TOP, FullAnswer, follow
 from ems_vllm.eval.journal import Entry
 from ems_vllm.eval.method import Method
 from ems_vllm.eval.preset import ServerSettings
-from ems_vllm.eval.sample import Sample
+from ems_vllm.eval.sample import Key, Sample
 from ems_vllm.eval.tasks.conversation import TURN_TOKENS
 from ems_vllm.eval.tokenizer import Message, Tokenizer
 
@@ -24,6 +26,7 @@ class Asker:
     Attributes:
         is_compressing: Whether the server takes our arguments; a plain one keeps everything.
         can_prescribe: Whether it runs with our logits processor.
+        full_answers: What the full cache answered, for tasks that follow it.
     """
 
     endpoint: Endpoint
@@ -32,10 +35,13 @@ class Asker:
     server: ServerSettings
     is_compressing: bool
     can_prescribe: bool
+    full_answers: Mapping[Key, FullAnswer] = field(default_factory=dict)
 
     async def ask(self, sample: Sample) -> Entry:
         """The scored answer; a request without one scores 0 and says why."""
         try:
+            if sample.follows_full:
+                return await self._follow(sample)
             answer, budget = await self._answer(sample)
         except NoAnswer as reason:
             line = AnswerLine(**_key(sample), error=str(reason))
@@ -80,6 +86,38 @@ class Asker:
             prompt, sample.max_tokens, stop=sample.stop, xargs=xargs
         )
         return answer, budget
+
+    async def _follow(self, sample: Sample) -> Entry:
+        """The full cache's answer, or how the method follows it."""
+        budget, xargs = self._arguments(sample, len(sample.prompt_token_ids))
+        written = sample.written_token_ids
+        full = None if self.method.is_full else self.full_answers.get(sample.key)
+        if full is None and not self.method.is_full:
+            raise NoAnswer("the full cache has not answered, so there is nothing to follow")
+        answer = await self.endpoint.prescribe(
+            sample.prompt_token_ids,
+            (*written, *(full.token_ids if full else ())),
+            num_free_tokens=0 if full else sample.max_tokens,
+            num_top=NUM_TOP,
+            xargs=xargs,
+        )
+        tops = answer.tops[len(written) :]
+        own = full or FullAnswer(token_ids=answer.free_token_ids, tops=tops)
+        if not own.token_ids or len(tops) != len(own.token_ids):
+            raise NoAnswer("the server did not report the most likely tokens")
+        followed = follow(own, tops)
+        line = AnswerLine(
+            **_key(sample),
+            output=self.tokenizer.decode(own.token_ids[: followed.num_same]),
+            followed=followed,
+            prompt_tokens=answer.prompt_tokens or None,
+        )
+        return Entry(
+            result=scored(sample, line),
+            num_tokens=answer.num_tokens,
+            kv_budget=budget,
+            full_answer=own if self.method.is_full else None,
+        )
 
     async def _converse(self, sample: Sample) -> tuple[Answer, int | None]:
         messages: list[Message] = []
@@ -130,4 +168,5 @@ def _key(sample: Sample) -> dict[str, Any]:
         "length": sample.length,
         "seed": sample.seed,
         "index": sample.index,
+        "protocol": sample.protocol,
     }

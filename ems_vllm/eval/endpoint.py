@@ -30,6 +30,7 @@ class Answer:
         tpot_s: Per token after the first; None where there is only one.
         logprobs: Of prescribed tokens, natural logarithms.
         free_token_ids: What the model generated after prescribed tokens.
+        tops: The most likely tokens at each generated one, where they were asked for.
     """
 
     text: str
@@ -39,6 +40,7 @@ class Answer:
     tpot_s: float | None = None
     logprobs: tuple[float, ...] = ()
     free_token_ids: tuple[int, ...] = ()
+    tops: tuple[dict[int, float], ...] = ()
 
     def with_text(self, text: str) -> Answer:
         return replace(self, text=text)
@@ -117,11 +119,16 @@ class Endpoint:
         answer_token_ids: Sequence[int],
         *,
         num_free_tokens: int = 0,
+        num_top: int = 0,
         xargs: dict[str, Any] | None = None,
     ) -> Answer:
         """Make the server generate given tokens, then go on freely.
 
-        The server runs with our logits processor (engine/forced_tokens.py).
+        The server runs with our logits processor (engine/forced_tokens.py) unless there is nothing
+        to prescribe.
+
+        Args:
+            num_top: Most likely tokens to report at each place.
 
         Returns:
             The log probabilities of the prescribed tokens, and the tokens after them.
@@ -130,11 +137,10 @@ class Endpoint:
             NoAnswer: also where the server generated other tokens.
         """
         forced = list(answer_token_ids)
-        arguments = self._common(
-            len(forced) + num_free_tokens, {**(xargs or {}), "forced_token_ids": forced}
-        )
-        arguments["logprobs"] = 0
-        arguments["extra_body"] |= {"return_token_ids": True}
+        prescribed = {"forced_token_ids": forced} if forced else {}
+        arguments = self._common(len(forced) + num_free_tokens, {**(xargs or {}), **prescribed})
+        arguments["logprobs"] = num_top
+        arguments["extra_body"] |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
 
         async def ask() -> Answer:
             async with self._limit:
@@ -153,6 +159,7 @@ class Endpoint:
                 num_tokens=len(token_ids),
                 logprobs=tuple(float(value or 0.0) for value in values),
                 free_token_ids=tuple(token_ids[len(forced) :]),
+                tops=tuple(_by_token_id(top) for top in logprobs.top_logprobs or ()),
             )
 
         return await self._try(ask)
@@ -287,6 +294,11 @@ class Endpoint:
             if attempt < _RETRIES:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
         raise NoAnswer(f"no answer in {_RETRIES + 1} attempts, the last time: {reason}")
+
+
+def _by_token_id(top: dict[str, float] | None) -> dict[int, float]:
+    """vLLM writes "token_id:17" where it is asked to."""
+    return {int(name.removeprefix("token_id:")): value for name, value in (top or {}).items()}
 
 
 def _message(error: openai.APIStatusError) -> str:

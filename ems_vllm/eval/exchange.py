@@ -11,9 +11,11 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
+from ems_vllm.eval.following import Followed
+from ems_vllm.eval.protocol import LAST, Protocol
 from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 from ems_vllm.eval.sample import Key, Sample
-from ems_vllm.eval.scoring import score_continuation, score_output
+from ems_vllm.eval.scoring import score_continuation, score_followed, score_output
 from ems_vllm.eval.tasks import TASKS
 
 
@@ -24,10 +26,11 @@ class _Line(BaseModel):
     length: int
     seed: int
     index: int
+    protocol: Protocol = LAST
 
     @property
     def key(self) -> Key:
-        return Key(self.task, self.length, self.seed, self.index)
+        return Key(self.task, self.length, self.seed, self.index, self.protocol)
 
 
 class PromptLine(_Line):
@@ -40,9 +43,12 @@ class PromptLine(_Line):
     stop: tuple[str, ...]
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    gold_token_ids: tuple[int, ...] = ()
+    written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
     natural_length: int | None = None
+    follows_full: bool = False
 
     @property
     def budget_length(self) -> int:
@@ -64,12 +70,15 @@ class AnswerLine(_Line):
         output: What was generated, without the prompt.
         logprobs: For prompts with a continuation, instead of `output`: natural logarithms of the
             probabilities of its tokens.
+        followed: For prompts that follow the full cache: how the engine's own full cache, which
+            answered first, is followed.
         prompt_tokens: Tokens that the engine processed before the answer.
         error: Why there is no answer; it scores 0.
     """
 
     output: str = ""
     logprobs: tuple[float, ...] | None = None
+    followed: Followed | None = None
     prompt_tokens: int | None = None
     error: str | None = None
 
@@ -80,7 +89,7 @@ _L = TypeVar("_L", bound=_Line)
 def export(samples: Iterable[Sample], path: Path) -> int:
     """Write the prompts of samples that are one prompt.
 
-    Conversations, and answers that are written for the model, are left out.
+    Conversations, and long lists that are compressed while they are written, are left out.
 
     Returns:
         How many were written.
@@ -89,7 +98,7 @@ def export(samples: Iterable[Sample], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for sample in samples:
-            if not sample.turns and not sample.written_token_ids:
+            if not sample.turns and not sample.compresses_writing:
                 file.write(PromptLine.of(sample).model_dump_json() + "\n")
                 count += 1
     return count
@@ -165,6 +174,8 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
         score = 0.0
     elif sample.continuation_token_ids:
         score = score_continuation(sample, answer.logprobs or ())
+    elif sample.follows_full:
+        score = score_followed(sample, answer.followed)
     else:
         score = score_output(sample, answer.output)
     return SampleResult(
@@ -173,7 +184,9 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
         depth=sample.depth,
         seed=sample.seed,
         index=sample.index,
+        protocol=sample.protocol,
         score=score,
+        followed=answer.followed,
         prompt_tokens=answer.prompt_tokens,
         output=answer.output,
         error=answer.error,
@@ -181,4 +194,5 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
 
 
 def _shown(key: Key) -> str:
-    return f"task={key.task!r} length={key.length} seed={key.seed} index={key.index}"
+    place = f"task={key.task!r} length={key.length} seed={key.seed} index={key.index}"
+    return place if key.protocol == LAST else f"{place} protocol={key.protocol!r}"

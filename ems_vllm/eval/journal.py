@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.following import FullAnswer
 from ems_vllm.eval.results import SampleResult
 from ems_vllm.eval.sample import Key
 
@@ -21,6 +22,7 @@ class Entry(BaseModel):
         num_tokens: Generated.
         ttft_s, tpot_s: As in Answer.
         kv_budget: What the (last) request asked for.
+        full_answer: What other methods are to follow; of the full cache only.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -30,11 +32,12 @@ class Entry(BaseModel):
     ttft_s: float | None = None
     tpot_s: float | None = None
     kv_budget: int | None = None
+    full_answer: FullAnswer | None = None
 
     @property
     def key(self) -> Key:
         r = self.result
-        return Key(r.task, r.length, r.seed, r.index)
+        return Key(r.task, r.length, r.seed, r.index, r.protocol)
 
 
 class Session(BaseModel):

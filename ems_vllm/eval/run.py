@@ -96,6 +96,13 @@ class Run:
     def __call__(self) -> EvalResult:
         """Ask what has not been answered yet; the result is written after every method."""
         samples = list(self.samples())
+        for name in self.preset.tasks:
+            if not self.preset.protocols_of(name):
+                self.console.print(
+                    f"{name} cannot be written in protocols={','.join(self.preset.protocols)}; "
+                    "left out.",
+                    highlight=False,
+                )
         self._claim_output()
         result = EvalResult(
             model=self.model,
@@ -125,10 +132,11 @@ class Run:
             if name.startswith(LM_EVAL):
                 continue
             task = TASKS.get(name)(self.preset.task_options)
-            for length in self.preset.lengths_of(name):
-                for seed in self.preset.seeds:
-                    count = self.preset.samples_of(name)
-                    yield from task.samples(length, seed, count, self.tokenizer)
+            count = self.preset.samples_of(name)
+            for protocol in self.preset.protocols_of(name):
+                for length in self.preset.lengths_of(name):
+                    for seed in self.preset.seeds:
+                        yield from task.samples(length, seed, count, self.tokenizer, protocol)
 
     def _recipes(self) -> Iterator[tuple[str, list[Method]]]:
         recipes = self.preset.recipes
@@ -177,7 +185,7 @@ class Run:
         )
         args = ["--block-size", str(self.preset.server.block_size)]
         args += ["--max-model-len", str(longest), "--served-model-name", self.model]
-        if any(s.continuation_token_ids or s.written_token_ids for s in samples):
+        if any(_is_prescribed(sample) for sample in samples):
             args += ["--logits-processors", _PROCESSOR]
         return args
 
@@ -187,7 +195,7 @@ class Run:
         return max(budget.total(length) or 1 for budget in budgets for length in lengths)
 
     def _work(self, method: Method, samples: list[Sample]) -> Work:
-        journal = Journal(self.output / "samples" / f"{_file_name(str(method))}.jsonl")
+        journal = self._journal(method)
         covered = [s for s in samples if method.covers(s, self.preset.server)]
         return Work(
             method=method,
@@ -240,7 +248,7 @@ class Run:
             ],
             serving=serving(
                 journal,
-                {s.key for s in work.covered if not s.written_token_ids},
+                {s.key for s in work.covered if not s.compresses_writing},
                 config,
                 self._shape(),
                 preset.server.block_size,
@@ -256,14 +264,28 @@ class Run:
                     f"base_url={shown(self.base_url)} does not compress: start it with "
                     "--kv-compression, or give --recipes full."
                 )
-        prescribed = [s for s in todo if s.continuation_token_ids or s.written_token_ids]
+        prescribed = [sample for sample in todo if _is_prescribed(sample)]
         can_prescribe = bool(prescribed) and await endpoint.can_prescribe()
         needed = [s for s in prescribed if s.written_token_ids or not method.is_full]
         if needed and not can_prescribe:
             raise cannot_prescribe(needed[0].task)
+        full_answers = {}
+        if not method.is_full and any(sample.follows_full for sample in todo):
+            # The full cache comes first.
+            entries = self._journal(Method(FULL)).entries
+            full_answers = {k: e.full_answer for k, e in entries.items() if e.full_answer}
         return Asker(
-            endpoint, self.tokenizer, method, self.preset.server, is_compressing, can_prescribe
+            endpoint,
+            self.tokenizer,
+            method,
+            self.preset.server,
+            is_compressing,
+            can_prescribe,
+            full_answers,
         )
+
+    def _journal(self, method: Method) -> Journal:
+        return Journal(self.output / "samples" / f"{_file_name(str(method))}.jsonl")
 
     async def _ask(
         self, endpoint: Endpoint, asker: Asker, journal: Journal, todo: list[Sample]
@@ -330,6 +352,12 @@ class Run:
             return CacheShape.read(Path(self.model))
         except ConfigError:
             return None
+
+
+def _is_prescribed(sample: Sample) -> bool:
+    """Whether it takes our logits processor."""
+    written = sample.continuation_token_ids or sample.written_token_ids
+    return bool(written) or sample.follows_full
 
 
 async def _gather(

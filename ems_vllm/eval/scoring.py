@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 
 from ems_vllm.config.errors import ConfigError
+from ems_vllm.eval.following import Followed
 from ems_vllm.eval.sample import Sample
 from ems_vllm.eval.tasks import TASKS
 
@@ -34,3 +35,13 @@ def score_continuation(sample: Sample, logprobs: Sequence[float]) -> float:
             f"{len(sample.continuation_token_ids)} tokens of the continuation."
         )
     return -sum(logprobs) / math.log(2) / sample.continuation_bytes
+
+
+def score_followed(sample: Sample, followed: Followed | None) -> float:
+    """Share before the first divergence, or nats per token, as the task says."""
+    if followed is None:
+        raise ConfigError(
+            f"followed of task={sample.task!r} length={sample.length} seed={sample.seed} "
+            f"index={sample.index} is missing: say how the full cache's answer is followed."
+        )
+    return followed.kl if TASKS.get(sample.task).metric == "kl" else followed.agreement

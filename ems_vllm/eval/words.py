@@ -79,9 +79,15 @@ def words(rng: random.Random, count: int) -> list[str]:
     return list(itertools.islice(itertools.chain(english, _syllable_words(rng)), count))
 
 
-def pair(rng: random.Random) -> str:
-    """A word of two parts, such as "brisk-heron"."""
-    return f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+def pair(rng: random.Random, first: str | None = None) -> str:
+    """A word of two parts, such as "brisk-heron"; the first may be given."""
+    return f"{first or rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
+
+
+def phrase(rng: random.Random) -> str:
+    """Five words, such as "brisk heron and silver lamp"."""
+    one, two = (f"{rng.choice(ADJECTIVES)} {rng.choice(NOUNS)}" for _ in range(2))
+    return f"{one} and {two}"
 
 
 def number(rng: random.Random, num_digits: int = 7) -> str:

@@ -46,7 +46,9 @@ def test_every_kind_of_request_is_answered(smoke: Path) -> None:
         assert all(0 <= s.score <= 1 for s in method.samples if s.task != "bits_per_byte")
         assert all(s.score > 0 for s in method.samples if s.task == "bits_per_byte")
     full, ems = (method.samples for method in result.methods)
-    assert [(s.task, s.index) for s in full] == [(s.task, s.index) for s in ems]
+    assert [(s.task, s.protocol, s.index) for s in full] == [
+        (s.task, s.protocol, s.index) for s in ems
+    ]
     # The control of everything above: the cache that answered was compressed.
     assert [s.output for s in full] != [s.output for s in ems]
 
@@ -54,7 +56,32 @@ def test_every_kind_of_request_is_answered(smoke: Path) -> None:
 def test_needles_survive_compression(smoke: Path) -> None:
     """models/ems-tiny finds them with its full cache, and with a quarter of it."""
     for method in EvalResult.read(smoke / "results.json").methods:
-        assert [s.score for s in method.samples if s.task == "niah"] == [1, 1]
+        scores = [s.score for s in method.samples if (s.task, s.protocol) == ("niah", "last")]
+        assert scores == [1, 1]
+
+
+def test_every_protocol_is_asked(smoke: Path) -> None:
+    for method in EvalResult.read(smoke / "results.json").methods:
+        by_protocol = {
+            protocol: {s.task for s in method.samples if s.protocol == protocol}
+            for protocol in ("last", "first", "later")
+        }
+        assert by_protocol["last"] == set(SMOKE.tasks)
+        assert by_protocol["first"] == by_protocol["later"]
+        assert by_protocol["first"] == set(SMOKE.tasks) - {
+            "bits_per_byte", "multi_turn", "long_generation"
+        }  # fmt: skip
+
+
+def test_the_full_cache_is_what_others_follow(smoke: Path) -> None:
+    full, ems = (
+        [s.followed for s in method.samples if s.task == "agreement_summary"]
+        for method in EvalResult.read(smoke / "results.json").methods
+    )
+    assert all(f.num_same == f.num_tokens and f.kl == 0 for f in full)
+    # The control: a quarter of the cache does not predict exactly the same.
+    assert all(f.kl > 0 for f in ems)
+    assert [f.num_tokens for f in ems] == [f.num_tokens for f in full]
 
 
 def test_memory_is_what_the_budget_says(smoke: Path) -> None:

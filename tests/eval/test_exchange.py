@@ -56,6 +56,37 @@ def test_export_reads_back_as_it_was(samples, prompts):
     assert [line.sample() for line in lines] == samples
 
 
+def test_a_question_that_comes_later_can_be_exchanged(tokenizer, tmp_path):
+    task = TASKS.get("niah")()
+    both = [s for p in ("last", "later") for s in task.samples(400, 7, 2, tokenizer, p)]
+    path = tmp_path / "p.jsonl"
+    assert exchange.export(both, path) == 4
+    lines = list(exchange.read(path, exchange.PromptLine, "prompts"))
+    assert [line.sample() for line in lines] == both
+    assert [bool(line.written_token_ids) for line in lines] == [False, False, True, True]
+    right = [answer(s, protocol=s.protocol, output=s.references[0]) for s in both]
+    assert run(path, write(tmp_path / "a.jsonl", right), tmp_path / "r.json").exit_code == 0
+    (method,) = EvalResult.read(tmp_path / "r.json").methods
+    assert [s.protocol for s in method.samples] == ["last", "last", "later", "later"]
+    error = run(path, write(tmp_path / "a.jsonl", right[:3]), tmp_path / "r.json").exception
+    assert "no answer to task='niah' length=400 seed=7 index=1 protocol='later'" in str(error)
+
+
+def test_a_list_that_is_compressed_while_it_is_written_is_left_out(tokenizer, tmp_path):
+    written = TASKS.get("long_generation")().samples(900, 0, 1, tokenizer)
+    assert exchange.export(written, tmp_path / "p.jsonl") == 0
+
+
+def test_results_without_a_protocol_are_of_the_question_last(samples, prompts, tmp_path):
+    right = [answer(s, output=s.references[0]) for s in samples]
+    assert run(prompts, write(tmp_path / "a.jsonl", right), tmp_path / "r.json").exit_code == 0
+    old = json.loads((tmp_path / "r.json").read_text())
+    for sample in old["methods"][0]["samples"]:
+        assert sample.pop("protocol") == "last"
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert EvalResult.read(tmp_path / "old.json") == EvalResult.read(tmp_path / "r.json")
+
+
 def test_conversations_are_left_out(samples, tmp_path):
     conversation = replace(samples[0], turns=("a", "b"))
     assert exchange.export([conversation, samples[1]], tmp_path / "p.jsonl") == 1

@@ -53,6 +53,15 @@ def test_command_line_wins(tmp_path):
     assert merged.server.args == ("--dtype", "float32")
 
 
+def test_a_task_is_asked_in_the_protocols_that_it_can_be_written_in(tmp_path):
+    tasks = ["niah", "bits_per_byte", "lm_eval:gsm8k"]
+    path = write(tmp_path, tasks=tasks, protocols=["later", "last", "later"])
+    loaded = preset.load(path, {})
+    assert loaded.protocols_of("niah") == ("later", "last")
+    assert loaded.protocols_of("bits_per_byte") == loaded.protocols_of("lm_eval:gsm8k") == ("last",)
+    assert preset.load(write(tmp_path), {}).protocols_of("niah") == ("last",)
+
+
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
@@ -64,6 +73,8 @@ def test_command_line_wins(tmp_path):
         ({"lengths": [0]}, "preset.lengths.0=0 is not allowed"),
         ({"samples": "many"}, "preset.samples='many' is not allowed"),
         ({"depths": [2]}, "preset.depths.0=2 is not allowed"),
+        ({"protocols": ["lats"]}, "preset.protocols.0='lats' is not allowed"),
+        ({"protocols": []}, "preset.protocols=[] is not allowed"),
         ({"prompt_format": "poem"}, "preset.prompt_format='poem' is not allowed"),
     ],
 )
@@ -77,7 +88,7 @@ def test_mistakes_end_in_a_sentence(tmp_path, changes, sentence):
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        (["--preset", "tinny"], "preset='tinny' is not a preset: use full, gpu_first, smoke"),
+        (["--preset", "tinny"], "preset='tinny' is not a preset: use full, gemma3-270m, gpu_first"),
         (["--preset", "none.yaml"], "preset='none.yaml' cannot be read"),
         (["--preset", "smoke", "--lengths", "512,long"], "lengths='512,long' is not allowed"),
         (["--preset", "smoke", "--budgets", "some"], "budgets='some' is not allowed"),

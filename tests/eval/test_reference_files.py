@@ -10,7 +10,14 @@ import torch
 
 from ems_vllm.config import ConfigError
 from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary, answer_line, answer_together, answering
+from ems_vllm.eval.reference.answer import (
+    Vocabulary,
+    answer_line,
+    answer_together,
+    answering,
+    following,
+    recording,
+)
 from ems_vllm.eval.reference.files import (
     AnswerFile,
     check_manifest,
@@ -151,6 +158,47 @@ def test_answers_side_by_side_end_on_their_own():
     assert [line.output for line in lines] == [".", "ab.", "cdef"]
     # A finished answer has a token to repeat, or none if it was finished at once.
     assert [told[1:] for told in scripts.told] == ["ac", "bd", "be"]
+
+
+def test_a_question_that_comes_later_is_fed_before_the_answer():
+    # Whatever the model would have written there is of no account.
+    script = Scripts("xyzabc")
+    (line,) = script.answers(written_token_ids=tuple(map(ord, "Q?:")), max_tokens=3)
+    assert line.output == "abc"
+    assert script.told == ["Q", "?", ":", "a", "b"]
+
+
+def test_the_full_cache_s_answer_is_followed_up_to_the_first_other_choice():
+    vocabulary = Vocabulary(spell, [ord(".")])
+    prompt = prompt_line(written_token_ids=(ord("Q"),), max_tokens=9, follows_full=True)
+
+    def run(script, start):
+        (first,) = script.logits()
+        running = start(first)
+        try:
+            token = next(running)
+            while True:
+                token = running.send(script.step([token])[0])
+        except StopIteration as finished:
+            return finished.value
+
+    full = run(Scripts("xabcd."), lambda first: recording(prompt, first, vocabulary))
+    assert spell(full.token_ids) == "abcd."
+    same = run(Scripts("xabcd."), lambda first: following(prompt, first, full, vocabulary))
+    assert (same.followed.num_same, same.followed.num_tokens) == (5, 5)
+    assert same.followed.kl == pytest.approx(0, abs=1e-6)
+    script = Scripts("xabXd.")
+    other = run(script, lambda first: following(prompt, first, full, vocabulary))
+    assert other.output == "ab"
+    assert other.followed.num_same == 2
+    assert other.followed.kl > 0
+    # What is predicted is the full cache's answer, whatever the method would have written.
+    assert "".join(script.told) == "Qabcd"
+
+
+def test_an_engine_that_cannot_follow_says_so():
+    with pytest.raises(ConfigError, match="follows the full cache's answer, which this engine"):
+        Scripts("abc").answers(follows_full=True)
 
 
 def test_a_continuation_is_predicted_token_by_token():

@@ -224,6 +224,48 @@ def test_worst_answers_are_the_largest_losses_of_tasks_compared():
     assert not {item.sample.task for item in worst} & {"vt", BITS}
 
 
+def several_protocols():
+    """EMS finds everything but what is asked later; the other method finds half, always."""
+    found = []
+    for protocol, share in (("last", 1.0), ("first", 1.0), ("later", 0.6)):
+        for method in (flat("full", 1), flat("ems", share, 0.06), flat("snapkv", 0.5, 0.06)):
+            samples = [s.model_copy(update={"protocol": protocol}) for s in method.samples]
+            found.append(method.model_copy(update={"samples": samples}))
+    return flat_run(*found)
+
+
+def test_protocols_have_sections_of_their_own_and_stand_side_by_side(tmp_path):
+    _, html, markdown = pages([several_protocols()], tmp_path)
+    lines = markdown.replace("\N{NO-BREAK SPACE}", " ").splitlines()
+    head = "| method, 6 % | Question last | Question first | Question later |"
+    table = lines[lines.index(head) :][:4]
+    assert [cell.split(" (")[0] for cell in table[2].split(" | ")[1:]] == [
+        "**100.0**", "**100.0**", "**60.0**"
+    ]  # fmt: skip
+    assert [cell.split(" (")[0] for cell in table[3].split(" | ")[1:]] == ["50.0", "50.0", "50.0"]
+    for title in ("Question last", "Question first", "Question later"):
+        assert f"## {title}" in lines
+        assert f"<h2>{title}</h2>" in html
+    assert html.count("Quality against budget</h3>") == 3
+    text = " ".join(lines)
+    assert "Question later instead of question last changes EMS at 6 % by \u221240.0 points" in text
+    assert "first instead of question last changes EMS at 6 % by +0.0 points" in text
+
+
+def test_a_method_is_missing_only_where_it_was_not_asked(tmp_path):
+    later = [s.model_copy(update={"protocol": "later"}) for s in flat("ems", 1, 0.06).samples]
+    found = flat_run(
+        flat("full", 1),
+        flat("snapkv", 0.5, 0.06),
+        MethodResult(method="ems", budget_fraction=0.06, samples=later),
+    )
+    markdown = pages([found], tmp_path)[2]
+    last, asked_later = markdown.split("## Question later")
+    assert "| ems (vllm) |" not in last.split("## Question last")[1]
+    assert "| ems (vllm) |" in asked_later
+    assert "| snapkv (vllm) |" not in asked_later
+
+
 def test_foreign_text_is_shown_and_never_obeyed(tmp_path):
     bad = [
         SampleResult(task="t", length=9, depth=0.5, seed=0, index=0, score=0, output=HOSTILE),

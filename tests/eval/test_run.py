@@ -9,8 +9,11 @@ from rich.console import Console
 
 from ems_vllm.config import ConfigError
 from ems_vllm.eval import endpoint, preset
+from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.method import Method
 from ems_vllm.eval.results import EvalResult
 from ems_vllm.eval.run import Run
+from ems_vllm.eval.sample import Key
 from ems_vllm.eval.tasks import TASKS
 
 SETTINGS = {
@@ -181,6 +184,21 @@ def test_a_plain_endpoint_gets_plain_requests(start, references):
         assert not {"vllm_xargs", "cache_salt"} & set(body)
     assert full.serving.peak_blocks is None
     assert [s.score for s in full.samples] == 6 * [1]
+
+
+def test_a_later_question_takes_the_budget_of_its_document(tokenizer):
+    task = TASKS.get("niah")()
+    last, later = (task.sample(Key("niah", 900, 0, 0, p), tokenizer) for p in ("last", "later"))
+    server = preset.ServerSettings()
+    method = Method("ems", Budget.parse(0.25))
+    for sample in (last, later):
+        prompt_len = len(sample.prompt_token_ids)
+        asked = method.kv_budget(sample, prompt_len, server)
+        held = asked + prompt_len - (prompt_len - 16) // 16 * 16
+        assert 225 - 16 < held <= 225
+    # A list that is compressed while it is written needs room for what comes before the next time.
+    written = TASKS.get("long_generation")().sample(Key("long_generation", 2000, 0, 0), tokenizer)
+    assert method.kv_budget(written, 30, server) <= 500 - 256 - 16 - 16
 
 
 def test_turns_are_sent_one_after_the_other_with_their_answers(start):

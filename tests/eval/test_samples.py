@@ -68,6 +68,79 @@ def test_samples_depend_on_their_key_alone(tokenizer, name):
     assert len({sample.prompt or sample.turns for sample in three}) == 3
 
 
+IN_ALL = [name for name in WRITERS if len(TASKS.get(name).protocols) == 3]
+
+
+@pytest.mark.parametrize("name", IN_ALL)
+def test_protocols_ask_the_same_about_the_same_document(tokenizer, name):
+    task = TASKS.get(name)()
+    last, first, later = (
+        task.sample(Key(name, LENGTH, 2, 1, protocol), tokenizer)
+        for protocol in ("last", "first", "later")
+    )
+    assert last.references == first.references == later.references
+    assert (last.depth, last.choices) == (first.depth, first.choices)
+    assert last.gold_token_ids == first.gold_token_ids == later.gold_token_ids
+    # The prompt of the last is the document alone.
+    document = later.prompt
+    assert document in last.prompt
+    assert document in first.prompt
+    question = tokenizer.decode(later.written_token_ids)
+    assert last.prompt.endswith(document + question)
+    # Of the question, the tail says nothing.
+    tail = first.prompt[first.prompt.index(document) + len(document) :]
+    assert 0 < len(tail) < 30
+    for sample in (last, first, later):
+        used = len(sample.prompt_token_ids) + len(sample.written_token_ids) + sample.max_tokens
+        assert used <= LENGTH
+    assert last.written_token_ids == first.written_token_ids == ()
+
+
+def test_the_right_answer_as_tokens(tokenizer):
+    sample = TASKS.get("niah")().sample(Key("niah", 900, 0, 0), tokenizer)
+    assert tokenizer.decode(sample.gold_token_ids) == f" {sample.references[0]}"
+    pair = TASKS.get("kv_retrieval")().sample(Key("kv_retrieval", 900, 0, 0), tokenizer)
+    assert tokenizer.decode(pair.gold_token_ids) == f' "{pair.references[0]}"'
+
+
+def test_near_duplicates_share_the_first_word_of_their_key(tokenizer):
+    sample = TASKS.get("niah_near")().sample(Key("niah_near", 1500, 0, 0), tokenizer)
+    keys = re.findall(r"numbers for ([a-z-]+) is: \d+", sample.prompt)
+    assert len(keys) == len(set(keys)) == 5
+    assert len({key.split("-")[0] for key in keys}) == 1
+
+
+def test_an_example_comes_first_and_has_another_answer(tokenizer):
+    sample = TASKS.get("niah_example")().sample(Key("niah_example", 1500, 0, 0, "later"), tokenizer)
+    example, document = sample.prompt.split("provided text is", 1)
+    number = re.match(r" (\d+)\.", document)[1]
+    assert f"is: {number}." in example
+    assert sample.references[0] not in example
+    assert f"is: {sample.references[0]}." in document
+
+
+def test_examples_of_a_class_hold_the_noun_but_not_the_sentence(tokenizer):
+    sample = TASKS.get("few_shot")().sample(Key("few_shot", 1500, 0, 0, "later"), tokenizer)
+    question = tokenizer.decode(sample.written_token_ids)
+    asked = re.search(r"Text: (.*)\nLabel:$", question)[1]
+    assert asked not in sample.prompt
+    labels = re.findall(r"Label: (\w+)", sample.prompt)
+    assert set(labels) == set(sample.choices)
+    assert sample.references[0] in labels
+
+
+def test_quoted_passages_go_on_in_the_document(tokenizer):
+    for name in ("quotation", "code_completion"):
+        sample = TASKS.get(name)().sample(Key(name, 1500, 0, 3, "later"), tokenizer)
+        question = tokenizer.decode(sample.written_token_ids)
+        given = question.split("\n\n")[-1].strip('"')
+        assert " ".join([*given.split(), *sample.references[0].split()]) in " ".join(
+            sample.prompt.split()
+        )
+        assert sample.references[0] not in question
+        assert len(given) > 20
+
+
 def test_grid_goes_through_the_depths(tokenizer):
     options = TaskOptions(depths=(0.0, 0.5, 1.0))
     samples = list(TASKS.get("niah")(options).samples(1200, 0, 4, tokenizer))
@@ -92,7 +165,7 @@ def test_options_bound_the_generation(tokenizer):
 def test_every_task_has_a_metric_for_its_answers():
     for name in TASKS:
         task = TASKS.get(name)
-        assert task.metric in METRICS or not task.higher_is_better
+        assert task.metric in METRICS or not task.higher_is_better or task.follows_full
 
 
 def test_variables_are_chained_and_the_answer_is_the_whole_chain(tokenizer):

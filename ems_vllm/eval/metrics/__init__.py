@@ -13,6 +13,7 @@ Metric = Callable[[str, Sequence[str], Sequence[str]], float]
 METRICS: dict[str, Metric] = {
     "string_match_all": string_match.all_found,
     "string_match_part": string_match.any_found,
+    "leading_words": string_match.leading_words,
     "first_number": string_match.first_number,
     "token_f1": longbench.best(longbench.token_f1),
     "token_f1_first_line": longbench.first_line(longbench.best(longbench.token_f1)),

@@ -7,7 +7,9 @@ from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.exchange import AnswerLine
+from ems_vllm.eval.following import NUM_TOP, FullAnswer, follow
 
 if TYPE_CHECKING:
     import torch
@@ -35,15 +37,25 @@ Answering = Generator[int, "torch.Tensor", AnswerLine]
 def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabulary) -> Answering:
     """Answer a prompt that has been processed, greedily or by teacher forcing.
 
+    What is written after the prompt, such as a question that comes later, goes first.
+
     Args:
         prompt: What is asked.
         first_logits: [vocabulary] - after the last token of the prompt.
         vocabulary: Of the model.
     """
+    if prompt.follows_full:
+        raise ConfigError(
+            f"tasks={prompt.task!r} follows the full cache's answer, which this engine does not "
+            "make: leave the task out."
+        )
     if prompt.continuation_token_ids:
         logprobs = yield from _predicting(prompt.continuation_token_ids, first_logits)
         return answer_line(prompt, logprobs=logprobs)
     logits = first_logits
+    # Step by step, as an engine generates what is prescribed.
+    for token_id in prompt.written_token_ids:
+        logits = yield token_id
     token_ids: list[int] = []
     while True:
         token_ids.append(int(logits.argmax()))
@@ -55,6 +67,44 @@ def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabu
         ):
             return answer_line(prompt, output=text)
         logits = yield token_ids[-1]
+
+
+def recording(
+    prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabulary
+) -> Generator[int, torch.Tensor, FullAnswer]:
+    """Answer a prompt greedily with the full cache, for other methods to follow."""
+    logits = first_logits
+    for token_id in prompt.written_token_ids:
+        logits = yield token_id
+    token_ids: list[int] = []
+    tops: list[dict[int, float]] = []
+    while True:
+        tops.append(_top(logits))
+        token_ids.append(int(logits.argmax()))
+        if token_ids[-1] in vocabulary.eos_token_ids or len(token_ids) >= prompt.max_tokens:
+            return FullAnswer(token_ids=tuple(token_ids), tops=tuple(tops))
+        logits = yield token_ids[-1]
+
+
+def following(
+    prompt: PromptLine, first_logits: torch.Tensor, full: FullAnswer, vocabulary: Vocabulary
+) -> Answering:
+    """Predict the full cache's answer, token by token."""
+    logits = first_logits
+    for token_id in prompt.written_token_ids:
+        logits = yield token_id
+    tops = [_top(logits)]
+    for token_id in full.token_ids[:-1]:
+        logits = yield token_id
+        tops.append(_top(logits))
+    followed = follow(full, tops)
+    text = vocabulary.decode(full.token_ids[: followed.num_same])
+    return answer_line(prompt, output=text, followed=followed)
+
+
+def _top(logits: torch.Tensor) -> dict[int, float]:
+    values, token_ids = logits.float().log_softmax(-1).topk(min(NUM_TOP, len(logits)))
+    return dict(zip(token_ids.tolist(), values.tolist(), strict=True))
 
 
 def _predicting(
@@ -111,6 +161,7 @@ def answer_line(prompt: PromptLine, **fields: Any) -> AnswerLine:
         length=prompt.length,
         seed=prompt.seed,
         index=prompt.index,
+        protocol=prompt.protocol,
         prompt_tokens=len(prompt.prompt_token_ids),
         **fields,
     )

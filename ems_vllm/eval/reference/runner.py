@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from ems_vllm.eval.reference.answer import answer_together, answering
+from ems_vllm.config import RequestOptions
+from ems_vllm.eval.reference.answer import answering, following, recording
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
 from ems_vllm.eval.reference.operators import reference_operators
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from ems_vllm.eval.exchange import AnswerLine, PromptLine
     from ems_vllm.eval.reference.request import ReferenceRequest
     from ems_vllm.eval.results import MethodResult
+
+
+_T = TypeVar("_T")
 
 
 class Runner:
@@ -74,21 +78,34 @@ class Runner:
             if options is not None:
                 asked.append((method, config, options))
         num_tokens = len(prompt.prompt_token_ids)
+        everything = RequestOptions(enabled=False)
+        any_config = next(iter(self._configs.values()))
+        needed = [(config, options) for _, config, options in asked]
+        if prompt.follows_full:
+            needed.append((any_config, everything))
         firsts = {
             self._reference.plan(num_tokens, config, options).first_scored_query
-            for _, config, options in asked
+            for config, options in needed
         }
         prefilled = self._reference.prefill(prompt.prompt_token_ids, window, firsts)
+        logits, full = prefilled.logits, None
+        if prompt.follows_full:
+            request = self._reference.request(prefilled, any_config, everything)
+            full = self._run(recording(prompt, logits, self._vocabulary), request)
         for method, config, options in asked:
             request = self._reference.request(prefilled, config, options)
-            yield method, self._answer(prompt, prefilled.logits, request)
+            if full is not None:
+                answer = following(prompt, logits, full, self._vocabulary)
+            else:
+                answer = answering(prompt, logits, self._vocabulary)
+            yield method, self._run(answer, request)
 
-    def _answer(
-        self, prompt: PromptLine, logits: torch.Tensor, request: ReferenceRequest
-    ) -> AnswerLine:
-        def step(token_ids: list[int]) -> torch.Tensor:
-            return request.step(token_ids[0])[None]
-
+    def _run(self, answer: Generator[int, torch.Tensor, _T], request: ReferenceRequest) -> _T:
+        """What a generator returns that asks for one step after the other."""
         with nullcontext() if self._compiled else reference_operators():
-            (line,) = answer_together([answering(prompt, logits, self._vocabulary)], step)
-        return line
+            try:
+                token_id = next(answer)
+                while True:
+                    token_id = answer.send(request.step(token_id))
+            except StopIteration as finished:
+                return cast("_T", finished.value)

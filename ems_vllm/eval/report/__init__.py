@@ -30,17 +30,14 @@ def write_report(results: Sequence[EvalResult], out: Path) -> None:
         raise ConfigError(
             f"A report needs {error.name}, which is not installed: pip install 'ems-vllm[report]'."
         ) from None
-    from ems_vllm.eval.report.aggregate import aggregate
-    from ems_vllm.eval.report.compare import mean_table, task_table
     from ems_vllm.eval.report.markdown import markdown
+    from ems_vllm.eval.report.section import sections
 
-    report = aggregate(results)
-    mean = mean_table(report)
-    tables = [task_table(report, task) for task in report.tasks]
+    parts = sections(results)
     out.mkdir(parents=True, exist_ok=True)
     pages = {
-        "report.html": html(report, mean, tables),
-        "results.md": markdown(report, mean, tables),
+        "report.html": html(parts),
+        "results.md": markdown(parts),
     }
     for name, text in pages.items():
         (out / name).write_text(text, encoding="utf-8")

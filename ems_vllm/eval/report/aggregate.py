@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from ems_vllm.eval.protocol import LAST, ordered
 from ems_vllm.eval.report.stats import Array
 from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult, Serving
 
@@ -116,14 +117,16 @@ class Run:
 
 @dataclass
 class Report:
-    """Everything the pages draw on.
+    """Everything the pages draw on, of one protocol.
 
     Attributes:
+        protocol: Where questions stand.
         columns: Budgets as fractions of the context, ascending.
         series: Full caches first, then those in focus, then the others as they came.
         skipped: What could not be placed, in words.
     """
 
+    protocol: str
     runs: list[Run]
     tasks: list[Task]
     columns: list[float]
@@ -161,8 +164,19 @@ class Report:
         return max(fulls, key=closeness).points[None] if fulls else None
 
 
-def aggregate(results: Sequence[EvalResult]) -> Report:
-    """Order the results of one or more runs for comparison."""
+def protocols(results: Sequence[EvalResult]) -> list[str]:
+    """Protocols that were asked in, in their usual order; "last" where nothing was asked."""
+    found = {s.protocol for result in results for m in result.methods for s in m.samples}
+    return ordered(sorted(found)) or [LAST]
+
+
+def aggregate(results: Sequence[EvalResult], protocol: str = LAST) -> Report:
+    """Order the results of one or more runs for comparison.
+
+    Protocols rank methods differently and have reports of their own; methods that were asked in
+    others only are left out.
+    """
+    results = [_asked_in(protocol, result) for result in results]
     higher = {task: up for result in results for task, up in result.higher_is_better.items()}
     runs = [
         Run(name, result.model, result.preset, result.created, result.environment)
@@ -176,7 +190,16 @@ def aggregate(results: Sequence[EvalResult]) -> Report:
     _add_run_names(series, runs)
     columns = _place_in_columns(series)
     series.sort(key=lambda each: (not each.is_full, not each.in_focus))
-    return Report(runs, _tasks(series, higher), columns, series, skipped)
+    return Report(protocol, runs, _tasks(series, higher), columns, series, skipped)
+
+
+def _asked_in(protocol: str, result: EvalResult) -> EvalResult:
+    methods = []
+    for method in result.methods:
+        samples = [sample for sample in method.samples if sample.protocol == protocol]
+        if samples or not method.samples:
+            methods.append(method.model_copy(update={"samples": samples}))
+    return result.model_copy(update={"methods": methods})
 
 
 def paired(task: str, points: Sequence[Point]) -> Array:

@@ -101,12 +101,25 @@ def mean_table(report: Report) -> Table:
 
 def mean_gap(report: Report, one: Series, other: Series, column: float) -> Interval | None:
     """How far one method is ahead of another, in the mean table's terms; None without pairs."""
-    points: list[Point] = []
-    for series in (one, other):
-        reference = report.reference(series)
-        points += [series.points[column], *([reference] if reference else [])]
-    statistic = {2: difference, 4: ratio_difference}.get(len(points))
-    strata = _strata(report.compared, points)
+    points = [series.points[column] for series in (one, other)]
+    references = [report.reference(series) for series in (one, other)]
+    return ratio_gap(report.compared, points, references)
+
+
+def ratio_gap(
+    tasks: Sequence[Task], points: Sequence[Point], references: Sequence[Point | None]
+) -> Interval | None:
+    """How far one point is ahead of another, each as a fraction of its own full cache.
+
+    Args:
+        tasks: Each counts the same.
+        points: Two, of one report or of two: prompts are paired by length, seed and index.
+        references: Their full caches; without them scores are compared.
+    """
+    pairs = zip(points, references, strict=True)
+    columns = [p for pair in pairs for p in pair if p is not None]
+    statistic = {2: difference, 4: ratio_difference}.get(len(columns))
+    strata = _strata(tasks, columns)
     return bootstrap(strata, statistic) if strata and statistic else None
 
 

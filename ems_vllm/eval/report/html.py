@@ -14,9 +14,10 @@ from ems_vllm.eval.report import heatmaps, panels, samples, wording
 from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, Report, Series
 from ems_vllm.eval.report.compare import Table
 from ems_vllm.eval.report.figures import with_own_ids
+from ems_vllm.eval.report.section import Section, comparison, side_by_side
 from ems_vllm.eval.report.stats import RESAMPLES
 from ems_vllm.eval.report.style import PALETTE, styles
-from ems_vllm.eval.report.verdict import focus, headline_column, tiles, verdict
+from ems_vllm.eval.report.verdict import Tile, focus, headline_column, tiles, verdict
 from ems_vllm.eval.results import Serving
 
 # More curves than this cannot be told apart; tables show every method.
@@ -34,17 +35,8 @@ class RunFacts:
     environment: dict[str, Any]
 
 
-def html(report: Report, mean: Table, tables: Sequence[Table]) -> str:
-    """The page.
-
-    Args:
-        mean: Over the tasks compared.
-        tables: One for every task.
-    """
-    series = shown_series(report, mean)
-    shown = panels.Shown(series, styles(series))
-    ours = focus(report, mean)
-    headline = headline_column(report, mean, ours) if ours else None
+def html(parts: Sequence[Section]) -> str:
+    """The page, a section for each protocol."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("ems_vllm.eval.report"),
         # Answers and names are foreign text; only our own SVG is markup.
@@ -61,34 +53,80 @@ def html(report: Report, mean: Table, tables: Sequence[Table]) -> str:
         size=wording.size,
         duration=wording.duration,
     )
+    several = len(parts) > 1
+    bodies = [_section(environment, part, several) for part in parts]
+    reports = [part.report for part in parts]
+    series = [series for report in reports for series in report.series]
+    points = [point for each in series for point in each.points.values()]
     return environment.get_template("report.html.j2").render(
+        reports=reports,
+        sections=list(zip(parts, bodies, strict=True)),
+        several=several,
+        models=list(dict.fromkeys(run.title for run in reports[0].runs)),
+        presets=list(dict.fromkeys(run.preset for run in reports[0].runs)),
+        runs=run_facts(reports[0]),
+        methods=list(dict.fromkeys(s.method for s in series if not s.is_full)),
+        has_full=any(s.is_full for s in series),
+        columns=sorted({column for report in reports for column in report.columns}),
+        max_columns=max(len(report.columns) for report in reports),
+        tasks=list(dict.fromkeys(task.name for report in reports for task in report.tasks)),
+        skipped=list(dict.fromkeys(line for report in reports for line in report.skipped)),
+        verdicts=[(part, verdict(part.report, part.mean)) for part in parts],
+        comparison=comparison(parts),
+        tiles=_tiles(parts),
+        across=side_by_side(parts),
+        relative=parts[0].mean.relative,
+        heat_colors=heatmaps.palette(),
+        palette=PALETTE,
+        num_errors=sum(point.num_errors for point in points),
+        num_samples=sum(len(point.samples) for point in points),
+        min_full_score=MIN_FULL_SCORE,
+        resamples=RESAMPLES,
+    )
+
+
+def _section(environment: jinja2.Environment, part: Section, several: bool) -> Markup:
+    """Figures and tables of one protocol."""
+    report, mean = part.report, part.mean
+    series = shown_series(report, mean)
+    shown = panels.Shown(series, styles(series))
+    ours = focus(report, mean)
+    text = environment.get_template("section.html.j2").render(
         report=report,
-        models=list(dict.fromkeys(run.title for run in report.runs)),
-        runs=run_facts(report),
-        verdict=verdict(report, mean),
-        tiles=tiles(report, mean),
+        heading="h3" if several else "h2",
+        subheading="h4" if several else "h3",
         focus=ours,
-        headline=headline,
+        headline=headline_column(report, mean, ours) if ours else None,
         entries=_entries(report),
         mean=mean,
-        tables=tables,
+        tables=part.tables,
         legend=list(shown),
         served=[(each, style) for each, style in shown if _has_figures(each)],
         num_hidden=len(report.series) - len(series),
         mean_panel=panels.mean_panel(report, mean, shown),
-        task_panels=panels.task_panels(report, tables, shown),
+        task_panels=panels.task_panels(report, part.tables, shown),
         memory_panel=panels.memory_panel(report, mean, shown),
         speed_panels=panels.speed_panels(report, mean, shown),
         heat_tasks=heatmaps.heat_tasks(report, series),
         heat_colors=heatmaps.palette(),
-        palette=PALETTE,
         worst=samples.worst_samples(report, series),
         failures=samples.failures(report),
-        num_errors=sum(p.num_errors for s in report.series for p in s.points.values()),
-        num_samples=sum(len(p.samples) for s in report.series for p in s.points.values()),
-        min_full_score=MIN_FULL_SCORE,
-        resamples=RESAMPLES,
     )
+    # Escaped by the template.
+    return Markup(text)
+
+
+def _tiles(parts: Sequence[Section]) -> list[Tile]:
+    """All numbers of the first protocol, and the score of the others."""
+    found = [tiles(part.report, part.mean) for part in parts]
+    if len(parts) < 2:
+        return found[0]
+    shown = [found[0], *(each[:1] for each in found[1:])]
+    return [
+        Tile(tile.number, f"{part.title.lower()}: {tile.caption}")
+        for part, each in zip(parts, shown, strict=True)
+        for tile in each
+    ]
 
 
 def shown_series(report: Report, mean: Table) -> list[Series]:

@@ -9,17 +9,25 @@ first one.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 from ems_vllm.eval import words
 from ems_vllm.eval.haystack import NOISE, essay, essay_words, insert_at_depths
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
-Kind = Literal["words", "numbers", "uuids"]
-_MAKE = {"words": words.pair, "numbers": words.number, "uuids": words.identifier}
+Kind = Literal["words", "numbers", "uuids", "phrases"]
+_MAKE: dict[Kind, Callable[[random.Random], str]] = {
+    "words": words.pair,
+    "numbers": words.number,
+    "uuids": words.identifier,
+    "phrases": words.phrase,
+}
+
+_EXAMPLE_WORDS = 60
 
 
 class NeedleTask(Task):
@@ -28,9 +36,12 @@ class NeedleTask(Task):
     Attributes:
         haystack: "noise" repeats one phrase, "essay" is prose, "needle" is other needles.
         key_kind, value_kind: What keys and values look like.
+        num_digits: Of values that are numbers.
         num_keys: Keys in the haystack, the asked ones included.
         num_values: Values of every key.
         num_queries: Keys that are asked.
+        is_near: Keys share their first word, so that needles differ in little.
+        has_example: The document begins with a worked example, another needle and its answer.
         is_grid: Take the depth from the options in turn, instead of a random one.
     """
 
@@ -38,9 +49,12 @@ class NeedleTask(Task):
     haystack: ClassVar[Literal["noise", "essay", "needle"]] = "essay"
     key_kind: ClassVar[Kind] = "words"
     value_kind: ClassVar[Kind] = "numbers"
+    num_digits: ClassVar[int] = 7
     num_keys: ClassVar[int] = 1
     num_values: ClassVar[int] = 1
     num_queries: ClassVar[int] = 1
+    is_near: ClassVar[bool] = False
+    has_example: ClassVar[bool] = False
     is_grid: ClassVar[bool] = False
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
@@ -51,10 +65,11 @@ class NeedleTask(Task):
         rng.shuffle(needles)
         depths = self._depths(key, rng, len(needles))
         start = rng.randrange(2**30)
+        example = self._example(key, start) if self.has_example else ""
 
         def build(size: int) -> Question:
             units, separator = self._haystack(key, start, size)
-            context = separator.join(insert_at_depths(units, needles, depths))
+            context = example + separator.join(insert_at_depths(units, needles, depths))
             answers = tuple(v for name in queried for v in facts[name])
             return self._question(context, queried, answers, depths[0] if self.is_grid else None)
 
@@ -62,10 +77,26 @@ class NeedleTask(Task):
 
     def _facts(self, rng: random.Random) -> dict[str, list[str]]:
         facts: dict[str, list[str]] = {}
+        first = rng.choice(words.ADJECTIVES) if self.is_near else None
         while len(facts) < self.num_keys:
-            values = [_MAKE[self.value_kind](rng) for _ in range(self.num_values)]
-            facts[_MAKE[self.key_kind](rng)] = values
+            values = [self._value(rng) for _ in range(self.num_values)]
+            name = _MAKE[self.key_kind](rng) if first is None else words.pair(rng, first)
+            facts[name] = values
         return facts
+
+    def _value(self, rng: random.Random) -> str:
+        if self.value_kind == "numbers":
+            return words.number(rng, self.num_digits)
+        return _MAKE[self.value_kind](rng)
+
+    def _example(self, key: Key, start: int) -> str:
+        """Another needle with some text, its question and its answer."""
+        rng = generator(key, "example")
+        name, value = _MAKE[self.key_kind](rng), self._value(rng)
+        units, separator = self._haystack(key, start + 2**20, _EXAMPLE_WORDS)
+        context = separator.join(insert_at_depths(units, [self._needle(name, value)], [0.5]))
+        asked = self._question(context, [name], (value,), None)
+        return f"{asked.body}{asked.answer_prefix}{asked.gold_text}.\n\n"
 
     def _needle(self, key: str, value: str) -> str:
         return f"One of the special magic {self.value_kind} for {key} is: {value}."
@@ -84,30 +115,27 @@ class NeedleTask(Task):
             text = essay_words(self.options.text_path)
             return essay(text, start % len(text), size), " "
         rng = generator(key, "haystack")
-        make_key, make_value = _MAKE[self.key_kind], _MAKE[self.value_kind]
-        return [self._needle(make_key(rng), make_value(rng)) for _ in range(size)], "\n"
+        make_key = _MAKE[self.key_kind]
+        return [self._needle(make_key(rng), self._value(rng)) for _ in range(size)], "\n"
 
     def _question(
         self, context: str, keys: Sequence[str], answers: tuple[str, ...], depth: float | None
     ) -> Question:
         query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
-        kinds: str = self.value_kind
-        if len(answers) == 1:
-            kind = kinds.removesuffix("s")
-            body = (
-                f"A special magic {kind} is hidden within the following text. Make sure to "
-                f"memorize it. I will quiz you about the {kind} afterwards.\n{context}\nWhat is "
-                f"the special magic {kind} for {query} mentioned in the provided text?"
-            )
-            prefix = f" The special magic {kind} for {query} mentioned in the provided text is"
-        else:
-            body = (
-                f"Some special magic {kinds} are hidden within the following text. Make sure to "
-                f"memorize it. I will quiz you about the {kinds} afterwards.\n{context}\nWhat are "
-                f"all the special magic {kinds} for {query} mentioned in the provided text?"
-            )
-            prefix = f" The special magic {kinds} for {query} mentioned in the provided text are"
-        return Question(body, prefix, answers, depth=depth)
+        is_one = len(answers) == 1
+        kind = self.value_kind.removesuffix("s") if is_one else self.value_kind
+        some, be, which = ("A", "is", "What is") if is_one else ("Some", "are", "What are all")
+        asked = f"the special magic {kind} for {query} mentioned in the provided text"
+        return Question(
+            instruction=f"{some} special magic {kind} {be} hidden within the following text. Make "
+            f"sure to memorize it. I will quiz you about the {kind} afterwards.\n",
+            document=context,
+            question=f"\n{which} {asked}?",
+            answer_prefix=f" {asked[0].upper()}{asked[1:]} {be}",
+            references=answers,
+            depth=depth,
+            gold=f" {', '.join(answers)}",
+        )
 
 
 @TASKS.register("niah")
@@ -158,3 +186,57 @@ class NiahMultivalue(NeedleTask):
 class NiahMultiquery(NeedleTask):
     num_keys = 4
     num_queries = 4
+
+
+# Beside RULER's: what models can do that are too small for seven digits or four values.
+
+
+@TASKS.register("niah_digits_3")
+class NiahDigits3(NeedleTask):
+    num_digits = 3
+
+
+@TASKS.register("niah_digits_4")
+class NiahDigits4(NeedleTask):
+    num_digits = 4
+
+
+@TASKS.register("niah_digits_5")
+class NiahDigits5(NeedleTask):
+    num_digits = 5
+
+
+@TASKS.register("niah_words")
+class NiahWords(NeedleTask):
+    value_kind = "words"
+
+
+@TASKS.register("niah_phrases")
+class NiahPhrases(NeedleTask):
+    value_kind = "phrases"
+
+
+@TASKS.register("niah_multivalue_2")
+class NiahMultivalue2(NeedleTask):
+    num_digits = 4
+    num_values = 2
+
+
+@TASKS.register("niah_near")
+class NiahNear(NeedleTask):
+    """One of five needles whose keys share their first word."""
+
+    num_digits = 5
+    num_keys = 5
+    is_near = True
+
+
+@TASKS.register("niah_example")
+class NiahExample(NeedleTask):
+    """A worked example with another number comes first.
+
+    What the answer looks like occurs twice. A cache that lost the needle answers with the example.
+    """
+
+    num_digits = 5
+    has_example = True
