@@ -40,6 +40,8 @@ class PromptLine(_Line):
     stop: tuple[str, ...]
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
+    gold_token_ids: tuple[int, ...] = ()
+    written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
     natural_length: int | None = None
@@ -64,12 +66,14 @@ class AnswerLine(_Line):
         output: What was generated, without the prompt.
         logprobs: For prompts with a continuation, instead of `output`: natural logarithms of the
             probabilities of its tokens.
+        gold_logprobs: Of a right answer's tokens, beside `output`: the same.
         prompt_tokens: Tokens that the engine processed before the answer.
         error: Why there is no answer; it scores 0.
     """
 
     output: str = ""
     logprobs: tuple[float, ...] | None = None
+    gold_logprobs: tuple[float, ...] | None = None
     prompt_tokens: int | None = None
     error: str | None = None
 
