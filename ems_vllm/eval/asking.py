@@ -130,4 +130,5 @@ def _key(sample: Sample) -> dict[str, Any]:
         "length": sample.length,
         "seed": sample.seed,
         "index": sample.index,
+        "protocol": sample.protocol,
     }

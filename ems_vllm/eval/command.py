@@ -31,7 +31,10 @@ def evaluate(
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder or Hub name, where the model's name is neither.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated, as the next five.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated, as the next six.")] = None,
+    protocols: Annotated[
+        str | None, typer.Option(help="Where the question stands: last, first, later.")
+    ] = None,
     recipes: Annotated[str | None, typer.Option(help="Methods beside the full cache.")] = None,
     budgets: Annotated[
         str | None, typer.Option(help="Entries per kv_head, or fractions of the length.")
@@ -71,6 +74,7 @@ def evaluate(
 
     overrides: dict[str, Any] = {
         "tasks": _listed(tasks, "tasks", str),
+        "protocols": _listed(protocols, "protocols", str),
         "recipes": _listed(recipes, "recipes", str),
         "budgets": _listed(budgets, "budgets", _number),
         "lengths": _listed(lengths, "lengths", int),

@@ -11,6 +11,7 @@ from typing import TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
+from ems_vllm.eval.protocol import LAST, Protocol
 from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 from ems_vllm.eval.sample import Key, Sample
 from ems_vllm.eval.scoring import score_continuation, score_output
@@ -24,10 +25,11 @@ class _Line(BaseModel):
     length: int
     seed: int
     index: int
+    protocol: Protocol = LAST
 
     @property
     def key(self) -> Key:
-        return Key(self.task, self.length, self.seed, self.index)
+        return Key(self.task, self.length, self.seed, self.index, self.protocol)
 
 
 class PromptLine(_Line):
@@ -84,7 +86,7 @@ _L = TypeVar("_L", bound=_Line)
 def export(samples: Iterable[Sample], path: Path) -> int:
     """Write the prompts of samples that are one prompt.
 
-    Conversations, and answers that are written for the model, are left out.
+    Conversations, and long lists that are compressed while they are written, are left out.
 
     Returns:
         How many were written.
@@ -93,7 +95,7 @@ def export(samples: Iterable[Sample], path: Path) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for sample in samples:
-            if not sample.turns and not sample.written_token_ids:
+            if not sample.turns and not sample.compresses_writing:
                 file.write(PromptLine.of(sample).model_dump_json() + "\n")
                 count += 1
     return count
@@ -177,6 +179,7 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
         depth=sample.depth,
         seed=sample.seed,
         index=sample.index,
+        protocol=sample.protocol,
         score=score,
         prompt_tokens=answer.prompt_tokens,
         output=answer.output,
@@ -185,4 +188,5 @@ def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
 
 
 def _shown(key: Key) -> str:
-    return f"task={key.task!r} length={key.length} seed={key.seed} index={key.index}"
+    place = f"task={key.task!r} length={key.length} seed={key.seed} index={key.index}"
+    return place if key.protocol == LAST else f"{place} protocol={key.protocol!r}"

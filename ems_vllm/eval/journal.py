@@ -34,7 +34,7 @@ class Entry(BaseModel):
     @property
     def key(self) -> Key:
         r = self.result
-        return Key(r.task, r.length, r.seed, r.index)
+        return Key(r.task, r.length, r.seed, r.index, r.protocol)
 
 
 class Session(BaseModel):

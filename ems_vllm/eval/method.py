@@ -38,7 +38,7 @@ class Method:
         """
         total = self._total(sample, server)
         window, block_size = server.recent_window, server.block_size
-        if sample.written_token_ids:
+        if sample.compresses_writing:
             return largest_kv_budget(total, window, block_size)
         return kv_budget(total, prompt_len, window, block_size)
 
@@ -53,7 +53,7 @@ class Method:
         """Entries right after a compression."""
         total = self.budget.total(sample.budget_length)
         assert total is not None
-        if sample.written_token_ids:
+        if sample.compresses_writing:
             # A request that writes holds so many more before it is compressed again.
             total -= server.recompress_interval + server.block_size
         return total

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ems_vllm.config import recipes as policies
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
 from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.protocol import LAST, Protocol
 from ems_vllm.eval.tasks import TASKS, TaskOptions
 from ems_vllm.eval.tokenizer import PromptFormat
 
@@ -55,6 +56,7 @@ class Preset(_Settings):
 
     Attributes:
         tasks: Names of tasks; `lm_eval:NAME` runs a task of lm-evaluation-harness.
+        protocols: Where questions stand. A task is asked in those that it can be written in.
         lengths: Context lengths in tokens, prompt and answer together.
         seeds: Each gives samples of its own.
         samples: A task, length and seed.
@@ -71,6 +73,7 @@ class Preset(_Settings):
 
     name: str
     tasks: tuple[str, ...]
+    protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)] = (LAST,)
     lengths: tuple[_Count, ...]
     seeds: tuple[int, ...] = (0,)
     samples: _Count
@@ -97,6 +100,11 @@ class Preset(_Settings):
                     raise ConfigError(
                         f"tasks={shown(name)} is not a task: {error.args[0]}."
                     ) from None
+        return tuple(dict.fromkeys(value))
+
+    @field_validator("protocols")
+    @classmethod
+    def _once(cls, value: tuple[Protocol, ...]) -> tuple[Protocol, ...]:
         return tuple(dict.fromkeys(value))
 
     @field_validator("recipes")
@@ -139,6 +147,11 @@ class Preset(_Settings):
         }
         server = self.server.model_copy(update={"args": (*self.server.args, *(args or ()))})
         return self.model_copy(update={"per_task": per_task, "server": server})
+
+    def protocols_of(self, task: str) -> tuple[Protocol, ...]:
+        """Those that the task can be written in; the harness writes its own prompts."""
+        possible = (LAST,) if task.startswith(LM_EVAL) else TASKS.get(task).protocols
+        return tuple(protocol for protocol in self.protocols if protocol in possible)
 
     def lengths_of(self, task: str) -> tuple[int, ...]:
         own = self.per_task.get(task)

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ems_vllm.eval.protocol import LAST, Protocol
+
 SCHEMA: Literal[1] = 1
 
 
@@ -22,7 +24,8 @@ class SampleResult(_Record):
         task: Name of the task.
         length: Nominal context length in tokens; a cell of the task's grid.
         depth: Where the needle lies, 0 (start) to 1 (end); None where a task has no depth.
-        seed, index: Together with task and length they determine the prompt.
+        seed, index: Together with task, length and protocol they determine the prompt.
+        protocol: Where the question stands; files without it are older than the others.
         score: Quality in [0, 1], by the task's own metric; bits per byte for perplexity tasks.
         prompt_tokens: Tokens of the prompt as the server counted them.
         output: What the model answered.
@@ -34,6 +37,7 @@ class SampleResult(_Record):
     depth: float | None = None
     seed: int
     index: int
+    protocol: Protocol = LAST
     score: float
     prompt_tokens: int | None = None
     output: str = ""

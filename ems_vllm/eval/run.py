@@ -96,6 +96,13 @@ class Run:
     def __call__(self) -> EvalResult:
         """Ask what has not been answered yet; the result is written after every method."""
         samples = list(self.samples())
+        for name in self.preset.tasks:
+            if not self.preset.protocols_of(name):
+                self.console.print(
+                    f"{name} cannot be written in protocols={','.join(self.preset.protocols)}; "
+                    "left out.",
+                    highlight=False,
+                )
         self._claim_output()
         result = EvalResult(
             model=self.model,
@@ -125,10 +132,11 @@ class Run:
             if name.startswith(LM_EVAL):
                 continue
             task = TASKS.get(name)(self.preset.task_options)
-            for length in self.preset.lengths_of(name):
-                for seed in self.preset.seeds:
-                    count = self.preset.samples_of(name)
-                    yield from task.samples(length, seed, count, self.tokenizer)
+            count = self.preset.samples_of(name)
+            for protocol in self.preset.protocols_of(name):
+                for length in self.preset.lengths_of(name):
+                    for seed in self.preset.seeds:
+                        yield from task.samples(length, seed, count, self.tokenizer, protocol)
 
     def _recipes(self) -> Iterator[tuple[str, list[Method]]]:
         recipes = self.preset.recipes
@@ -240,7 +248,7 @@ class Run:
             ],
             serving=serving(
                 journal,
-                {s.key for s in work.covered if not s.written_token_ids},
+                {s.key for s in work.covered if not s.compresses_writing},
                 config,
                 self._shape(),
                 preset.server.block_size,

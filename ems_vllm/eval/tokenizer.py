@@ -19,6 +19,14 @@ class Tokenizer(Protocol):
         """A prompt as the model sees it; the answer goes on from `answer_prefix`."""
         ...
 
+    def render_first(self, asked: str, document: str, answer_prefix: str) -> str:
+        """A prompt whose question stands before the document."""
+        ...
+
+    def around_message(self) -> tuple[str, str]:
+        """What a prompt has before the user's message, and between it and the answer."""
+        ...
+
     def render_plain(self, text: str) -> str:
         """A prompt outside the chat template, in either format."""
         ...
@@ -82,6 +90,24 @@ class HubTokenizer:
             return body + answer_prefix
         return self.render_chat([{"role": "user", "content": body}]) + answer_prefix
 
+    def render_first(self, asked: str, document: str, answer_prefix: str) -> str:
+        if self._prompt_format == "completion":
+            return f"{asked}\n\n{document}\n\n{answer_prefix}"
+        turn = {"role": "user", "content": document}
+        if self._has_system_turn():
+            rendered = self.render_chat([{"role": "system", "content": asked}, turn])
+        else:
+            rendered = self.render_chat([turn | {"content": f"{asked}\n\n{document}"}])
+        return rendered + answer_prefix
+
+    def around_message(self) -> tuple[str, str]:
+        if self._prompt_format == "completion":
+            return "", ""
+        # Any text that no template writes and none strips.
+        mark = "<<message>>"
+        before, _, after = self.render_chat([{"role": "user", "content": mark}]).partition(mark)
+        return before, after
+
     def render_plain(self, text: str) -> str:
         # `encode` adds no special tokens to a chat's prompt.
         special = self.encode_special() if self._prompt_format == "chat" else []
@@ -98,6 +124,16 @@ class HubTokenizer:
                 "prompt_format=completion and tasks without turns."
             ) from None
         return str(text)
+
+    def _has_system_turn(self) -> bool:
+        """Whether the template writes a system's turn; some refuse it, others drop it."""
+        mark = "<<system>>"
+        turns = [{"role": "system", "content": mark}, {"role": "user", "content": "x"}]
+        try:
+            return mark in str(self._tokenizer.apply_chat_template(turns, tokenize=False))
+        # Templates raise errors of the template engine.
+        except Exception:
+            return False
 
     def encode(self, prompt: str) -> list[int]:
         # A chat template writes the special tokens itself.

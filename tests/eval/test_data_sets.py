@@ -87,7 +87,7 @@ def test_longbench_prompt_is_the_benchmark_s_and_is_cut_in_the_middle(tokenizer,
     long = next(sample for sample in samples if "w0 w1" in sample.prompt)
     short = next(sample for sample in samples if sample is not long)
     assert long.max_tokens == 128
-    assert 1000 - 3 <= len(long.prompt_token_ids) + long.max_tokens <= 1000
+    assert 1000 - 10 <= len(long.prompt_token_ids) + long.max_tokens <= 1000
     for sample in (long, short):
         assert sample.prompt.startswith("You are given a scientific article and a question.")
         assert sample.prompt.endswith("Question: Why?\n\nAnswer:")

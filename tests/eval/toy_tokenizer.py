@@ -15,6 +15,12 @@ class ToyTokenizer:
     def render(self, body: str, answer_prefix: str = "") -> str:
         return body + answer_prefix
 
+    def render_first(self, asked: str, document: str, answer_prefix: str) -> str:
+        return f"{asked}\n\n{document}\n\n{answer_prefix}"
+
+    def around_message(self) -> tuple[str, str]:
+        return "", ""
+
     def render_plain(self, text: str) -> str:
         return text
 

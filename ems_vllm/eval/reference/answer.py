@@ -35,6 +35,8 @@ Answering = Generator[int, "torch.Tensor", AnswerLine]
 def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabulary) -> Answering:
     """Answer a prompt that has been processed, greedily or by teacher forcing.
 
+    What is written after the prompt, such as a question that comes later, goes first.
+
     Args:
         prompt: What is asked.
         first_logits: [vocabulary] - after the last token of the prompt.
@@ -44,6 +46,9 @@ def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabu
         logprobs = yield from _predicting(prompt.continuation_token_ids, first_logits)
         return answer_line(prompt, logprobs=logprobs)
     logits = first_logits
+    # Step by step, as an engine generates what is prescribed.
+    for token_id in prompt.written_token_ids:
+        logits = yield token_id
     token_ids: list[int] = []
     while True:
         token_ids.append(int(logits.argmax()))
@@ -111,6 +116,7 @@ def answer_line(prompt: PromptLine, **fields: Any) -> AnswerLine:
         length=prompt.length,
         seed=prompt.seed,
         index=prompt.index,
+        protocol=prompt.protocol,
         prompt_tokens=len(prompt.prompt_token_ids),
         **fields,
     )

@@ -12,6 +12,8 @@ from typing import ClassVar
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.fitting import largest_fitting
 from ems_vllm.eval.metrics import METRICS
+from ems_vllm.eval.protocol import LAST, PROTOCOLS, Protocol
+from ems_vllm.eval.question import Question, Writer, Writing, writer
 from ems_vllm.eval.sample import Key, Sample
 from ems_vllm.eval.tokenizer import Tokenizer
 from ems_vllm.registry import Registry
@@ -39,23 +41,6 @@ class TaskOptions:
     data_path: Path | None = None
 
 
-@dataclass(frozen=True)
-class Question:
-    """What a task writes: a text, and what is right.
-
-    Attributes:
-        body: Everything up to the answer prefix.
-        answer_prefix: How the answer begins; the model goes on from there.
-        references, choices, depth: As in Sample.
-    """
-
-    body: str
-    answer_prefix: str = ""
-    references: tuple[str, ...] = ()
-    choices: tuple[str, ...] = ()
-    depth: float | None = None
-
-
 class Task(ABC):
     """A family of samples.
 
@@ -64,12 +49,14 @@ class Task(ABC):
         higher_is_better: Of the score.
         max_tokens: Generation length.
         stop: Texts that end an answer.
+        protocols: Where the question may stand; the first is the task's own.
     """
 
     metric: ClassVar[str] = "string_match_all"
     higher_is_better: ClassVar[bool] = True
     max_tokens: ClassVar[int] = 128
     stop: ClassVar[tuple[str, ...]] = ()
+    protocols: ClassVar[tuple[Protocol, ...]] = PROTOCOLS
 
     def __init__(self, options: TaskOptions = TaskOptions()) -> None:
         self.options = options
@@ -84,7 +71,14 @@ class Task(ABC):
         bound = self.options.max_tokens
         return self.max_tokens if bound is None else min(self.max_tokens, bound)
 
-    def samples(self, length: int, seed: int, count: int, tokenizer: Tokenizer) -> Iterator[Sample]:
+    def samples(
+        self,
+        length: int,
+        seed: int,
+        count: int,
+        tokenizer: Tokenizer,
+        protocol: Protocol = LAST,
+    ) -> Iterator[Sample]:
         """The first `count` samples of one cell.
 
         Args:
@@ -92,13 +86,14 @@ class Task(ABC):
             seed: Different seeds share no sample.
             count: More samples leave the first ones as they are.
             tokenizer: The served model's.
+            protocol: One of the task's.
 
         Raises:
             ConfigError: no sample is as short as `length`.
         """
         name = self.name()
         for index in range(count):
-            yield self.sample(Key(name, length, seed, index), tokenizer)
+            yield self.sample(Key(name, length, seed, index, protocol), tokenizer)
 
     @abstractmethod
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
@@ -116,72 +111,96 @@ class Task(ABC):
         build: Callable[[int], Question],
         minimum: int,
         maximum: int | None = None,
+        write: Writer | None = None,
     ) -> Sample:
         """The longest sample that fits.
+
+        Its size is the same in all of the task's protocols, so that they ask about one document:
+        the largest that fits in each.
 
         Args:
             key: Of the sample.
             tokenizer: The served model's.
             build: The question of a given size; the same size gives the same question.
             minimum, maximum: Smallest and largest size; there is no largest if it is None.
+            write: How questions become prompts; by default in the prompt format.
         """
-        size, question, prompt, token_ids = self.largest(
-            key, tokenizer.encode, build, self.num_new_tokens, minimum, maximum, tokenizer.render
-        )
-        return self.finished(key, question, prompt, token_ids, is_all=size == maximum)
+        write = write or writer(tokenizer)
+        room = key.length - self.num_new_tokens
+        questions: dict[int, Question] = {}
 
-    @staticmethod
-    def largest(
-        key: Key,
-        encode: Callable[[str], list[int]],
-        build: Callable[[int], Question],
-        reserved: int,
-        minimum: int,
-        maximum: int | None = None,
-        render: Callable[[str, str], str] = lambda body, prefix: body + prefix,
-    ) -> tuple[int, Question, str, list[int]]:
-        """The largest question that leaves `reserved` tokens: its size, text and token ids."""
-        encoded: dict[int, tuple[Question, str, list[int]]] = {}
+        def count(size: int, protocols: tuple[Protocol, ...]) -> int:
+            questions[size] = build(size)
+            return max(write(questions[size], protocol).num_tokens for protocol in protocols)
 
-        def count(size: int) -> int:
-            question = build(size)
-            text = render(question.body, question.answer_prefix)
-            encoded[size] = (question, text, encode(text))
-            return len(encoded[size][2])
-
-        size = largest_fitting(count, key.length - reserved, minimum, maximum)
+        own = self.protocols[:1]
+        size = largest_fitting(lambda size: count(size, own), room, minimum, maximum)
+        if size is not None and len(self.protocols) > 1:
+            # Nearly always the same: most tokens are the document's.
+            size = largest_fitting(lambda size: count(size, self.protocols), room, minimum, size)
         if size is None:
-            raise too_short(key, len(encoded[minimum][2]) + reserved)
-        return (size, *encoded[size])
+            needed = count(minimum, self.protocols) + self.num_new_tokens
+            raise too_short(key, needed)
+        question = questions[size]
+        writing = write(question, key.protocol)
+        return self.finished(key, question, writing, tokenizer, is_all=size == maximum)
 
     def finished(
         self,
         key: Key,
         question: Question,
-        prompt: str,
-        token_ids: list[int],
+        writing: Writing,
+        tokenizer: Tokenizer,
         *,
         is_all: bool = False,
     ) -> Sample:
-        """A sample from a question and its encoded prompt.
+        """A sample from a question as its protocol writes it.
 
         Args:
             is_all: There was no more to fill the length with.
         """
+        num_new = self.num_new_tokens
         return Sample(
             task=key.task,
             length=key.length,
             depth=question.depth,
             seed=key.seed,
             index=key.index,
-            prompt=prompt,
-            prompt_token_ids=tuple(token_ids),
-            max_tokens=self.num_new_tokens,
+            prompt=writing.prompt,
+            prompt_token_ids=writing.token_ids,
+            max_tokens=num_new,
             references=question.references,
             stop=(*self.stop, *self.options.stop),
             choices=question.choices,
-            natural_length=len(token_ids) + self.num_new_tokens if is_all else None,
+            written_token_ids=writing.written_token_ids,
+            natural_length=writing.num_tokens + num_new if is_all else None,
+            protocol=key.protocol,
+            gold_token_ids=tuple(tokenizer.encode_plain(question.gold_text)),
         )
+
+
+def largest(
+    key: Key,
+    encode: Callable[[str], list[int]],
+    build: Callable[[int], str],
+    reserved: int,
+    minimum: int,
+) -> tuple[int, list[int]]:
+    """The size of the largest text that leaves `reserved` tokens, and its token ids.
+
+    Raises:
+        ConfigError: not even the smallest fits.
+    """
+    encoded: dict[int, list[int]] = {}
+
+    def count(size: int) -> int:
+        encoded[size] = encode(build(size))
+        return len(encoded[size])
+
+    size = largest_fitting(count, key.length - reserved, minimum)
+    if size is None:
+        raise too_short(key, len(encoded[minimum]) + reserved)
+    return size, encoded[size]
 
 
 def too_short(key: Key, needed: int) -> ConfigError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.haystack import read_texts
+from ems_vllm.eval.protocol import LAST
 from ems_vllm.eval.sample import Key, Sample, generator
 from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ class BitsPerByte(Task):
     metric = "bits_per_byte"
     higher_is_better = False
     max_tokens = _CONTINUATION
+    protocols = (LAST,)
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
         special = tokenizer.encode_special()

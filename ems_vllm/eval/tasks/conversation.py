@@ -5,8 +5,9 @@ from __future__ import annotations
 
 from ems_vllm.eval import words
 from ems_vllm.eval.haystack import essay, essay_words
+from ems_vllm.eval.protocol import LAST
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task, largest
 from ems_vllm.eval.tokenizer import Message, Tokenizer
 
 _NUM_TURNS = 6
@@ -25,6 +26,7 @@ class MultiTurn(Task):
 
     metric = "string_match_all"
     max_tokens = 32
+    protocols = (LAST,)
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
         rng = generator(key)
@@ -42,7 +44,7 @@ class MultiTurn(Task):
         start = rng.randrange(len(text))
         turns: dict[int, tuple[str, ...]] = {}
 
-        def build(size: int) -> Question:
+        def build(size: int) -> str:
             passages = [
                 " ".join(essay(text, (start + i * size) % len(text), size))
                 for i in range(_NUM_TURNS - 2)
@@ -55,11 +57,11 @@ class MultiTurn(Task):
                     {"role": "user", "content": turn},
                     {"role": "assistant", "content": ""},
                 ]
-            return Question(tokenizer.render_chat(messages[:-1]), references=(facts[asked],))
+            return tokenizer.render_chat(messages[:-1])
 
         # The conversation is already rendered.
         reserved = self.num_new_tokens + (_NUM_TURNS - 1) * TURN_TOKENS
-        size, question, _, _ = self.largest(key, tokenizer.encode_rendered, build, reserved, 1)
+        size, _ = largest(key, tokenizer.encode_rendered, build, reserved, 1)
         return Sample(
             task=key.task,
             length=key.length,
@@ -69,7 +71,7 @@ class MultiTurn(Task):
             prompt="",
             prompt_token_ids=(),
             max_tokens=self.num_new_tokens,
-            references=question.references,
+            references=(facts[asked],),
             stop=self.options.stop,
             turns=turns[size],
         )

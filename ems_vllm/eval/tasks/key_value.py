@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 
 from ems_vllm.eval import words
+from ems_vllm.eval.question import Question, writer
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task, too_short
+from ems_vllm.eval.tasks.base import TASKS, Task, too_short
 from ems_vllm.eval.tokenizer import Tokenizer
 
 
@@ -29,11 +30,16 @@ class KeyValueRetrieval(Task):
         depth = self.options.depths[key.index % len(self.options.depths)]
         pairs.insert(round(depth * len(pairs)), (asked, answer))
         records = ",\n ".join(f"{json.dumps(k)}: {json.dumps(v)}" for k, v in pairs)
-        body = (
-            "Extract the value corresponding to the specified key in the JSON object below.\n\n"
-            f'JSON data:\n{{{records}}}\n\nKey: "{asked}"\nCorresponding value:'
+        return Question(
+            instruction="Extract the value corresponding to the specified key in the JSON object "
+            "below.\n\nJSON data:\n",
+            document=f"{{{records}}}",
+            question=f'\n\nKey: "{asked}"\nCorresponding value:',
+            neutral_prefix="Value:",
+            references=(answer,),
+            depth=depth,
+            gold=f' "{answer}"',
         )
-        return Question(body, references=(answer,), depth=depth)
 
 
 @TASKS.register("kv_retrieval_75")
@@ -42,8 +48,8 @@ class KeyValueRetrieval75(KeyValueRetrieval):
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
         question = self.question(key, 75)
-        prompt = tokenizer.render(question.body, question.answer_prefix)
-        token_ids = tokenizer.encode(prompt)
-        if len(token_ids) + self.num_new_tokens > key.length:
-            raise too_short(key, len(token_ids) + self.num_new_tokens)
-        return self.finished(key, question, prompt, token_ids, is_all=True)
+        write = writer(tokenizer)
+        needed = max(write(question, protocol).num_tokens for protocol in self.protocols)
+        if needed + self.num_new_tokens > key.length:
+            raise too_short(key, needed + self.num_new_tokens)
+        return self.finished(key, question, write(question, key.protocol), tokenizer, is_all=True)

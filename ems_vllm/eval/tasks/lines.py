@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 from ems_vllm.eval import words
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 
@@ -36,16 +37,20 @@ class Lines(Task):
             listed = list(names)[1:]
             listed.insert(round(depth * len(listed)), asked)
             record = "\n".join(f"line {n}: REGISTER_CONTENT is <{names[n]}>" for n in listed)
-            body = (
-                "Below is a record of lines I want you to remember. Each line begins with 'line "
-                "<line index>' and contains a '<REGISTER_CONTENT>' at the end of the line as a "
-                "numerical value. For each line index, memorize its corresponding "
+            return Question(
+                instruction="Below is a record of lines I want you to remember. Each line begins "
+                "with 'line <line index>' and contains a '<REGISTER_CONTENT>' at the end of the "
+                "line as a numerical value. For each line index, memorize its corresponding "
                 "<REGISTER_CONTENT>. At the end of the record, I will ask you to retrieve the "
                 "corresponding <REGISTER_CONTENT> of a certain line index. Now the record start:"
-                f"\n\n{record}\n\nNow the record is over. Tell me what is the <REGISTER_CONTENT> "
-                f"in line {asked}? I need the number."
+                "\n\n",
+                document=record,
+                question="\n\nNow the record is over. Tell me what is the <REGISTER_CONTENT> "
+                f"in line {asked}? I need the number.",
+                answer_prefix=f"\nThe <REGISTER_CONTENT> in line {asked} is",
+                references=(names[asked],),
+                depth=depth,
+                gold=f" <{names[asked]}>",
             )
-            prefix = f"\nThe <REGISTER_CONTENT> in line {asked} is"
-            return Question(body, prefix, (names[asked],), depth=depth)
 
         return self.fitted(key, tokenizer, build, minimum=2)

@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from ems_vllm.eval import words
+from ems_vllm.eval.protocol import LAST
+from ems_vllm.eval.question import Question, Writing
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task, largest
 from ems_vllm.eval.tokenizer import Tokenizer
 
 
@@ -23,6 +23,7 @@ class LongGeneration(Task):
 
     metric = "string_match_all"
     max_tokens = 24
+    protocols = (LAST,)
 
     def sample(self, key: Key, tokenizer: Tokenizer) -> Sample:
         rng = generator(key)
@@ -34,7 +35,7 @@ class LongGeneration(Task):
         )
         prompt = tokenizer.render(body)
 
-        def build(size: int) -> Question:
+        def build(size: int) -> str:
             own = generator(key, "list")
             items = [(words.pair(own), words.number(own)) for _ in range(size)]
             items.insert(round(depth * size), (asked, answer))
@@ -42,10 +43,11 @@ class LongGeneration(Task):
                 f"{i}. The special magic number for {k} is: {v}."
                 for i, (k, v) in enumerate(items, start=1)
             )
-            end = f"\nOnce more, the special magic number for {asked} is:"
-            return Question(listed + end, references=(answer,), depth=depth)
+            return f"{listed}\nOnce more, the special magic number for {asked} is:"
 
-        reserved = self.num_new_tokens + len(tokenizer.encode(prompt))
-        _, question, _, written = self.largest(key, tokenizer.encode_plain, build, reserved, 1)
-        sample = self.finished(key, question, prompt, tokenizer.encode(prompt))
-        return replace(sample, written_token_ids=tuple(written))
+        token_ids = tokenizer.encode(prompt)
+        reserved = self.num_new_tokens + len(token_ids)
+        _, written = largest(key, tokenizer.encode_plain, build, reserved, 1)
+        question = Question(body, references=(answer,), depth=depth)
+        writing = Writing(prompt, tuple(token_ids), tuple(written))
+        return self.finished(key, question, writing, tokenizer)

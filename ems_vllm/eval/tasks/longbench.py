@@ -19,8 +19,10 @@ from typing import Any, ClassVar
 import yaml
 
 from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.protocol import LAST, PROTOCOLS
+from ems_vllm.eval.question import Question, writer
 from ems_vllm.eval.sample import Key, Sample
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 PREFIX = "longbench_"
@@ -46,29 +48,28 @@ class LongBenchTask(Task):
         order = list(range(len(records)))
         random.Random(key.seed).shuffle(order)
         record = records[order[key.index % len(order)]]
-        body = self.template.format(context=record["context"], input=record["input"])
-        token_ids = tokenizer.encode_plain(body)
+        before, after = self.template.split("{context}")
+        before, after = (part.format(input=record["input"]) for part in (before, after))
+        token_ids = tokenizer.encode_plain(before + record["context"] + after)
 
         def build(kept: int) -> Question:
-            text = body
+            document = record["context"]
             if kept < len(token_ids):
                 half = kept // 2
-                text = tokenizer.decode(token_ids[:half]) + tokenizer.decode(
-                    token_ids[len(token_ids) - half :]
-                )
-            return Question(
-                text,
-                references=tuple(record["answers"]),
-                choices=tuple(record.get("all_classes") or ()),
-            )
+                head = tokenizer.decode(token_ids[:half])
+                tail = tokenizer.decode(token_ids[len(token_ids) - half :])
+                # Of a prompt that is cut into its own question, only this protocol can be written.
+                if not (head.startswith(before) and tail.endswith(after)):
+                    return Question(head + tail, **answers)
+                document = head[len(before) :] + tail[: len(tail) - len(after)]
+            return Question(document, after, before, **answers)
 
-        def render(text: str, answer_prefix: str) -> str:
-            return tokenizer.render(text) if self.is_chat else tokenizer.render_plain(text)
-
-        size, question, prompt, encoded = self.largest(
-            key, tokenizer.encode, build, self.num_new_tokens, 2, len(token_ids), render
-        )
-        return self.finished(key, question, prompt, encoded, is_all=size == len(token_ids))
+        answers: dict[str, Any] = {
+            "references": tuple(record["answers"]),
+            "choices": tuple(record.get("all_classes") or ()),
+        }
+        write = writer(tokenizer, in_template=self.is_chat)
+        return self.fitted(key, tokenizer, build, 2, len(token_ids), write)
 
 
 @functools.cache
@@ -116,6 +117,8 @@ def _register() -> None:
             "max_tokens": settings["max_tokens"],
             "is_chat": settings["is_chat"],
             "stop": tuple(settings.get("stop", ())),
+            # Code goes on where it ends; everything else asks something.
+            "protocols": (LAST,) if settings["metric"] == "code_similarity" else PROTOCOLS,
         }
         TASKS.register(PREFIX + name)(type(f"LongBench_{name}", (LongBenchTask,), attributes))
 

@@ -14,8 +14,9 @@ from typing import ClassVar, Literal
 
 from ems_vllm.eval import words
 from ems_vllm.eval.haystack import NOISE, essay, essay_words, insert_at_depths
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 Kind = Literal["words", "numbers", "uuids"]
@@ -91,23 +92,20 @@ class NeedleTask(Task):
         self, context: str, keys: Sequence[str], answers: tuple[str, ...], depth: float | None
     ) -> Question:
         query = keys[0] if len(keys) == 1 else f"{', '.join(keys[:-1])}, and {keys[-1]}"
-        kinds: str = self.value_kind
-        if len(answers) == 1:
-            kind = kinds.removesuffix("s")
-            body = (
-                f"A special magic {kind} is hidden within the following text. Make sure to "
-                f"memorize it. I will quiz you about the {kind} afterwards.\n{context}\nWhat is "
-                f"the special magic {kind} for {query} mentioned in the provided text?"
-            )
-            prefix = f" The special magic {kind} for {query} mentioned in the provided text is"
-        else:
-            body = (
-                f"Some special magic {kinds} are hidden within the following text. Make sure to "
-                f"memorize it. I will quiz you about the {kinds} afterwards.\n{context}\nWhat are "
-                f"all the special magic {kinds} for {query} mentioned in the provided text?"
-            )
-            prefix = f" The special magic {kinds} for {query} mentioned in the provided text are"
-        return Question(body, prefix, answers, depth=depth)
+        is_one = len(answers) == 1
+        kind = self.value_kind.removesuffix("s") if is_one else self.value_kind
+        some, be, which = ("A", "is", "What is") if is_one else ("Some", "are", "What are all")
+        asked = f"the special magic {kind} for {query} mentioned in the provided text"
+        return Question(
+            instruction=f"{some} special magic {kind} {be} hidden within the following text. Make "
+            f"sure to memorize it. I will quiz you about the {kind} afterwards.\n",
+            document=context,
+            question=f"\n{which} {asked}?",
+            answer_prefix=f" {asked[0].upper()}{asked[1:]} {be}",
+            references=answers,
+            depth=depth,
+            gold=f" {', '.join(answers)}",
+        )
 
 
 @TASKS.register("niah")

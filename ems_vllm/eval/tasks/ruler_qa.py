@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 
@@ -62,11 +63,13 @@ class DocumentQuestion(Task):
                 "Answer the question based on the given documents. Only give me the answer and do "
                 "not output any other words."
             )
-            body = (
-                f"{task}\n\nThe following are given documents.\n\n{context}\n\n{task}\n\n"
-                f"Question: {item.question}"
+            return Question(
+                instruction=f"{task}\n\nThe following are given documents.\n\n",
+                document=context,
+                question=f"\n\n{task}\n\nQuestion: {item.question}",
+                answer_prefix=" Answer:",
+                references=item.answers,
             )
-            return Question(body, " Answer:", item.answers)
 
         # With all documents in, a prompt may be shorter than the length.
         return self.fitted(key, tokenizer, build, minimum=0, maximum=len(pool))

@@ -6,10 +6,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ems_vllm.eval.haystack import NOISE, insert_at_depths
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 _NUM_HOPS = 4
@@ -30,14 +32,20 @@ class VariableTracking(Task):
         example_names, names = _names(rng, 3), _names(rng, 5)
         example_value, value = (str(rng.randrange(10000, 100000)) for _ in range(2))
         example_lines = _lines(rng, example_names, example_value, min(10, key.length // 400))
-        example = "".join(_question(example_lines, example_value))
+        example = _question(example_lines, example_value)
+        shown = f"{example.body}{example.answer_prefix} {' '.join(example_names)}\n\n"
         places = sorted(rng.random() for _ in names)
 
         def build(size: int) -> Question:
             chain = _chain(names, value)
             lines = insert_at_depths([NOISE] * size, chain, places)
-            body, prefix = _question(lines, value)
-            return Question(f"{example} {' '.join(example_names)}\n\n{body}", prefix, tuple(names))
+            question = _question(lines, value)
+            return replace(
+                question,
+                instruction=shown + question.instruction,
+                references=tuple(names),
+                gold=" ".join(names),
+            )
 
         return self.fitted(key, tokenizer, build, minimum=1)
 
@@ -59,16 +67,13 @@ def _lines(rng: random.Random, names: Sequence[str], value: str, num_noise: int)
     return insert_at_depths([NOISE] * num_noise, _chain(names, value), depths)
 
 
-def _question(lines: Sequence[str], value: str) -> tuple[str, str]:
-    """Body and answer prefix."""
-    context = "\n".join(lines)
-    body = (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text."
-        f"\n\n{context}\nQuestion: Find all variables that are assigned the value {value} in the "
-        "text above."
+def _question(lines: Sequence[str], value: str) -> Question:
+    return Question(
+        instruction="Memorize and track the chain(s) of variable assignment hidden in the "
+        "following text.\n\n",
+        document="\n".join(lines),
+        question=f"\nQuestion: Find all variables that are assigned the value {value} in the "
+        "text above.",
+        answer_prefix=" Answer: According to the chain(s) of variable assignment in the text above, "
+        f"{_NUM_HOPS + 1} variables are assigned the value {value}, they are: ",
     )
-    prefix = (
-        " Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{_NUM_HOPS + 1} variables are assigned the value {value}, they are: "
-    )
-    return body, prefix

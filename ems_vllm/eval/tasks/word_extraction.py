@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ems_vllm.eval import words
+from ems_vllm.eval.question import Question
 from ems_vllm.eval.sample import Key, Sample, generator
-from ems_vllm.eval.tasks.base import TASKS, Question, Task
+from ems_vllm.eval.tasks.base import TASKS, Task
 from ems_vllm.eval.tokenizer import Tokenizer
 
 _NUM_COMMON = 10
@@ -30,14 +32,21 @@ class CommonWords(Task):
         rng = generator(key)
         example_words = words.words(rng, 40 if is_long else 20)
         listed = _numbered(_repeated(rng, example_words, *example_repeats))
-        body, prefix = _common_question(listed)
-        example = f"{body}{prefix} {_numbered(example_words[:_NUM_COMMON])}\n"
+        shown = _common_question(listed)
+        answer = _numbered(example_words[:_NUM_COMMON])
+        example = f"{shown.body}{shown.answer_prefix} {answer}\n"
 
         def build(size: int) -> Question:
             own = generator(key, "list")
             chosen = words.words(own, size)
-            body, prefix = _common_question(_numbered(_repeated(own, chosen, *repeats)))
-            return Question(example + body, prefix, tuple(chosen[:_NUM_COMMON]))
+            question = _common_question(_numbered(_repeated(own, chosen, *repeats)))
+            common = chosen[:_NUM_COMMON]
+            return replace(
+                question,
+                instruction=example + question.instruction,
+                references=tuple(common),
+                gold=f" {_numbered(common)}",
+            )
 
         return self.fitted(key, tokenizer, build, minimum=_NUM_COMMON + 1)
 
@@ -63,17 +72,18 @@ class FrequentWords(Task):
             counts = [int(size * k**-2.0 / zeta) for k in range(1, len(coded) + 1)]
             text = [w for w, count in zip(coded, counts, strict=True) for _ in range(count)]
             generator(key, "order").shuffle(text)
-            body = (
-                "Read the following coded text and track the frequency of each coded word. Find "
-                f"the three most frequently appeared coded words. {' '.join(text)}\nQuestion: Do "
-                "not provide any explanation. Please ignore the dots '....'. What are the three "
-                "most frequently appeared words in the above coded text?"
+            return Question(
+                instruction="Read the following coded text and track the frequency of each coded "
+                "word. Find the three most frequently appeared coded words. ",
+                document=" ".join(text),
+                question="\nQuestion: Do not provide any explanation. Please ignore the dots "
+                "'....'. What are the three most frequently appeared words in the above coded "
+                "text?",
+                answer_prefix=" Answer: According to the coded text above, the three most "
+                "frequently appeared words are:",
+                references=tuple(coded[1:4]),
+                gold=f" {' '.join(coded[1:4])}",
             )
-            prefix = (
-                " Answer: According to the coded text above, the three most frequently appeared "
-                "words are:"
-            )
-            return Question(body, prefix, tuple(coded[1:4]))
 
         # From here on ranks two to five have different counts.
         return self.fitted(key, tokenizer, build, minimum=50)
@@ -89,10 +99,11 @@ def _numbered(listed: Sequence[str]) -> str:
     return " ".join(f"{i}. {word}" for i, word in enumerate(listed, start=1))
 
 
-def _common_question(listed: str) -> tuple[str, str]:
-    body = (
-        "Below is a numbered list of words. In these words, some appear more often than others. "
-        f"Memorize the ones that appear most often.\n{listed}\nQuestion: What are the 10 most "
-        "common words in the above list?"
+def _common_question(listed: str) -> Question:
+    return Question(
+        instruction="Below is a numbered list of words. In these words, some appear more often "
+        "than others. Memorize the ones that appear most often.\n",
+        document=listed,
+        question="\nQuestion: What are the 10 most common words in the above list?",
+        answer_prefix=" Answer: The top 10 words that appear most often in the list are:",
     )
-    return body, " Answer: The top 10 words that appear most often in the list are:"
