@@ -36,7 +36,8 @@ def _attention(
     """transformers' sdpa attention.
 
     Args:
-        module, query, key, value, attention_mask, dropout, kwargs: As for every attention of transformers.
+        module, query, key, value, attention_mask, dropout, kwargs: As transformers calls every
+            attention.
         decode_masks: Instead of `attention_mask`, one for every layer: bool, [num_answers,
             num_kv_heads, num_queries, num_entries], True where a query sees an entry; None where
             a single query sees all of them.

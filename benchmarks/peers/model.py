@@ -119,7 +119,9 @@ class Model:
             num_new = decoder.num_new
             gold = forced_logprobs(decoder, logits, prompt.gold_token_ids)
             decoder.rewind(num_new)
-        running = [answering(prompt, row, self.vocabulary) for row in logits]
+        # What was to be written has been.
+        rest = prompt.model_copy(update={"written_token_ids": ()})
+        running = [answering(rest, row, self.vocabulary) for row in logits]
         lines = answer_together(running, decoder.step)
         if gold is None:
             return lines

@@ -65,7 +65,6 @@ class Sample:
     stop: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     turns: tuple[str, ...] = ()
-    gold_token_ids: tuple[int, ...] = ()
     written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
