@@ -13,25 +13,26 @@ from kvpress.presses.scorer_press import ScorerPress
 from kvpress.utils import get_prerope_query_states
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-_BLOCK = 256
-
 
 class PromptCam(BasePress):  # type: ignore[misc]
-    """What `CAMPress` leaves where the prompt is written token by token after its first N.
+    """What `CAMPress` leaves where the last tokens of the prompt are decoded.
 
     CAMPress adds up attention over the tokens since its last compression and merges as many
-    evicted entries. So the first N tokens, which fit, are processed, the others decoded, and all
-    entries beyond N are merged or dropped when the last one is there. The same comes of the
-    queries of one prefill, which spares the decoding.
+    evicted entries. So all but the last tokens of the prompt are processed, those are decoded, and
+    all entries beyond N are merged or dropped when the last one is there. The same comes of the
+    queries of one prefill, which spares the decoding. More tokens, and with them more merging,
+    would not help: merged values are added, not averaged, and grow.
 
     Args:
         base_press: Scores.
         entries: N; None keeps all.
+        num_decoded: How many are the last tokens.
     """
 
-    def __init__(self, base_press: ScorerPress, entries: int | None) -> None:
+    def __init__(self, base_press: ScorerPress, entries: int | None, num_decoded: int) -> None:
         self.base_press = base_press
         self.entries = entries
+        self.num_decoded = num_decoded
 
     def compress(
         self,
@@ -42,13 +43,12 @@ class PromptCam(BasePress):  # type: ignore[misc]
         attentions: torch.Tensor,
         kwargs: dict[str, Any],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_evicted = keys.shape[2] - (keys.shape[2] if self.entries is None else self.entries)
-        if num_evicted <= 0:
+        if self.entries is None or self.entries >= keys.shape[2]:
             return keys, values
         cam = CAMPress(self.base_press, target_size=self.entries)
-        received = received_attention(module, hidden_states, keys, kwargs, num_evicted)
+        received = received_attention(module, hidden_states, keys, kwargs, self.num_decoded)
         layer = int(module.layer_idx)  # type: ignore[arg-type]
-        cam.layer_step_counts[layer] = num_evicted
+        cam.layer_step_counts[layer] = self.num_decoded
         cam._running_attn_sum[layer] = received
         # It adds to the values in place.
         result: tuple[torch.Tensor, torch.Tensor] = cam.compress(
@@ -71,17 +71,13 @@ def received_attention(
         queries, the sum over positions.
     """
     _, num_kv_heads, length, head_size = keys.shape
-    cos, sin = kwargs["position_embeddings"]
-    total = torch.zeros((1, num_kv_heads, length), device=keys.device)
+    cos, sin = (table[:, -num_queries:] for table in kwargs["position_embeddings"])
+    queries = get_prerope_query_states(module, hidden_states[:, -num_queries:])
+    queries, _ = apply_rotary_pos_emb(queries, queries, cos, sin)
+    grouped = queries.reshape(1, num_kv_heads, -1, head_size)
+    logits = grouped @ keys.transpose(-2, -1) / math.sqrt(head_size)
     entries = torch.arange(length, device=keys.device)
-    for start in range(length - num_queries, length, _BLOCK):
-        stop = min(start + _BLOCK, length)
-        queries = get_prerope_query_states(module, hidden_states[:, start:stop])
-        queries, _ = apply_rotary_pos_emb(queries, queries, cos[:, start:stop], sin[:, start:stop])
-        grouped = queries.reshape(1, num_kv_heads, -1, head_size)
-        logits = grouped @ keys[:, :, :stop].transpose(-2, -1) / math.sqrt(head_size)
-        logits = logits.view(1, num_kv_heads, -1, stop - start, stop)
-        hidden = entries[:stop] > entries[start:stop, None]
-        weights = logits.float().masked_fill_(hidden, -torch.inf).softmax(-1)
-        total[..., :stop] += weights.mean(2).sum(2)
-    return total.to(keys.dtype)
+    hidden = entries > entries[-num_queries:, None]
+    weights = logits.view(1, num_kv_heads, -1, num_queries, length).float()
+    weights = weights.masked_fill(hidden, -torch.inf).softmax(-1)
+    return weights.mean(2).sum(2).to(keys.dtype)

@@ -70,14 +70,14 @@ class Official:
 
 @torch.inference_mode()
 def decoded_cam(model: PreTrainedModel, press: Any, token_ids: Sequence[int]) -> list[Entries]:
-    """What CAMPress leaves of a prompt whose first N tokens are processed, the others decoded.
+    """What CAMPress leaves of a prompt whose last tokens are decoded.
 
     Args:
         model: Without sliding windows.
-        press: A seeded cam.PromptCam, which knows N, the scorer and the seed.
+        press: A seeded cam.PromptCam, which knows N, how many tokens, the scorer and the seed.
         token_ids: The prompt.
     """
-    inner, entries = press.press, press.press.entries
+    inner, count = press.press, press.press.num_decoded
 
     class SeededCam(CAMPress):  # type: ignore[misc]
         def compress(self, module: Any, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,12 +86,10 @@ def decoded_cam(model: PreTrainedModel, press: Any, token_ids: Sequence[int]) ->
                 result: tuple[torch.Tensor, torch.Tensor] = super().compress(module, *args)
             return result
 
-    cam = SeededCam(
-        inner.base_press, target_size=entries, compression_interval=len(token_ids) - entries
-    )
+    cam = SeededCam(inner.base_press, target_size=inner.entries, compression_interval=count)
     cache = DynamicCache()
     with _sdpa(model), cam(model):
-        for chunk in (token_ids[:entries], *([token_id] for token_id in token_ids[entries:])):
+        for chunk in (token_ids[:-count], *([token_id] for token_id in token_ids[-count:])):
             model(torch.tensor([chunk], device=model.device), past_key_values=cache)
     return [Entries(layer.keys, layer.values) for layer in cache.layers]
 

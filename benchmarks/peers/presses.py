@@ -81,7 +81,7 @@ def _factories() -> dict[str, Callable[[PressOptions], BasePress]]:
     def cam(base: Any, options: PressOptions) -> Any:
         # CAMPress has its own, from the number of entries.
         base.compression_ratio = 0.0
-        return Seeded(PromptCam(base, options.entries), options.seed)
+        return Seeded(PromptCam(base, options.entries, options.window), options.seed)
 
     def finch(options: PressOptions) -> Any:
         press = kvpress.FinchPress(options.ratio)
