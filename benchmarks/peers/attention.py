@@ -2,9 +2,8 @@
 """sdpa attention that can be told, per kv_head, which entries are seen.
 
 kvpress hides entries by overwriting their keys with one that all queries of a kv_head dislike. It
-has to find such a key anew at every step, finds none where queries point everywhere, which becomes
-likely with several tokens at a time, and what it hides keeps a small share in float. A mask has
-none of that, and is what the methods mean.
+takes several tokens at a time too, but has to find such a key anew at every step and gives up where
+there is none. A mask needs no luck, and is what the methods mean.
 """
 
 from __future__ import annotations

@@ -24,23 +24,25 @@ def compression_ratio(entries: int | None, prompt_len: int, margin: float = _MAR
     return 0.0 if entries is None else 1 - (entries + margin) / prompt_len
 
 
-def window_size(entries: int | None, prompt_len: int) -> int:
+def window_size(entries: int | None, prompt_len: int, window: int = WINDOW) -> int:
     """The observation window: at most half of the entries, and less than the prompt.
 
     A press keeps its whole window, so one as large as the budget would leave no entry to choose.
     """
     kept = prompt_len if entries is None else entries
-    return max(1, min(WINDOW, kept // 2, prompt_len - 1))
+    return max(1, min(window, kept // 2, prompt_len - 1))
 
 
-def pyramid_beta(entries: int | None, prompt_len: int, default: int = 20) -> int:
+def pyramid_beta(
+    entries: int | None, prompt_len: int, window: int = WINDOW, default: int = 20
+) -> int:
     """PyramidKV's slope: the default, or the steepest one that kvpress carries out.
 
     The last layer gets entries / beta; where that is less than the window, kvpress would give all
     layers the same.
     """
     kept = prompt_len if entries is None else entries
-    return max(1, min(default, kept // window_size(entries, prompt_len)))
+    return max(1, min(default, kept // window_size(entries, prompt_len, window)))
 
 
 def chunks(entries: int | None, prompt_len: int, default: int = 20) -> tuple[int, float]:

@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ems_vllm.eval.reference.answer import Vocabulary, answer_line, answer_together, answering
 from peers.attention import IMPLEMENTATION
+from peers.budgets import WINDOW
 from peers.decode import Decoder
 from peers.forcing import forced_logprobs
 from peers.layers import sliding_windows
@@ -38,6 +39,7 @@ class Model:
         name: Model folder.
         device: Of torch; "auto" is the GPU where there is one.
         dtype: Of torch; "auto" is the model's own.
+        window: Observation window of presses that have one.
 
     Attributes:
         model: Of transformers.
@@ -45,7 +47,10 @@ class Model:
         seconds: What each press took so far, and under "prefill" what all of them share.
     """
 
-    def __init__(self, name: str, device: str = "auto", dtype: str = "auto") -> None:
+    def __init__(
+        self, name: str, device: str = "auto", dtype: str = "auto", window: int = WINDOW
+    ) -> None:
+        self._window = window
         disable_progress_bar()
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +144,9 @@ class Model:
         prompt_len = len(prompt.prompt_token_ids)
         entries = method.entries(prompt.budget_length, prompt_len)
         # Every prompt draws entries of its own.
-        return build(name, PressOptions(entries, prompt_len, seed + prompt.index, memo))
+        return build(
+            name, PressOptions(entries, prompt_len, seed + prompt.index, memo, self._window)
+        )
 
 
 def groups(lengths: Mapping[Method, int]) -> list[list[Method]]:

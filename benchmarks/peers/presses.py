@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from peers.budgets import chunks, compression_ratio, pyramid_beta, window_size
+from peers.budgets import WINDOW, chunks, compression_ratio, pyramid_beta, window_size
 
 if TYPE_CHECKING:
     from kvpress import BasePress
@@ -28,12 +28,14 @@ class PressOptions:
         prompt_len: Tokens of the prompt.
         seed: Of presses that draw; without one their choice would differ from run to run.
         memo: Scores of this prompt that presses share.
+        max_window: Observation window, where the budget has room for it.
     """
 
     entries: int | None
     prompt_len: int
     seed: int
     memo: Memo = field(default_factory=dict)
+    max_window: int = WINDOW
 
     @property
     def ratio(self) -> float:
@@ -43,7 +45,7 @@ class PressOptions:
     @property
     def window(self) -> int:
         """Observation window, for presses that have one."""
-        return window_size(self.entries, self.prompt_len)
+        return window_size(self.entries, self.prompt_len, self.max_window)
 
 
 def _factories() -> dict[str, Callable[[PressOptions], BasePress]]:
@@ -66,7 +68,7 @@ def _factories() -> dict[str, Callable[[PressOptions], BasePress]]:
         return SharedScorer(press, ("expected_attention", epsilon), options.memo)
 
     def pyramidkv(options: PressOptions) -> Any:
-        beta = pyramid_beta(options.entries, options.prompt_len)
+        beta = pyramid_beta(options.entries, options.prompt_len, options.max_window)
         return Pyramid(options.ratio, window_size=options.window, beta=beta)
 
     def chunkkv(options: PressOptions) -> Any:

@@ -62,6 +62,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the model's), float32, bfloat16")
+    parser.add_argument(
+        "--window", type=int, default=WINDOW, help=f"observation window in queries; {WINDOW}"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of presses that draw")
     parser.add_argument("--limit", type=int, help="first prompts only")
     parser.add_argument(
@@ -84,12 +87,12 @@ def run(arguments: argparse.Namespace) -> None:
 
     from peers.model import Model
 
-    model = Model(arguments.model, arguments.device, arguments.dtype)
+    model = Model(arguments.model, arguments.device, arguments.dtype, arguments.window)
     environment: dict[str, Any] = {
         "engine": "kvpress",
         "model": arguments.model,
         "dtype": model.dtype,
-        "obs_window": WINDOW,
+        "obs_window": arguments.window,
         "seed": arguments.seed,
         "teacher_forced": arguments.teacher_forced,
         "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
