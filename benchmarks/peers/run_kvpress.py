@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval.budget import Budget
@@ -33,6 +33,9 @@ from peers import presses
 from peers.budgets import WINDOW
 from peers.methods import methods
 
+if TYPE_CHECKING:
+    from peers.model import Model
+
 DEFAULT_BUDGETS = ("0.02", "0.03", "0.06", "0.125", "0.25", "0.5")
 
 
@@ -46,9 +49,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--presses",
         nargs="+",
         choices=everything,
-        default=everything,
         metavar="PRESS",
-        help=f"from {', '.join(everything)}; default all of them",
+        help=f"from {', '.join(everything)}; default all that the model supports",
     )
     parser.add_argument(
         "--budgets",
@@ -60,8 +62,16 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--dtype", default="auto", help="auto (the model's), float32, bfloat16")
-    parser.add_argument("--seed", type=int, default=0, help="of the random press")
+    parser.add_argument(
+        "--window", type=int, default=WINDOW, help=f"observation window in queries; {WINDOW}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of presses that draw")
     parser.add_argument("--limit", type=int, help="first prompts only")
+    parser.add_argument(
+        "--teacher-forced",
+        action="store_true",
+        help="beside each answer, log probabilities of the prompt's gold_token_ids",
+    )
     parser.add_argument("--self-check", action="store_true", help="compare with plain transformers")
     arguments = parser.parse_args(argv)
     if not arguments.self_check and (arguments.prompts is None or arguments.out is None):
@@ -77,19 +87,20 @@ def run(arguments: argparse.Namespace) -> None:
 
     from peers.model import Model
 
-    model = Model(arguments.model, arguments.device, arguments.dtype)
+    model = Model(arguments.model, arguments.device, arguments.dtype, arguments.window)
     environment: dict[str, Any] = {
         "engine": "kvpress",
         "model": arguments.model,
         "dtype": model.dtype,
-        "obs_window": WINDOW,
+        "obs_window": arguments.window,
         "seed": arguments.seed,
+        "teacher_forced": arguments.teacher_forced,
         "versions": {name: version(name) for name in ("kvpress", "transformers", "torch")},
     }
     check_manifest(arguments.out, {**environment, "prompts_sha256": fingerprint(arguments.prompts)})
     paths = {
         method: arguments.out / method.file_name
-        for method in methods(arguments.presses, arguments.budgets)
+        for method in methods(chosen_presses(arguments.presses, model), arguments.budgets)
     }
     with ExitStack() as stack:
         files = {method: stack.enter_context(AnswerFile(path)) for method, path in paths.items()}
@@ -98,14 +109,36 @@ def run(arguments: argparse.Namespace) -> None:
         bar = stack.enter_context(tqdm(total=total, unit="answer", smoothing=0.02))
         for item in todo:
             bar.set_postfix_str(f"{item.prompt.task}, {len(item.prompt.prompt_token_ids)} tokens")
-            for method, line in model.answers(item.prompt, item.methods, arguments.seed):
+            answers_to = model.answers(
+                item.prompt, item.methods, arguments.seed, arguments.teacher_forced
+            )
+            for method, line in answers_to:
                 files[method].write(line)
                 bar.update()
     result = arguments.out / "kvpress.json"
     answers = {path: method.describe() for method, path in paths.items()}
     hardware = {"device": str(model.model.device), "machine": platform.machine()}
     write_result(result, prompts, answers, arguments.model, {**environment, **hardware})
+    for name, seconds in model.seconds.most_common():
+        print(f"{seconds:9.2f} s {name}")
     print(f"{len(prompts):,} prompts, {len(answers)} methods: {result}")
+
+
+def chosen_presses(asked: Sequence[str] | None, model: Model) -> list[str]:
+    """The presses that were asked for, or all that the model supports.
+
+    Raises:
+        ConfigError: one was asked for that it does not support.
+    """
+    everything = [presses.FULL, *presses.NAMES]
+    refused = [name for name in asked or everything if not model.supports(name)]
+    if refused and asked:
+        raise ConfigError(
+            f"presses={refused[0]!r} is not for models with sliding windows: leave it out."
+        )
+    if refused:
+        print(f"Left out, as they are not for models with sliding windows: {', '.join(refused)}")
+    return [name for name in asked or everything if name not in refused]
 
 
 def self_check(arguments: argparse.Namespace) -> bool:

@@ -72,6 +72,7 @@ class AnswerLine(_Line):
             probabilities of its tokens.
         followed: For prompts that follow the full cache: how the engine's own full cache, which
             answered first, is followed.
+        gold_logprobs: Of a right answer's tokens, beside `output`: the same.
         prompt_tokens: Tokens that the engine processed before the answer.
         error: Why there is no answer; it scores 0.
     """
@@ -79,6 +80,7 @@ class AnswerLine(_Line):
     output: str = ""
     logprobs: tuple[float, ...] | None = None
     followed: Followed | None = None
+    gold_logprobs: tuple[float, ...] | None = None
     prompt_tokens: int | None = None
     error: str | None = None
 
