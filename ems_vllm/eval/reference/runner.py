@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.eval.reference.answer import answer_together, answering
+from ems_vllm.eval.reference.answer import answer_together, answering, predicted
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
 from ems_vllm.eval.reference.operators import reference_operators
@@ -74,10 +74,10 @@ class Runner:
             if options is not None:
                 asked.append((method, config, options))
         num_tokens = len(prompt.prompt_token_ids)
-        firsts = {
-            self._reference.plan(num_tokens, config, options).first_scored_query
-            for _, config, options in asked
-        }
+        needed = [
+            self._reference.first_query(num_tokens, config, options) for _, config, options in asked
+        ]
+        firsts = {first for first in needed if first is not None}
         prefilled = self._reference.prefill(prompt.prompt_token_ids, window, firsts)
         for method, config, options in asked:
             request = self._reference.request(prefilled, config, options)
@@ -90,5 +90,7 @@ class Runner:
             return request.step(token_ids[0])[None]
 
         with nullcontext() if self._compiled else reference_operators():
+            if prompt.continuation_token_ids:
+                return predicted(prompt, logits, request.extend)
             (line,) = answer_together([answering(prompt, logits, self._vocabulary)], step)
         return line
