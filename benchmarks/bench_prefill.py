@@ -15,7 +15,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -225,8 +225,10 @@ class Child:
         self._process.join()
 
 
-def measure(settings: Settings, engines: Sequence[Engine], size: int) -> dict[str, list[Time]]:
-    """Times of every engine, one for each prompt; the beginning of another warms up."""
+def measure(
+    settings: Settings, engines: Sequence[Engine], size: int
+) -> Iterator[dict[str, list[Time]]]:
+    """Times of every engine so far, after each prompt; the beginning of another warms up."""
     warm_up, *prompts = random_prompts(
         settings.repeats + 1, settings.prompt_len, size, settings.seed
     )
@@ -238,7 +240,7 @@ def measure(settings: Settings, engines: Sequence[Engine], size: int) -> dict[st
         for prompt in track(prompts, "prompts"):
             for name, child in children.items():
                 times[name].append(child.process(prompt))
-    return times
+            yield times
 
 
 def summarize(engine: Engine, times: dict[str, list[Time]]) -> dict[str, Any]:
@@ -295,20 +297,21 @@ def main(
     # Now, because a checkout may change while this runs.
     described = {**environment.describe(), "transformers": version("transformers")}
     size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
-    times = measure(settings, engines, size)
-    rows = [summarize(engine, times) for engine in engines if engine.base in times]
-    console = Console()
-    show(rows, settings, console)
-    if out is not None:
-        report = {
-            "command": shlex.join(["python", *sys.argv]),
-            "environment": described,
-            "threads": os.environ.get("OMP_NUM_THREADS"),
-            "settings": {**asdict(settings), "model": Path(model).name},
-            "engines": rows,
-        }
-        write(out, report)
-        console.print(f"written to {out}")
+    command = shlex.join(["python", *sys.argv]).replace(model, Path(model).name)
+    rows: list[dict[str, Any]] = []
+    # Written after every prompt: a run that is cut off leaves what it has.
+    for times in measure(settings, engines, size):
+        rows = [summarize(engine, times) for engine in engines if engine.base in times]
+        if out is not None:
+            report = {
+                "command": command,
+                "environment": described,
+                "threads": os.environ.get("OMP_NUM_THREADS"),
+                "settings": {**asdict(settings), "model": Path(model).name},
+                "engines": rows,
+            }
+            write(out, report)
+    show(rows, settings, Console())
 
 
 if __name__ == "__main__":
