@@ -72,8 +72,9 @@ class Time:
     """Of one prompt.
 
     Attributes:
-        first: Seconds until the first token.
-        second: Seconds from there to the second, which vLLM compresses in between.
+        first: Seconds until the first token. vLLM schedules ahead, and on the CPU it therefore
+            computes the next step, with the compaction, before it hands out the first token.
+        second: Seconds from there to the second; in vLLM it is there already.
         first_cpu, second_cpu: The same in CPU seconds.
     """
 

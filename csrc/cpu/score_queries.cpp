@@ -156,8 +156,8 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
     KeyTiles keys(queries.factors());
     const int64_t num_keys = queries.visible()[queries.num_rows() - 1];
     for (int64_t first = 0; first < num_keys; first += KeyTiles::kMaxKeys) {
-      pack_keys(p, queries.factors(), item, first,
-                std::min(KeyTiles::kMaxKeys, num_keys - first), &keys);
+      pack_keys(p, queries.factors(), item, first, std::min(KeyTiles::kMaxKeys, num_keys - first),
+                &keys);
       keys.update_softmax(queries.rows(), queries.visible(), queries.num_rows(), states.data());
     }
     simd().finish_softmax(states.data(), queries.num_rows(), queries.lse());

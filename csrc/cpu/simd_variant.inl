@@ -27,8 +27,8 @@ inline Vec splat(float value) { return Vec{} + value; }
 
 inline Vec maximum(Vec a, Vec b) { return a > b ? a : b; }
 
-// exp with a relative error below 2 ulp, for x up to 88: differences to a maximum or to the log of a
-// sum are about 0 at most. 0 where the result would not be a normal float.
+// exp with a relative error below 2 ulp, for x up to 88: differences to a maximum or to the log of
+// a sum are about 0 at most. 0 where the result would not be a normal float.
 inline Vec exp(Vec x) {
   const float low = -88.0f;
   x = low > x ? splat(low) : x;
