@@ -42,6 +42,7 @@ OPS_SOURCES = [
     "csrc/cpu/simd.cpp",
     "csrc/cpu/simd_avx2.cpp",
     "csrc/cpu/simd_avx512.cpp",
+    "csrc/cpu/simd_avx512_bf16.cpp",
     "csrc/cpu/simd_portable.cpp",
 ]
 # Only where there is nvcc.

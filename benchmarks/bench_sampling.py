@@ -67,7 +67,7 @@ class Comparison:
 
 
 def observe(reference: ReferenceModel, token_ids: Sequence[int]) -> list[Layer]:
-    """Queries and keys of every layer."""
+    """Queries and keys of every layer that is compressed."""
     layers: dict[int, Layer] = {}
 
     def keep(index: int, query: torch.Tensor, key: torch.Tensor) -> None:
@@ -75,7 +75,7 @@ def observe(reference: ReferenceModel, token_ids: Sequence[int]) -> list[Layer]:
 
     with torch.inference_mode(), observed_by(keep):
         reference.model(torch.tensor([token_ids], device=reference.model.device))
-    return [layers[index] for index in sorted(layers)]
+    return [layers[index] for index in reference.compressed_layers]
 
 
 def score(layer: Layer, scale: float, stride: int) -> tuple[torch.Tensor, float]:

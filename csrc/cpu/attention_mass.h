@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/factors.h"
 #include "cpu/simd.h"
 
 // Attention of many queries to the keys of one kv_head without its matrix: the log of each query's
@@ -29,6 +30,13 @@ class KeyTiles {
         logits_(kChunkRows * kTileKeys),
         visible_(kChunkRows) {}
 
+  // Keys and rows as these factors load them.
+  template <typename T, typename C>
+  explicit KeyTiles(const Factors<T, C>& factors) : KeyTiles(factors.num_words()) {
+    in_pairs_ = factors.in_pairs();
+    scale_ = factors.scale();
+  }
+
   // Loads keys first..first+count-1; load(key, out) writes one as floats. Keys that fill up the
   // last tile are zero.
   template <typename F>
@@ -51,7 +59,12 @@ class KeyTiles {
   // Products of up to kChunkRows rows with the keys of the tile that starts at key `start` (a
   // multiple of kTileKeys, counted from first()); [num_rows][kTileKeys].
   float* multiply(int64_t start, const float* rows, int64_t num_rows) {
-    simd().multiply(rows, num_rows, head_size_, tiles_.data() + start * head_size_, logits_.data());
+    const float* tile = tiles_.data() + start * head_size_;
+    if (in_pairs_) {
+      simd().multiply_bfloat16(rows, num_rows, head_size_, tile, scale_, logits_.data());
+    } else {
+      simd().multiply(rows, num_rows, head_size_, tile, logits_.data());
+    }
     return logits_.data();
   }
 
@@ -89,7 +102,9 @@ class KeyTiles {
     }
   }
 
-  int64_t head_size_;
+  int64_t head_size_;  // words of a vector
+  bool in_pairs_ = false;
+  float scale_ = 1.0f;
   int64_t first_ = 0;
   int64_t count_ = 0;
   std::vector<float> rows_;

@@ -59,29 +59,31 @@ void check_indices(const ScoreQueriesParams& p) {
   }
 }
 
-// The sampled queries of one row and kv_head, as floats: query i of the group's g-th head is row
+// The sampled queries of one row and kv_head, as factors: query i of the group's g-th head is row
 // i * group + g.
-template <typename T>
+template <typename T, typename C>
 class QueryRows {
  public:
   QueryRows(const ScoreQueriesParams& p, const Samples& samples, int64_t row, int64_t head)
       : p_(p),
+        factors_(p.head_size, p.scale),
         samples_(samples[row]),
         head_(head),
         group_(p.num_heads / p.num_kv_heads),
         start_(p.query_starts[row]),
         first_position_(p.seq_lens[row] - p.query_lens[row]) {}
 
-  // Loads sampled queries first..first+count-1, multiplied by the scale.
+  // Loads sampled queries first..first+count-1.
   void load(int64_t first, int64_t count) {
     num_rows_ = count * group_;
-    rows_.resize(num_rows_ * p_.head_size);
+    const int64_t num_words = factors_.num_words();
+    rows_.resize(num_rows_ * num_words);
     visible_.resize(num_rows_);
     lse_.resize(num_rows_);
     for (int64_t i = 0; i < num_rows_; ++i) {
       const int64_t query = samples_[first + i / group_];
       const T* vector = p_.query.at<const T>(start_ + query, query_head(i));
-      convert(vector, p_.head_size, p_.scale, rows_.data() + i * p_.head_size);
+      factors_.load_query(vector, rows_.data() + i * num_words);
       visible_[i] = first_position_ + query + 1;
     }
   }
@@ -94,6 +96,7 @@ class QueryRows {
     for (int64_t i = 0; i < num_rows_; ++i) lse[lse_index(first, i)] = lse_[i];
   }
 
+  const Factors<T, C>& factors() const { return factors_; }
   const float* rows() const { return rows_.data(); }
   const int64_t* visible() const { return visible_.data(); }
   float* lse() { return lse_.data(); }
@@ -107,6 +110,7 @@ class QueryRows {
   }
 
   const ScoreQueriesParams& p_;
+  Factors<T, C> factors_;
   const std::vector<int64_t>& samples_;
   int64_t head_;
   int64_t group_;
@@ -118,12 +122,12 @@ class QueryRows {
   std::vector<float> lse_;
 };
 
-template <typename C>
-void pack_keys(const ScoreQueriesParams& p, const Item& item, int64_t first, int64_t count,
-               KeyTiles* keys) {
+template <typename T, typename C>
+void pack_keys(const ScoreQueriesParams& p, const Factors<T, C>& factors, const Item& item,
+               int64_t first, int64_t count, KeyTiles* keys) {
   keys->pack(first, count, [&](int64_t key, float* out) {
     const C* vector = p.key_cache.entry<const C>(p.block_table, item.row, 0, item.head, key);
-    convert(vector, p.head_size, 1.0f, out);
+    factors.load_key(vector, out);
   });
 }
 
@@ -145,14 +149,15 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
     const Item& item = items[i];
     const int64_t num_queries = static_cast<int64_t>(samples[item.row].size());
     const int64_t count = std::min(queries_per_item, num_queries - item.first);
-    QueryRows<T> queries(p, samples, item.row, item.head);
+    QueryRows<T, C> queries(p, samples, item.row, item.head);
     queries.load(item.first, count);
     std::vector<SoftmaxState> states(queries.num_rows());
     simd().init_softmax(states.data(), queries.num_rows());
-    KeyTiles keys(p.head_size);
+    KeyTiles keys(queries.factors());
     const int64_t num_keys = queries.visible()[queries.num_rows() - 1];
     for (int64_t first = 0; first < num_keys; first += KeyTiles::kMaxKeys) {
-      pack_keys<C>(p, item, first, std::min(KeyTiles::kMaxKeys, num_keys - first), &keys);
+      pack_keys(p, queries.factors(), item, first, std::min(KeyTiles::kMaxKeys, num_keys - first),
+                &keys);
       keys.update_softmax(queries.rows(), queries.visible(), queries.num_rows(), states.data());
     }
     simd().finish_softmax(states.data(), queries.num_rows(), queries.lse());
@@ -185,9 +190,9 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
         std::lower_bound(sampled.begin(), sampled.end(), item.first - first_position) -
         sampled.begin();
     if (first_query < num_queries) {
-      KeyTiles keys(p.head_size);
-      pack_keys<C>(p, item, item.first, count, &keys);
-      QueryRows<T> queries(p, samples, item.row, item.head);
+      QueryRows<T, C> queries(p, samples, item.row, item.head);
+      KeyTiles keys(queries.factors());
+      pack_keys(p, queries.factors(), item, item.first, count, &keys);
       for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
         queries.load(query, std::min(queries_per_chunk, num_queries - query));
         queries.load_lse(query, lse);

@@ -41,21 +41,22 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
   if (num_rows == 0 || num_entries == 0) return;
 
   const float scale = p.key_scales == nullptr ? p.scale : p.scale * p.key_scales[layer];
-  std::vector<float> rows(num_rows * p.head_size);
+  const Factors<T, C> factors(p.head_size, scale);
+  std::vector<float> rows(num_rows * factors.num_words());
   std::vector<int64_t> visible(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t age = i / group;
     const int64_t place = (p.end_positions[row] - 1 - age) % p.ring.window;
     const T* query = p.ring.at<const T>(layer, p.ring_rows[row], place, head * group + i % group);
-    convert(query, p.head_size, scale, rows.data() + i * p.head_size);
+    factors.load_query(query, rows.data() + i * factors.num_words());
     visible[i] = p.live_lens[row] - age;
   }
 
-  KeyTiles keys(p.head_size);
+  KeyTiles keys(factors);
   const auto pack = [&](int64_t first, int64_t end) {
     keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* out) {
       const C* vector = p.key_cache.entry<const C>(p.block_table, row, layer, head, key);
-      convert(vector, p.head_size, 1.0f, out);
+      factors.load_key(vector, out);
     });
   };
 

@@ -20,6 +20,9 @@ extern const Simd kSimd;
 namespace avx512 {
 extern const Simd kSimd;
 }
+namespace avx512_bf16 {
+const Simd& variant();
+}
 #endif
 
 namespace {
@@ -35,6 +38,8 @@ const Simd& choose() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
+  const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_bf16 && has_avx2 && is_wanted(avx512_bf16::variant())) return avx512_bf16::variant();
   if (has_avx512 && has_avx2 && is_wanted(avx512::kSimd)) return avx512::kSimd;
   if (has_avx2 && is_wanted(avx2::kSimd)) return avx2::kSimd;
 #endif

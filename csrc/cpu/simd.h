@@ -30,13 +30,20 @@ struct Simd {
 
   float (*dot)(const float* a, const float* b, int64_t length);
 
-  // Transposes keys [kTileKeys][head_size] to tile [head_size][kTileKeys].
+  // Transposes keys [kTileKeys][head_size] to tile [head_size][kTileKeys]; 32-bit words of any
+  // kind.
   void (*transpose)(const float* keys, int64_t head_size, float* tile);
 
   // products[i][j] = rows[i] . key j, as [num_rows][kTileKeys]. The sum runs over the head size in
   // order, wherever in the tile a key lies: equal keys give equal products.
   void (*multiply)(const float* rows, int64_t num_rows, int64_t head_size, const float* tile,
                    float* products);
+
+  // The same, times scale, of words that hold two bfloat16 each, rows [num_rows][num_words] and
+  // tile [num_words][kTileKeys]; sums are float32. Null where the processor has no instruction for
+  // it.
+  void (*multiply_bfloat16)(const float* rows, int64_t num_rows, int64_t num_words,
+                            const float* tile, float scale, float* products);
 
   // Take the first visible[i] logits of row i (all, or none, when it is beyond the tile) into the
   // state of its softmax. Overwrites hidden logits.

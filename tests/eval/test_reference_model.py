@@ -8,10 +8,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ems_vllm import ops
-from ems_vllm.config import ConfigError, RequestOptions, load_config
+from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary, generated
+from ems_vllm.eval.reference import prefill
+from ems_vllm.eval.reference.answer import Vocabulary, answer_together, answering, generated
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.methods import FULL, methods, server_config
 from ems_vllm.eval.reference.model import ReferenceModel
@@ -132,7 +133,20 @@ def test_prompt_scores_and_queries(reference):
     assert prefilled.queries.shape == (2, 16, 4, 16)
     short = reference.prefill(PROMPT[:5], 16)
     assert short.queries.shape == (2, 5, 4, 16)
-    torch.testing.assert_close(short.keys, prefilled.keys[:, :, :5])
+    for begun, whole in zip(short.cache.layers, prefilled.cache.layers, strict=True):
+        torch.testing.assert_close(begun.keys, whole.keys[:, :, :5])
+
+
+def test_a_prompt_in_chunks_is_the_same_prompt(reference, monkeypatch):
+    whole = reference.prefill(PROMPT, 16, [0, 250, 590])
+    monkeypatch.setattr(prefill, "_CHUNK", 200)
+    monkeypatch.setattr(prefill, "_MAX_LOGITS", 4 * 600 * 7)
+    chunked = reference.prefill(PROMPT, 16, [0, 250, 590])
+    torch.testing.assert_close(chunked.logits, whole.logits)
+    torch.testing.assert_close(chunked.queries, whole.queries)
+    assert chunked.scores.keys() == whole.scores.keys() == {0, 250, 590}
+    for first, scores in chunked.scores.items():
+        torch.testing.assert_close(scores, whole.scores[first])
 
 
 def test_pages_hold_entries_in_order():
@@ -149,14 +163,6 @@ def test_reference_operators_are_put_back():
     with reference_operators():
         assert ops.merge_compact is ops.reference.merge_compact
     assert ops.merge_compact is compiled
-
-
-def test_a_model_with_sliding_windows_is_refused(llama):
-    config = LlamaConfig(**{**llama.config.to_dict(), "num_hidden_layers": 1})
-    config.layer_types = ["sliding_attention"]
-    model = LlamaForCausalLM(config)
-    with pytest.raises(ConfigError, match="sliding_attention: the reference handles full"):
-        ReferenceModel(model)
 
 
 def prompt_line(length, **fields):
@@ -200,3 +206,27 @@ def test_runner_answers_what_has_room(reference, monkeypatch):
     assert answers[chosen[2]].output != answers[chosen[0]].output
     assert runner.describe(chosen[2]).settings["merger"] == {"name": "none"}
     assert runner.describe(chosen[0]).settings == {}
+
+
+def test_runner_predicts_a_continuation_as_if_step_by_step(reference, monkeypatch):
+    vocabulary = Vocabulary(str, ())
+    monkeypatch.setattr(
+        "ems_vllm.eval.reference.runner.load_vocabulary", lambda name, model: vocabulary
+    )
+    prompt = prompt_line(1000, continuation_token_ids=tuple(PROMPT[:50]), continuation_bytes=50)
+    (method,) = methods(["ems"], [Budget.parse("0.06")])
+    # So that it is compressed again on the way.
+    runner = Runner(reference, "", [method], [prompt], {"recompress_interval": 16})
+    ((_, line),) = runner.answers(prompt, [method])
+    config = server_config("ems", 60, {"recompress_interval": 16}, reference.block_size)
+    options = method.options(prompt, config, reference.block_size)
+    first = reference.first_query(len(PROMPT), config, options)
+    prefilled = reference.prefill(PROMPT, config.obs_window, [first])
+    request = reference.request(prefilled, config, options)
+    with reference_operators():
+        (expected,) = answer_together(
+            [answering(prompt, prefilled.logits, vocabulary)],
+            lambda token_ids: request.step(token_ids[0])[None],
+        )
+    assert len(line.logprobs) == 50
+    assert line.logprobs == pytest.approx(expected.logprobs, abs=1e-4)

@@ -34,6 +34,26 @@ Answering = Generator[int, "torch.Tensor", AnswerLine]
 """Asks for the next step with a token, is sent the logits after it, and returns the answer."""
 
 
+def predicted(
+    prompt: PromptLine,
+    first_logits: torch.Tensor,
+    extend: Callable[[Sequence[int]], torch.Tensor],
+) -> AnswerLine:
+    """Answer a prompt by teacher forcing, with all tokens of its continuation at once.
+
+    Args:
+        prompt: With a continuation.
+        first_logits: [vocabulary] - after the last token of the prompt.
+        extend: Takes tokens that follow the prompt and gives the logits after each of them,
+            [num_tokens, vocabulary].
+    """
+    token_ids = prompt.continuation_token_ids
+    logprobs = [_logprob(first_logits, token_ids[0])]
+    if len(token_ids) > 1:
+        logprobs += map(_logprob, extend(token_ids[:-1]), token_ids[1:])
+    return answer_line(prompt, logprobs=tuple(logprobs))
+
+
 def answering(prompt: PromptLine, first_logits: torch.Tensor, vocabulary: Vocabulary) -> Answering:
     """Answer a prompt that has been processed, greedily or by teacher forcing.
 
@@ -116,8 +136,12 @@ def _predicting(
     for index, token_id in enumerate(token_ids):
         if index > 0:
             logits = yield token_ids[index - 1]
-        logprobs.append(float(logits.float().log_softmax(-1)[token_id]))
+        logprobs.append(_logprob(logits, token_id))
     return tuple(logprobs)
+
+
+def _logprob(logits: torch.Tensor, token_id: int) -> float:
+    return float(logits.float().log_softmax(-1)[token_id])
 
 
 def answer_together(

@@ -13,7 +13,8 @@ from transformers.utils.logging import disable_progress_bar
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.reference.answer import Vocabulary
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
-from ems_vllm.eval.reference.prefill import Prefilled, prefill
+from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, layer_kinds
+from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
 from ems_vllm.policies.policy import Policy
 
@@ -26,24 +27,28 @@ class ReferenceModel:
     """Runs requests one at a time.
 
     Args:
-        model: A decoder with plain full attention in every layer, loaded with
-            attention.IMPLEMENTATION.
+        model: A decoder of full-attention layers, which are compressed, and sliding-window layers,
+            which are not; loaded with attention.IMPLEMENTATION.
         block_size: Tokens per block, as the engine has it.
 
     Raises:
-        ConfigError: a layer does not attend to everything before it.
+        ConfigError: the model attends in some other way.
+
+    Attributes:
+        compressed_layers: Indices of the layers that are compressed.
+        scale: Softmax scale of these.
     """
 
     def __init__(self, model: PreTrainedModel, block_size: int = 16) -> None:
-        kinds = set(getattr(model.config, "layer_types", None) or ()) - {"full_attention"}
-        if kinds:
+        if reason := _unsupported(model):
             raise ConfigError(
-                f"model={shown(model.config.name_or_path)} has layers of kind "
-                f"{', '.join(sorted(kinds))}: the reference handles full attention only."
+                f"model={shown(model.config.name_or_path)} has {reason}: the reference handles "
+                "plain full attention, with sliding windows beside it; serve this model with vLLM."
             )
         self.model = model.eval()
         self.block_size = block_size
-        attention: Any = model.get_decoder().layers[0].self_attn
+        self.compressed_layers = compressed_layers(model.config)
+        attention: Any = model.get_decoder().layers[self.compressed_layers[0]].self_attn
         self.scale = float(attention.scaling)
 
     @classmethod
@@ -64,8 +69,18 @@ class ReferenceModel:
     def prefill(
         self, token_ids: Sequence[int], num_queries: int, first_queries: Collection[int] = (0,)
     ) -> Prefilled:
-        """Process a prompt once for all requests that start with it; see prefill.prefill."""
-        return prefill(self.model, token_ids, num_queries, self.scale, first_queries)
+        """Process a prompt once for all requests that start with it.
+
+        Args:
+            token_ids: The prompt.
+            num_queries: Last queries to keep, the largest obs_window of what follows.
+            first_queries: Position of the first query that scores, of every plan that goes on from
+                here.
+        """
+        observer = PromptObserver(
+            self.compressed_layers, len(token_ids), num_queries, self.scale, first_queries
+        )
+        return prefill(self.model, token_ids, observer)
 
     def plan(
         self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
@@ -73,6 +88,14 @@ class ReferenceModel:
         """When a server with `config` would compress a prompt of `num_tokens` tokens."""
         settings = config.allocator.settings(config.plan_settings)
         return settings.plan(num_tokens, self.block_size, options)
+
+    def first_query(
+        self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
+    ) -> int | None:
+        """Position of the first prompt query whose attention the request needs; None for none."""
+        plan = self.plan(num_tokens, config, options)
+        uses_scores = plan.compresses_prompt and Policy.from_config(config).scorer.uses_global
+        return plan.first_scored_query if uses_scores else None
 
     def request(
         self, prompt: Prefilled, config: KVCompressionConfig, options: RequestOptions
@@ -83,6 +106,24 @@ class ReferenceModel:
         return ReferenceRequest(
             self.model, RequestSettings(plan, policy, config.obs_window, self.scale), prompt
         )
+
+
+def _unsupported(model: PreTrainedModel) -> str | None:
+    """What of a model's attention the reference would get wrong."""
+    config: Any = model.config.get_text_config(decoder=True)
+    kinds = layer_kinds(config)
+    if others := set(kinds) - {FULL, SLIDING}:
+        return f"layers of kind {', '.join(sorted(others))}"
+    if len(kinds) < config.num_hidden_layers:
+        return "layers that share the cache of others"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "soft-capped attention logits"
+    # Attention sinks, for one, are nothing that torch's attention knows.
+    if not model._supports_sdpa:
+        return "an attention that transformers does not compute with torch's own"
+    if FULL not in kinds:
+        return f"no layer but of kind {SLIDING}, so nothing to compress"
+    return None
 
 
 def load_vocabulary(name: str, model: PreTrainedModel) -> Vocabulary:

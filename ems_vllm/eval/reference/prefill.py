@@ -5,19 +5,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache
 
 from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.cache import from_cache
+from ems_vllm.eval.reference.cache import empty_cache
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import DynamicCache, PreTrainedModel
 
-# Tokens of a forward pass; bounds the attention matrices of the scores.
-_CHUNK = 256
+# Tokens of a forward pass: enough for most prompts, so that attention can be torch's fast causal
+# one; bounded, since behind the first chunk it takes a mask.
+_CHUNK = 4096
+# Attention logits that are in memory at a time while queries score.
+_MAX_LOGITS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -25,28 +28,34 @@ class Prefilled:
     """A processed prompt; any number of requests may go on from it.
 
     Attributes:
-        num_tokens: Its length.
+        layers: Indices of the layers that are compressed, num_layers of them.
+        num_tokens: Of the prompt.
         logits: [vocabulary] - after its last token.
-        keys, values: [num_layers, num_kv_heads, num_tokens, head_size]; keys after RoPE.
+        cache: Of all layers of the model; keys after RoPE.
         queries: [num_layers, num_queries, num_heads, head_size] - of the last tokens.
         scores: By position of the first query that counts: [num_layers, num_kv_heads, num_tokens],
             float32 - attention that every token received from that token and all after it,
             averaged over the query heads of a kv_head.
     """
 
+    layers: Sequence[int]
     num_tokens: int
     logits: torch.Tensor
-    keys: torch.Tensor
-    values: torch.Tensor
+    cache: DynamicCache
     queries: torch.Tensor
     scores: Mapping[int, torch.Tensor]
+
+    @property
+    def num_kv_heads(self) -> int:
+        layer: Any = self.cache.layers[self.layers[0]]
+        return int(layer.keys.shape[1])
 
 
 class PromptObserver:
     """Collects the last queries and the accumulated attention of a prompt.
 
     Args:
-        num_layers: Of the model.
+        layers: Indices of the layers that are observed.
         num_tokens: Of the prompt.
         num_queries: Last queries to keep.
         scale: Softmax scale.
@@ -55,36 +64,56 @@ class PromptObserver:
 
     def __init__(
         self,
-        num_layers: int,
+        layers: Sequence[int],
         num_tokens: int,
         num_queries: int,
         scale: float,
         first_queries: Collection[int],
     ) -> None:
+        self.layers = layers
         self._num_tokens, self._num_queries, self._scale = num_tokens, num_queries, scale
-        self.queries: list[torch.Tensor | None] = [None] * num_layers
-        self.scores: dict[int, dict[int, torch.Tensor]] = {first: {} for first in first_queries}
+        self._firsts = sorted(set(first_queries))
+        self._queries: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+        # By layer: [num_firsts, num_kv_heads, num_tokens], what was received from the queries from
+        # one of the positions up to the next.
+        self._received: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         """See attention.Observer."""
-        last = self.queries[layer]
-        joined = queries if last is None else torch.cat([last, queries])
-        self.queries[layer] = joined[-self._num_queries :].clone()
+        if layer not in self._queries:
+            return
+        if self._num_queries > 0:
+            self._queries[layer].append(queries[-self._num_queries :].clone())
+        if layer not in self._received:
+            shape = (len(self._firsts), keys.shape[0], self._num_tokens)
+            self._received[layer] = keys.new_zeros(shape, dtype=torch.float32)
         num_seen = keys.shape[1]
-        for first, scores_by_layer in self.scores.items():
-            scores = scores_by_layer.get(layer)
-            if scores is None:
-                scores = keys.new_zeros((keys.shape[0], self._num_tokens), dtype=torch.float32)
-                scores_by_layer[layer] = scores
-            counted = queries[max(0, first - num_seen + len(queries)) :]
-            if len(counted):
-                scores[:, :num_seen] += received_attention(counted, keys, self._scale)
+        num_before = num_seen - len(queries)
+        bounds = [*self._firsts, self._num_tokens]
+        for index, (first, end) in enumerate(pairwise(bounds)):
+            start, stop = max(first, num_before), min(end, num_seen)
+            if start < stop:
+                counted = queries[start - num_before : stop - num_before]
+                received = received_attention(counted, keys[:, :stop], self._scale)
+                self._received[layer][index, :, :stop] += received
+
+    def queries(self) -> torch.Tensor:
+        """[num_layers, num_queries, num_heads, head_size] - of the last tokens."""
+        last = [torch.cat(chunks)[-self._num_queries :] for chunks in self._queries.values()]
+        return torch.stack(last)
+
+    def scores(self) -> dict[int, torch.Tensor]:
+        """By position of the first query: [num_layers, num_kv_heads, num_tokens], float32."""
+        received = torch.stack([self._received[layer] for layer in self._queries], dim=1)
+        # What counts from one position on also counts from every earlier one.
+        scores = received.flip(0).cumsum(0).flip(0)
+        return dict(zip(self._firsts, scores, strict=True))
 
 
 def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """Column sums of the causal attention matrix, averaged over the query heads of a kv_head.
 
-    Paper: EMS, 2024, arXiv:2412.08521 (global score); the definition, without any sampling.
+    Paper: EMS, 2024, arXiv:2412.08521 (global score; the definition, without any sampling).
 
     Args:
         queries: [num_queries, num_heads, head_size] - of the last positions.
@@ -95,48 +124,44 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) 
         [num_kv_heads, num_entries], float32.
     """
     num_kv_heads, num_entries, _ = keys.shape
-    grouped = queries.transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    logits = scale * (grouped.float() @ keys.float().transpose(1, 2)[:, None])
-    num_queries = len(queries)
-    visible = torch.ones(num_queries, num_entries, dtype=torch.bool, device=keys.device)
-    visible = visible.tril(num_entries - num_queries)
-    attention = logits.masked_fill(~visible, float("-inf")).softmax(dim=-1)
-    return attention.mean(dim=1).sum(dim=1)
+    num_queries, num_heads, _ = queries.shape
+    grouped = (scale * queries.float()).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
+    keys = keys.float().transpose(1, 2)
+    received = keys.new_zeros((num_kv_heads, num_entries))
+    # A few rows of the matrix at a time; together they see no more than the last of them.
+    num_rows = max(1, _MAX_LOGITS // (num_heads * num_entries))
+    for start in range(0, num_queries, num_rows):
+        rows = grouped[:, :, start : start + num_rows]
+        num_before = num_entries - num_queries + start
+        num_visible = num_before + rows.shape[2]
+        logits = rows @ keys[:, None, :, :num_visible]
+        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=keys.device)
+        logits.masked_fill_(future.triu(num_before + 1), float("-inf"))
+        received[:, :num_visible] += logits.softmax(dim=-1).sum(dim=(1, 2))
+    return received / (num_heads // num_kv_heads)
 
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel,
-    token_ids: Sequence[int],
-    num_queries: int,
-    scale: float,
-    first_queries: Collection[int] = (0,),
+    model: PreTrainedModel, token_ids: Sequence[int], observer: PromptObserver
 ) -> Prefilled:
     """Process a prompt.
 
     Args:
         model: Loaded with attention.IMPLEMENTATION.
         token_ids: The prompt.
-        num_queries: Last queries to keep, the largest obs_window of what follows.
-        scale: Softmax scale.
-        first_queries: Positions of the first query that scores, of all plans that go on from here.
+        observer: A new one.
     """
-    num_layers = model.config.num_hidden_layers
-    observer = PromptObserver(num_layers, len(token_ids), num_queries, scale, first_queries)
-    cache = DynamicCache()
+    cache = empty_cache(model.config)
     with observed_by(observer):
         for start in range(0, len(token_ids), _CHUNK):
             chunk = torch.tensor([token_ids[start : start + _CHUNK]], device=model.device)
             logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
-    keys, values = from_cache(cache)
     return Prefilled(
+        layers=observer.layers,
         num_tokens=len(token_ids),
         logits=logits[0, -1],
-        keys=keys,
-        values=values,
-        queries=torch.stack([queries for queries in observer.queries if queries is not None]),
-        scores={
-            first: torch.stack([by_layer[layer] for layer in sorted(by_layer)])
-            for first, by_layer in observer.scores.items()
-        },
+        cache=cache,
+        queries=observer.queries(),
+        scores=observer.scores(),
     )

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One request on a DynamicCache that holds its live entries only."""
+"""One request on a DynamicCache whose compressed layers hold live entries only."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.cache import from_cache, to_cache
+from ems_vllm.eval.reference.cache import fork, read_entries, replace_entries
 from ems_vllm.eval.reference.paging import from_pages, to_pages
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
@@ -57,49 +58,76 @@ class ReferenceRequest:
         # Tokens whose queries have been accumulated, by the prompt or by a compaction.
         self._num_accumulated = prompt.num_tokens if settings.plan.compresses_prompt else 0
         self._queries = prompt.queries
-        self._step_queries: dict[int, torch.Tensor] = {}
+        self._new_queries: dict[int, torch.Tensor] = {}
         # Scores of the leading entries; the others have none yet.
         self._scores: torch.Tensor | None = None
         if settings.policy.scorer.uses_global:
-            compresses_prompt = settings.plan.compresses_prompt
-            scores = prompt.scores[settings.plan.first_scored_query]
-            self._scores = scores if compresses_prompt else scores[:, :, :0]
-        self._cache = to_cache(prompt.keys, prompt.values)
+            self._scores = _prompt_scores(settings.plan, prompt)
+        self._layers = prompt.layers
+        self._cache = fork(prompt.cache)
 
     @property
     def num_live(self) -> int:
-        """Entries per kv_head that the cache holds."""
+        """Entries per kv_head that a compressed layer holds."""
         return self._num_processed - self._first * self._settings.plan.block_size
 
-    @torch.inference_mode()
     def step(self, token_id: int) -> torch.Tensor:
         """Logits after one more token, [vocabulary], compressing first where it is due."""
-        first, tail = self._settings.plan.columns(self._num_processed)
-        if first > self._first:
-            self._compact(first, tail)
+        return self.extend([token_id])[0]
+
+    @torch.inference_mode()
+    def extend(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Logits after each of some more tokens, as if they were taken one after the other.
+
+        One forward pass for all of them, or one from compaction to compaction.
+
+        Args:
+            token_ids: At least one.
+
+        Returns:
+            [num_tokens, vocabulary].
+        """
+        plan = self._settings.plan
+        logits = []
+        start = 0
+        while start < len(token_ids):
+            first, tail = plan.columns(self._num_processed)
+            if first > self._first:
+                self._compact(first, tail)
+            due = plan.next_compaction(self._num_processed)
+            stop = len(token_ids) if due is None else start + due - self._num_processed
+            logits.append(self._forward(token_ids[start:stop]))
+            start = stop
+        return torch.cat(logits)
+
+    def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
+        device = self._model.device
+        end = self._num_processed + len(token_ids)
         with observed_by(self._observe):
-            logits = self._model(
-                torch.tensor([[token_id]], device=self._model.device),
+            logits: torch.Tensor = self._model(
+                torch.tensor([token_ids], device=device),
                 past_key_values=self._cache,
-                # The true position: keys were rotated before they were compressed.
-                position_ids=torch.tensor([[self._num_processed]], device=self._model.device),
+                # The true positions: keys were rotated before they were compressed.
+                position_ids=torch.arange(self._num_processed, end, device=device)[None],
             ).logits
-        step = torch.stack([self._step_queries[layer] for layer in sorted(self._step_queries)])
-        self._queries = torch.cat([self._queries, step], dim=1)[:, -self._settings.obs_window :]
-        self._num_processed += 1
-        return logits[0, -1]
+        new = torch.stack([self._new_queries[layer] for layer in self._layers])
+        self._queries = torch.cat([self._queries, new], dim=1)[:, -self._settings.obs_window :]
+        self._num_processed = end
+        return logits[0]
 
     def _observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
-        self._step_queries[layer] = queries
+        self._new_queries[layer] = queries
 
     def _compact(self, first: int, tail: int) -> None:
         """Replace entries [self._first, tail), in columns, by ones that fill [first, tail)."""
         block_size = self._settings.plan.block_size
-        keys, values = (to_pages(entries, block_size) for entries in from_cache(self._cache))
+        entries = read_entries(self._cache, self._layers)
+        keys, values = (to_pages(tensor, block_size) for tensor in entries)
         context = self._context(first, tail, keys, values)
         self._settings.policy.compact(context)
         start, stop = (first - self._first) * block_size, self.num_live
-        self._cache = to_cache(from_pages(keys, start, stop), from_pages(values, start, stop))
+        kept = (from_pages(pages, start, stop) for pages in (keys, values))
+        replace_entries(self._cache, self._layers, *kept)
         if context.paged_scores is not None:
             num_kept = (tail - first) * block_size
             self._scores = from_pages(context.paged_scores, start, start + num_kept)
@@ -149,6 +177,13 @@ class ReferenceRequest:
         scores = self._scores.new_zeros((*self._scores.shape[:2], self.num_live))
         scores[:, :, : self._scores.shape[2]] = self._scores
         return to_pages(scores, self._settings.plan.block_size)
+
+
+def _prompt_scores(plan: CompressionPlan, prompt: Prefilled) -> torch.Tensor:
+    """Accumulated scores that a request begins with, [num_layers, num_kv_heads, num_scored]."""
+    if plan.compresses_prompt:
+        return prompt.scores[plan.first_scored_query]
+    return torch.zeros((len(prompt.queries), prompt.num_kv_heads, 0), device=prompt.queries.device)
 
 
 def _ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:

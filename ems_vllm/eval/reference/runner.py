@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ems_vllm.config import RequestOptions
-from ems_vllm.eval.reference.answer import answering, following, recording
+from ems_vllm.eval.reference.answer import answering, following, predicted, recording
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
 from ems_vllm.eval.reference.operators import reference_operators
@@ -78,34 +78,37 @@ class Runner:
             if options is not None:
                 asked.append((method, config, options))
         num_tokens = len(prompt.prompt_token_ids)
-        everything = RequestOptions(enabled=False)
-        any_config = next(iter(self._configs.values()))
-        needed = [(config, options) for _, config, options in asked]
-        if prompt.follows_full:
-            needed.append((any_config, everything))
-        firsts = {
-            self._reference.plan(num_tokens, config, options).first_scored_query
-            for config, options in needed
-        }
+        needed = [
+            self._reference.first_query(num_tokens, config, options) for _, config, options in asked
+        ]
+        firsts = {first for first in needed if first is not None}
         prefilled = self._reference.prefill(prompt.prompt_token_ids, window, firsts)
         logits, full = prefilled.logits, None
         if prompt.follows_full:
+            any_config = next(iter(self._configs.values()))
+            everything = RequestOptions(enabled=False)
             request = self._reference.request(prefilled, any_config, everything)
             full = self._run(recording(prompt, logits, self._vocabulary), request)
         for method, config, options in asked:
             request = self._reference.request(prefilled, config, options)
-            if full is not None:
+            if prompt.continuation_token_ids:
+                with self._operators():
+                    yield method, predicted(prompt, logits, request.extend)
+            elif full is not None:
                 answer = following(prompt, logits, full, self._vocabulary)
+                yield method, self._run(answer, request)
             else:
-                answer = answering(prompt, logits, self._vocabulary)
-            yield method, self._run(answer, request)
+                yield method, self._run(answering(prompt, logits, self._vocabulary), request)
 
     def _run(self, answer: Generator[int, torch.Tensor, _T], request: ReferenceRequest) -> _T:
         """What a generator returns that asks for one step after the other."""
-        with nullcontext() if self._compiled else reference_operators():
+        with self._operators():
             try:
                 token_id = next(answer)
                 while True:
                     token_id = answer.send(request.step(token_id))
             except StopIteration as finished:
                 return cast("_T", finished.value)
+
+    def _operators(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled else reference_operators()
