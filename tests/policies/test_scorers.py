@@ -119,7 +119,7 @@ def test_an_order_without_a_share_has_no_say(share):
 
 
 def test_shares_beyond_the_whole_are_refused():
-    with pytest.raises(ConfigError, match="local_share 0.8 and key_share 0.3"):
+    with pytest.raises(ConfigError, match=r"local_share 0\.8 and key_share 0\.3"):
         load_config({"recipe": "ems", "scorer": {"local_share": 0.8, "key_share": 0.3}})
 
 

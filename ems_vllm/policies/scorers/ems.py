@@ -57,14 +57,14 @@ class EMSScorer(Scorer):
     """Part of the budget that recent attention fills; quantile alignment only."""
 
     key_share: _Share = 0.3
-    """Part that distinct keys fill; accumulated attention fills the rest; quantile alignment only."""
+    """Part that distinct keys fill; accumulated attention has the rest; quantile alignment only."""
 
     local_first: Annotated[int, Field(ge=0, le=4096)] = 26
     """Entries that recent attention fills before the others have their share: a tight budget keeps
     what the question asks for. Two spans of the pooling; quantile alignment only."""
 
     kernel_size: _Width = 13
-    """Width of the pooling of recent attention over neighbouring entries, odd; 1 switches it off."""
+    """Width of the pooling of recent attention over neighbours, odd; 1 switches it off."""
 
     key_kernel_size: _Width = 5
     """Width of the pooling of distinct keys; quantile alignment only."""
