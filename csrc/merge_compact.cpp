@@ -8,7 +8,8 @@ namespace ems {
 
 void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const std::optional<Tensor>& paged_scores, const Tensor& weights,
-                   const std::optional<Tensor>& carry, const Tensor& block_table,
+                   const std::optional<Tensor>& carry, bool merges_keys,
+                   const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
                    const Tensor& budgets, const Tensor& target_columns) {
   const ArgumentChecks checks("merge_compact", key_cache);
@@ -35,6 +36,13 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
     p.carry = checks.head_rows<const float>("carry", *carry, ScalarType::Float, p.num_layers,
                                             p.num_rows, p.num_kv_heads);
     checks.same_length("carry", *carry, "weights", weights);
+  }
+  p.merges_keys = merges_keys;
+  if (mass_keys.has_value()) {
+    p.mass_keys = checks.head_rows<const float>("mass_keys", *mass_keys, ScalarType::Float,
+                                                p.num_layers, p.num_rows, p.num_kv_heads);
+    checks.require(p.mass_keys.length == p.head_size, "mass_keys must be as long as a key (",
+                   p.head_size, "), got ", p.mass_keys.length);
   }
   p.kept_idx = checks.head_rows<const int32_t>("kept_idx", kept_idx, ScalarType::Int, p.num_layers,
                                                p.num_rows, p.num_kv_heads);

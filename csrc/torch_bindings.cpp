@@ -44,8 +44,9 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   // Merges every class and writes it to the target columns.
   m.def(
       "merge_compact(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? paged_scores, "
-      "Tensor weights, Tensor? carry, Tensor block_table, Tensor kept_idx, Tensor merge_idx, "
-      "Tensor class_idx, Tensor budgets, Tensor target_columns) -> ()");
+      "Tensor weights, Tensor? carry, bool merges_keys, Tensor? mass_keys, Tensor block_table, "
+      "Tensor kept_idx, Tensor merge_idx, Tensor class_idx, Tensor budgets, Tensor target_columns) "
+      "-> ()");
 
   // Shifts block tables and sequence lengths past the columns that were given back.
   m.def(

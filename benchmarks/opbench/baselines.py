@@ -139,6 +139,8 @@ def merge_compact(
     paged_scores: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
+    merges_keys: bool,
+    mass_keys: torch.Tensor | None,
     block_table: torch.Tensor,
     kept_idx: torch.Tensor,
     merge_idx: torch.Tensor,
@@ -146,28 +148,29 @@ def merge_compact(
     budgets: torch.Tensor,
     target_columns: torch.Tensor,
 ) -> None:
-    """Without scores to carry."""
+    """Without scores to carry, with mass, and without merging keys."""
+    assert mass_keys is not None
+    assert not merges_keys
     block_size, budget = key_cache.shape[3], kept_idx.shape[3]
     ranks = torch.arange(budget, device=kept_idx.device)
     columns = target_columns[:, None] + ranks // block_size
     blocks = block_table.gather(1, columns.long())
     shares = [weights.gather(3, index.long())[..., None] for index in (kept_idx, merge_idx)]
     total = _with_zero_class(shares[0]).scatter_add_(3, class_idx.long()[..., None], shares[1])
-    alone = torch.ones_like(_with_zero_class(shares[0]), dtype=torch.bool)
-    alone.scatter_(3, class_idx.long()[..., None], False)
+    index = class_idx.long()[..., None]
+    counts = torch.ones_like(total).scatter_add_(3, index, torch.ones_like(shares[1]))
+    alone = counts == 1
+    mass = (total[..., :budget, :] / shares[0]).minimum(counts[..., :budget, :]).log()
     for cache in (key_cache, value_cache):
         entries = _entries(cache, block_table)
         stored = _gather(entries, kept_idx)
-        centres, members = stored.float(), _gather(entries, merge_idx).float()
-        norms = centres.norm(dim=-1, keepdim=True)
         if cache is key_cache:
-            centres, members = normalize(centres, dim=-1), normalize(members, dim=-1)
-        merged = _with_zero_class(centres * shares[0])
-        classes = class_idx.long()[..., None].expand(*class_idx.shape, merged.shape[-1])
-        merged = merged.scatter_add_(3, classes, members * shares[1])[..., :budget, :]
-        if cache is key_cache:
-            merged = norms * normalize(merged, dim=-1)
+            merged = stored.float() + mass * mass_keys[..., None, :]
         else:
+            merged = _with_zero_class(stored.float() * shares[0])
+            classes = index.expand(*class_idx.shape, merged.shape[-1])
+            members = _gather(entries, merge_idx).float() * shares[1]
+            merged = merged.scatter_add_(3, classes, members)[..., :budget, :]
             merged = merged / total[..., :budget, :]
         result = torch.where(alone[..., :budget, :], stored, merged.to(cache.dtype))
         # [num_rows, budget, num_layers, num_kv_heads, head_size], as advanced indices put it.

@@ -116,12 +116,16 @@ def compaction_args(
     )
     budgets, protected = filled(shape, shape.budget), filled(shape, NUM_PROTECTED)
     length = filled(shape, shape.length)
+    mass_keys = torch.randn(*heads, key.shape[-1], device=shape.device)
     target = filled(shape, shape.length // BLOCK_SIZE - -(-shape.budget // BLOCK_SIZE))
     selection = (table, kept_idx, merge_idx)
     args = Compaction(
         select=(scores, length, budgets, protected, budgets, 1.0, kept_idx, merge_idx),
         assign=(key, value, *selection, budgets, protected, THRESHOLD, class_idx),
-        merge=(key, value, None, scores, None, *selection, class_idx, budgets, target),
+        merge=(
+            *(key, value, None, scores, None, False, mass_keys),
+            *(*selection, class_idx, budgets, target),
+        ),
     )
     ops.select_entries(*args.select)
     ops.assign_classes(*args.assign)

@@ -11,6 +11,7 @@
 #include "cpu/selection_checks.h"
 #include "cpu/simd.h"
 #include "dispatch.h"
+#include "ems/mass.h"
 #include "launchers.h"
 
 namespace ems::cpu {
@@ -43,6 +44,7 @@ class ClassMerger {
         row_(row),
         head_(head),
         weights_(p.weights.at(layer, row, head)),
+        mass_key_(p.mass_keys.data == nullptr ? nullptr : p.mass_keys.at(layer, row, head)),
         vector_(p.head_size),
         direction_(p.head_size),
         value_(p.head_size) {}
@@ -63,14 +65,24 @@ class ClassMerger {
 
     const int64_t size = p_.head_size;
     const float norm = std::sqrt(simd().dot(direction_.data(), direction_.data(), size));
-    if (total_weight_ <= 0 || norm == 0 || centre_norm == 0) {
+    if (total_weight_ <= 0 || (p_.merges_keys && (norm == 0 || centre_norm == 0))) {
       std::memcpy(out_key, key(centre), size * sizeof(T));
       std::memcpy(out_value, value(centre), size * sizeof(T));
       return;
     }
+    for (int64_t d = 0; d < size; ++d) from_float(value_[d] / total_weight_, out_value + d);
+    const float mass = log_mass(weights_[centre], total_weight_, members.size());
+    if (!p_.merges_keys && (mass_key_ == nullptr || mass == 0)) {
+      std::memcpy(out_key, key(centre), size * sizeof(T));
+      return;
+    }
+    if (p_.merges_keys) {
+      for (int64_t d = 0; d < size; ++d) direction_[d] *= centre_norm / norm;
+    } else {
+      convert(key(centre), size, 1.0f, direction_.data());
+    }
     for (int64_t d = 0; d < size; ++d) {
-      from_float(direction_[d] * (centre_norm / norm), out_key + d);
-      from_float(value_[d] / total_weight_, out_value + d);
+      from_float(direction_[d] + (mass_key_ == nullptr ? 0.0f : mass * mass_key_[d]), out_key + d);
     }
   }
 
@@ -95,6 +107,7 @@ class ClassMerger {
   int64_t row_;
   int64_t head_;
   const float* weights_;
+  const float* mass_key_;
   float total_weight_ = 0;
   std::vector<float> vector_;
   std::vector<float> direction_;

@@ -286,6 +286,8 @@ def merge_compact(
     paged_scores: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
+    merges_keys: bool,
+    mass_keys: torch.Tensor | None,
     block_table: torch.Tensor,
     kept_idx: torch.Tensor,
     merge_idx: torch.Tensor,
@@ -296,18 +298,23 @@ def merge_compact(
     """Merge members into their class centres and write the classes to the target columns.
 
     Paper: EMS, 2024, arXiv:2412.08521 (keys merge in direction and keep the centre's norm, values
-    merge as a weighted mean).
+    merge as a weighted mean). The mass is ours.
 
     Class b of row r has the centre c = kept_idx[b] and the members merge_idx[t] with class_idx[t]
     == b. It is written to column target_columns[r] + b // block_size, slot b % block_size, of the
     same kv_head, as if everything were read before anything is written:
 
-        value = (w_c v_c + sum w_t v_t) / (w_c + sum w_t)
-        key   = |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|
+        value = (w_c v_c + sum w_t v_t) / w,  w = w_c + sum w_t
+        key   = k_c, or with merges_keys |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|
+                plus log(min(w / w_c, 1 + number of members)) * mass_key
 
-    A class without members is its centre, bit for bit; so is one where w_c + sum w_t <= 0, |k_c| =
-    0 or |d| = 0. A member with a zero key adds no direction. Members of the zero class, budgets[r],
-    vanish.
+    A softmax over kept entries alone gives a class the attention of its centre. What all its
+    entries received is w / w_c times that: a constant on the logit, which no attention kernel
+    takes. A mass_key m with q m * scale = 1 for the queries to come adds it to the key instead.
+
+    A class without members is its centre, bit for bit; so is one where w <= 0, or with merges_keys
+    |k_c| = 0 or |d| = 0. A member with a zero key adds no direction. Members of the zero class,
+    budgets[r], vanish.
 
     Args:
         key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float.
@@ -317,6 +324,9 @@ def merge_compact(
         weights: [num_layers, num_rows, num_kv_heads, max_entries], float32 - weight of an entry.
         carry: [num_layers, num_rows, num_kv_heads, max_entries], float32, or None - score of an
             entry; a class has the sum of its entries' scores.
+        merges_keys: whether keys are merged too.
+        mass_keys: [num_layers, num_rows, num_kv_heads, head_size], float32, or None - what is added
+            to a key that shall receive e times the attention, in the units of stored keys.
         block_table: [num_rows, num_columns], int32 - the blocks of the target columns belong to
             the row alone.
         kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32 - from select_entries.
@@ -338,6 +348,8 @@ def merge_compact(
         paged_scores,
         weights,
         carry,
+        merges_keys,
+        mass_keys,
         block_table,
         kept_idx,
         merge_idx,

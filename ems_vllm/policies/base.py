@@ -46,14 +46,16 @@ class Scores:
     """Importance of the live entries of the requests that are compressed in this step.
 
     Attributes:
-        weights: [num_layers, num_rows, num_kv_heads, max_entries], float32, >= 0 - higher is kept;
-            also the weight of an entry in a merge. Entries beyond a row's length are 0.
+        weights: [num_layers, num_rows, num_kv_heads, max_entries], float32, >= 0 - higher is kept.
+            Entries beyond a row's length are 0.
         carry: same shape, or None - the accumulated score to store with the kept entries, so that
             the next compression of the request can go on from it.
+        mass: same shape, or None for the weights - weight of an entry in a merge.
     """
 
     weights: torch.Tensor
     carry: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,16 @@ class Merger(Component):
     def candidates_per_center(self) -> int:
         """Bound of the merge candidates, as a multiple of the budget; 0 merges nothing."""
         return 0
+
+    @property
+    def merges_keys(self) -> bool:
+        """Whether keys are merged, beside values."""
+        return False
+
+    @property
+    def keeps_mass(self) -> bool:
+        """Whether a class receives the attention of all its entries; needs recorded queries."""
+        return False
 
     @property
     def mass_limit(self) -> float:

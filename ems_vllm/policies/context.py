@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 # Keys or values that are gathered at a time, with what is made of them.
 SLICE_BYTES = 32 << 20
 
+# Below any mean square of real logits.
+_EPS = 1e-12
+
 # Layer, rows and columns.
 _Place = tuple[int, slice, slice]
 
@@ -175,6 +178,42 @@ class CompactionContext:
         )
         return scores
 
+    def mass_keys(self) -> Tensor:
+        """What makes a key receive e times the attention, from the queries to come (ours).
+
+        Attention has no place for a constant on a single logit; the queries of a head, however,
+        have much in common, also after RoPE, whose slow dimensions hardly turn. Of the keys along
+        the mean recorded query q of a kv_head's group, the one that is closest to
+
+            scale * (any recorded query) . key = 1
+
+        in the mean square: where queries disagree it is short, and where nothing is recorded 0.
+
+        Returns:
+            [num_layers, num_rows, num_kv_heads, head_size], float32, in the units of stored keys.
+        """
+        assert self.query_ring is not None
+        _, _, window, num_heads, head_size = self.query_ring.shape
+        slots = torch.arange(window, dtype=torch.int32, device=self.ring_rows.device)
+        ages = (self.end_positions[:, None] - 1 - slots) % window
+        is_recorded = (ages < self.num_queries[:, None])[:, :, None, None]
+        keys = torch.empty(
+            (self.num_layers, self.num_rows, self.num_kv_heads, head_size), device=slots.device
+        )
+        # As stored, in float32, and once more where products are made.
+        row_bytes = window * num_heads * head_size * (self.query_ring.itemsize + 2 * 4)
+        step = max(1, SLICE_BYTES // row_bytes)
+        for layer in range(self.num_layers):
+            for row in range(0, self.num_rows, step):
+                rows = slice(row, row + step)
+                queries = self.query_ring[layer, self.ring_rows[rows].long()].float()
+                # No product: a slot that records nothing may hold anything, NaN included.
+                queries = queries.masked_fill_(~is_recorded[rows], 0.0)
+                # [rows, num_kv_heads, window * group, head_size]; unrecorded ones are 0.
+                queries = queries.unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
+                keys[layer, rows] = _key_of_one(queries.flatten(2, 3), self.scale)
+        return keys if self.key_scales is None else keys.div_(self.key_scales[:, None, None, None])
+
     def key_norms(self) -> Tensor:
         """Euclidean norms of the entries' keys, as stored.
 
@@ -250,6 +289,21 @@ class CompactionContext:
                     columns = slice(column, min(column + num_columns, self._num_columns))
                     blocks = self.block_table[rows, columns].long()
                     yield (layer, rows, columns), cache[layer, blocks]
+
+
+def _key_of_one(queries: Tensor, scale: float) -> Tensor:
+    """The key along the mean query whose logits are closest to 1, in the mean square.
+
+    Args:
+        queries: [..., num_queries, head_size], float32; those that are 0 do not count.
+
+    Returns:
+        [..., head_size]; 0 where no query is.
+    """
+    direction = normalize(queries.sum(-2), dim=-1)
+    logits = (queries @ direction[..., None]).squeeze(-1) * scale
+    length = logits.sum(-1) / logits.square().sum(-1).clamp(min=_EPS)
+    return direction * length[..., None]
 
 
 def _norms(vectors: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Selector
     from ems_vllm.policies.context import CompactionContext
 
-# What is alive after scoring, in tensors of the shape of a score: weights, carry, and at most as
-# much for each of kept_idx, merge_idx and class_idx.
-_SELECTION_TENSORS = 5
+# What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
+# as much for each of kept_idx, merge_idx and class_idx.
+_SELECTION_TENSORS = 6
 # Per entry of a row, whatever the number of kv_heads: masks, ranks, and the block table's columns.
 _ROW_BYTES = 16
 
@@ -57,12 +57,15 @@ class Policy:
         selection = self.selector.select(context, scores, self.merger)
         class_idx = self.merger.assign(context, selection)
         carries = scores.carry is not None
+        keeps_mass = self.merger.keeps_mass and self.scorer.uses_window
         ops.merge_compact(
             context.key_cache,
             context.value_cache,
             context.paged_scores if carries else None,
-            scores.weights,
+            scores.weights if scores.mass is None else scores.mass,
             scores.carry,
+            self.merger.merges_keys,
+            context.mass_keys() if keeps_mass else None,
             context.block_table,
             selection.kept_idx,
             selection.merge_idx,

@@ -79,6 +79,8 @@ def merge_compact(cache_dtype, head_size):
         None,
         torch.ones(1, 1, 1, 16),
         None,
+        False,
+        None,
         ints([1]),
         kept,
         none,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """merge_compact against its reference; sources and targets overlap in most cases."""
 
+import math
 from dataclasses import dataclass, replace
 
 import pytest
@@ -24,6 +25,8 @@ class Case:
     selection: Selection
     weights: torch.Tensor
     carry: torch.Tensor | None
+    merges_keys: bool
+    mass_keys: torch.Tensor | None
     paged_scores: torch.Tensor | None
     class_idx: torch.Tensor
     target_columns: list[int]
@@ -37,6 +40,8 @@ class Case:
             None if self.paged_scores is None else self.paged_scores.clone(),
             self.weights,
             self.carry,
+            self.merges_keys,
+            self.mass_keys,
             cache.block_table,
             self.selection.kept_idx,
             self.selection.merge_idx,
@@ -63,6 +68,8 @@ def make_case(
     rows: list[tuple[int, int, int]],
     *,
     with_scores: bool = True,
+    merges_keys: bool = True,
+    with_mass: bool = False,
     share_merged: float = 0.8,
     **shape,
 ) -> Case:
@@ -74,6 +81,7 @@ def make_case(
     head_shape = (num_layers, len(rows), num_kv_heads)
     weights = torch.rand(*head_shape, max(lens) + 3)
     carry = torch.rand(*head_shape, max(lens) + 3)
+    mass_keys = torch.randn(*head_shape, cache.key.shape[-1])
     for row, length in enumerate(lens):
         weights[:, row, :, length:] = carry[:, row, :, length:] = float("nan")
     class_idx = torch.zeros_like(selection.merge_idx)
@@ -89,6 +97,8 @@ def make_case(
         selection=selection,
         weights=weights,
         carry=carry if with_scores else None,
+        merges_keys=merges_keys,
+        mass_keys=mass_keys if with_mass else None,
         paged_scores=torch.full(page_shape, float("nan")) if with_scores else None,
         class_idx=class_idx,
         target_columns=columns,
@@ -115,6 +125,47 @@ ROWS = [(129, 48, 60), (63, 33, 7), (1, 1, 0), (0, 0, 0), (70, 70, 0), (40, 5, 3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_dtype_and_layout(dtype, layout):
     check(make_case(ROWS, dtype=dtype, layout=layout))
+
+
+@pytest.mark.parametrize(
+    ("merges_keys", "with_mass"), [(True, True), (False, True), (False, False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_size", [64, 80])
+def test_keys_and_mass(dtype, head_size, merges_keys, with_mass):
+    case = make_case(
+        ROWS, dtype=dtype, head_size=head_size, merges_keys=merges_keys, with_mass=with_mass
+    )
+    check(case)
+    case.weights[..., ::3] = 0.0
+    check(case)
+
+
+def test_keys_that_are_neither_merged_nor_given_mass_are_moved_bit_for_bit():
+    case = make_case(ROWS, merges_keys=False, dtype=torch.bfloat16)
+    assert_bitwise(case.run(ops.merge_compact)[0], case.run(reference.merge_compact)[0])
+
+
+def test_mass_gives_a_class_the_attention_of_its_entries():
+    """Two entries with the same key: where one stands for both, a softmax cannot tell."""
+    query = torch.tensor([0.7, -0.4])
+    other = torch.tensor([0.3, 0.9])
+    both = torch.stack([other, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])])
+    mass_key = query / query.dot(query)
+    key, value, _ = class_of_two(
+        [1.0, 2.0], [1.0, 2.0], [0.5, 0.5], merges_keys=False, mass_key=mass_key.tolist()
+    )
+    values = torch.tensor([[0.2, 0.3], [1.0, 0.0], [0.0, 1.0]])
+    expected = (both @ query).softmax(0) @ values
+    got = (torch.stack([other, key]) @ query).softmax(0) @ torch.stack([values[0], value])
+    torch.testing.assert_close(got, expected)
+
+
+def test_mass_is_bounded_by_the_number_of_entries():
+    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [1e-6, 4.0], False, [0.0, 1.0])
+    torch.testing.assert_close(key, torch.tensor([5.0, math.log(2)]))
+    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [0.0, 4.0], False, [0.0, 1.0])
+    torch.testing.assert_close(key, torch.tensor([5.0, math.log(2)]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -182,7 +233,13 @@ def test_full_budget_changes_nothing():
     assert_bitwise(value, case.cache.value)
 
 
-def class_of_two(key: list[float], member_key: list[float], weights: list[float]) -> tuple:
+def class_of_two(
+    key: list[float],
+    member_key: list[float],
+    weights: list[float],
+    merges_keys: bool = True,
+    mass_key: list[float] | None = None,
+) -> tuple:
     """(key, value, score) after merging entry 1 into entry 0."""
     cache = paged_cache([2], num_kv_heads=1, block_size=2, head_size=64)
     block = cache.block_table[0, 0]
@@ -197,6 +254,8 @@ def class_of_two(key: list[float], member_key: list[float], weights: list[float]
         scores,
         torch.tensor(weights)[one_head],
         torch.tensor([2.0, 3.0])[one_head],
+        merges_keys,
+        None if mass_key is None else pad(torch.tensor(mass_key), (0, 62))[one_head],
         cache.block_table,
         int_tensor([0])[one_head],
         int_tensor([1])[one_head],
@@ -254,6 +313,8 @@ def test_every_16_bit_value_survives_conversion(dtype):
         None,
         weights,
         None,
+        True,
+        None,
         cache.block_table,
         ranks,
         ranks + 256,
@@ -296,10 +357,15 @@ def test_opcheck():
         (2, lambda t: None, "paged_scores and carry must be given together or not at all"),
         (2, lambda t: t[..., 1:], r"paged_scores must have shape \[2, \*, 2, 8\]"),
         (3, lambda t: t[..., :20], r"carry must be as long as weights \(20\), got 33"),
-        (6, lambda t: t + 100, r"kept_idx\[0\] must be in 0\.\.32, got 1\d\d"),
-        (8, lambda t: t[..., 1:], r"class_idx must be as long as merge_idx \(8\), got 7"),
-        (10, lambda t: t + 2, r"target_columns\[0\] must be in 0\.\.3, got 4"),
-        (10, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
+        (
+            6,
+            lambda t: torch.ones(2, 1, 2, 63),
+            r"mass_keys must be as long as a key \(64\), got 63",
+        ),
+        (8, lambda t: t + 100, r"kept_idx\[0\] must be in 0\.\.32, got 1\d\d"),
+        (10, lambda t: t[..., 1:], r"class_idx must be as long as merge_idx \(8\), got 7"),
+        (12, lambda t: t + 2, r"target_columns\[0\] must be in 0\.\.3, got 4"),
+        (12, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
     ],
 )
 @pytest.mark.cpu_only

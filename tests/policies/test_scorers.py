@@ -13,9 +13,11 @@ from policies.contexts import (
     build_context,
     entries,
 )
+from torch.nn.functional import cosine_similarity
 
 from ems_vllm.config import ConfigError, load_config
 
+FACTORS = (0.0, 0.9, 0.99, 1.0, 1.01, 1.1, 2.0)
 ROWS = (
     Row(num_entries=64, tail=9, budget=24, seed=1),
     Row(num_entries=40, tail=3, budget=32, num_scored=24, num_represented=25, seed=2),
@@ -179,3 +181,41 @@ def test_random_differs_by_head_and_seed_but_not_by_run():
     assert len({tuple(head.tolist()) for head in heads}) == len(heads)
     many = load_config("random").scorer.score(build_context([Row(8000, 9, 8)])).weights
     assert many.mean().item() == pytest.approx(0.5, abs=0.02)
+
+
+def test_mass_keys_add_one_to_the_logits_of_recorded_queries():
+    """Where queries agree, exactly; where they do not, as well as a key along their mean can."""
+    context = build_context(ROWS)
+    assert context.query_ring is not None
+    keys = context.mass_keys()
+    for row, layer, head in each_head():
+        num_queries, end = int(context.num_queries[row]), int(context.end_positions[row])
+        recorded = [(end - 1 - age) % WINDOW for age in range(num_queries)]
+        queries = context.query_ring[layer, row, recorded]
+        queries = queries[:, head * GROUP : (head + 1) * GROUP].flatten(0, 1)
+        key = keys[layer, row, head]
+        errors = [
+            (queries @ (factor * key) * context.scale - 1).square().mean() for factor in FACTORS
+        ]
+        assert min(errors) == errors[FACTORS.index(1.0)]
+        torch.testing.assert_close(
+            cosine_similarity(key, queries.mean(0), dim=0), torch.tensor(1.0)
+        )
+    context.query_ring[:] = context.query_ring[:, :, :1, :1].clone()
+    logits = (context.query_ring[:, :, 0, 0] * context.mass_keys()[:, :, 0]).sum(-1)
+    torch.testing.assert_close(logits * context.scale, torch.ones(logits.shape))
+
+
+def test_without_recorded_queries_mass_keys_are_zero():
+    context = build_context(ROWS)
+    context.num_queries.zero_()
+    assert (context.mass_keys() == 0).all()
+
+
+def test_the_weight_of_a_merge_is_attention():
+    context, scores = score("ems")
+    for row, layer, head in each_head():
+        window = window_attention(context, row, layer, head)
+        carry = accumulated_so_far(context, row, layer, head)
+        expected = torch.maximum(carry * window.mean() / carry.mean(), window)
+        torch.testing.assert_close(scores.mass[layer, row, head, : len(expected)], expected)

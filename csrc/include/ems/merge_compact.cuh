@@ -6,6 +6,7 @@
 
 #include "ems/cta.cuh"
 #include "ems/items.h"
+#include "ems/mass.h"
 #include "ems/params.h"
 #include "ems/vector.h"
 
@@ -166,16 +167,28 @@ merge_classes_kernel(MergeCompactParams p, int64_t first_item, ClassLists lists,
       for (int j = 0; j < Layout::kPerVector; ++j) square += sums[v][j] * sums[v][j];
     }
     const float norm = sqrtf(sum_of_warp(square));
-    if (total_weight <= 0 || norm == 0 || centre_norm == 0) {
+    if (total_weight <= 0 || (p.merges_keys && (norm == 0 || centre_norm == 0))) {
       reader = unchanged;
     } else {
+      reader = unchanged;
+      const float mass = log_mass(weights[centre], total_weight, end - first);
+      const float* mass_key =
+          p.mass_keys.data == nullptr ? nullptr : p.mass_keys.at(item.layer, item.row, item.head);
+      const bool changes_key = p.merges_keys || (mass_key != nullptr && mass != 0);
 #pragma unroll
       for (int v = 0; v < Layout::kPerLane; ++v) {
+        if (!Reader::exists(v) || (Reader::is_key(v) && !changes_key)) continue;
         T* elements = reinterpret_cast<T*>(reader.vectors[v].words);
 #pragma unroll
         for (int j = 0; j < Layout::kPerVector; ++j) {
-          elements[j] = device::round_to<T>(Reader::is_key(v) ? sums[v][j] * (centre_norm / norm)
-                                                              : sums[v][j] / total_weight);
+          float number = sums[v][j] / total_weight;
+          if (Reader::is_key(v)) {
+            number = p.merges_keys ? sums[v][j] * (centre_norm / norm) : unchanged.element(v, j);
+            if (mass_key != nullptr) {
+              number += mass * mass_key[Reader::vector_index(v) * Layout::kPerVector + j];
+            }
+          }
+          elements[j] = device::round_to<T>(number);
         }
       }
     }

@@ -109,7 +109,10 @@ struct MergeCompactParams {
   PagedTensor paged_scores;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
   HeadRows<const float> weights;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
   HeadRows<const float>
-      carry;               // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
+      carry;         // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
+  bool merges_keys;  // directions of keys are merged
+  HeadRows<const float>
+      mass_keys;           // [num_layers, num_rows, num_kv_heads, head_size] float32, nullable
   BlockTable block_table;  // [num_rows, num_columns] int32
   HeadRows<const int32_t> kept_idx;   // [num_layers, num_rows, num_kv_heads, max_budget] int32
   HeadRows<const int32_t> merge_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32

@@ -14,6 +14,8 @@ def merge_compact(
     paged_scores: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
+    merges_keys: bool,
+    mass_keys: torch.Tensor | None,
     block_table: torch.Tensor,
     kept_idx: torch.Tensor,
     merge_idx: torch.Tensor,
@@ -40,7 +42,10 @@ def merge_compact(
                 for rank, (centre, members) in enumerate(zip(centres, classes, strict=True)):
                     block = table_row[int(target_columns[row]) + rank // block_size]
                     slot = (layer, block, head, rank % block_size)
-                    merged = _merge(keys, values, weights[at], centre, members)
+                    mass_key = None if mass_keys is None else mass_keys[at].double()
+                    merged = _merge(
+                        keys, values, weights[at], merges_keys, mass_key, centre, members
+                    )
                     key_cache[slot], value_cache[slot] = merged
                     if paged_scores is not None and carry is not None:
                         paged_scores[slot] = carry[at][[centre, *members]].double().sum().float()
@@ -58,6 +63,8 @@ def _merge(
     keys: torch.Tensor,
     values: torch.Tensor,
     weights: torch.Tensor,
+    merges_keys: bool,
+    mass_key: torch.Tensor | None,
     centre: int,
     members: list[int],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,8 +78,12 @@ def _merge(
     norms = key.norm(dim=-1)
     units = torch.where(norms[:, None] > 0, key / norms[:, None], 0.0)
     direction = weight @ units
-    if weight.sum() <= 0 or direction.norm() == 0 or norms[0] == 0:
+    has_direction = direction.norm() > 0 and norms[0] > 0
+    if weight.sum() <= 0 or (merges_keys and not has_direction):
         return unchanged
-    merged_key = norms[0] * direction / direction.norm()
+    merged_key = norms[0] * direction / direction.norm() if merges_keys else key[0]
+    if mass_key is not None:
+        mass = (weight.sum() / weight[0]).clamp(max=len(entries)).log()
+        merged_key = merged_key + mass * mass_key
     merged_value = weight @ value / weight.sum()
     return merged_key.to(keys.dtype), merged_value.to(values.dtype)

@@ -23,9 +23,20 @@ class EMSMerger(Merger):
     evicted first, redundancy is cos(K) * cos(V), and what resembles no centre goes to a zero
     class, so that one scatter serves all heads. Ours: the thresholds and bounds below; negative
     cosines count as 0 (two opposites are not redundant); sinks are not merged into. The merge
-    itself (score-weighted values, score-weighted key directions with the centre's norm) is
-    `ops.merge_compact`; a centre without members stays bit-identical.
+    itself is `ops.merge_compact`; a centre without members stays bit-identical.
+
+    The paper's keys merge too, in direction, with the centre's norm (`merge_keys`). Measured
+    (docs/evaluation.md), that makes attention outputs worse than dropping the members; merging
+    values alone changes nothing; merging values and keeping the members' attention mass makes them
+    better (ours, `CompactionContext.mass_keys`). The last is the default.
     """
+
+    merge_keys: bool = False
+    """Merge directions of keys too, weighted by attention, and keep the centre's norm."""
+
+    keep_mass: bool = True
+    """Give a merged entry the attention that all its members received (ours); with scorers that
+    record queries."""
 
     similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Smallest cos(K) * cos(V) that is merged; below it a candidate is dropped."""
@@ -33,12 +44,20 @@ class EMSMerger(Merger):
     max_candidates_per_center: Annotated[int, Field(ge=1, le=16)] = 2
     """Candidates considered, as a multiple of the budget; the rest is evicted as irrelevant."""
 
-    relevant_mass: Annotated[float, Field(gt=0, le=1)] = 0.99
+    relevant_mass: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Candidates beyond this fraction of a head's cumulative score are irrelevant."""
 
     @property
     def candidates_per_center(self) -> int:
         return self.max_candidates_per_center
+
+    @property
+    def merges_keys(self) -> bool:
+        return self.merge_keys
+
+    @property
+    def keeps_mass(self) -> bool:
+        return self.keep_mass
 
     @property
     def mass_limit(self) -> float:

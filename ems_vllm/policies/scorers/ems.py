@@ -100,8 +100,8 @@ class EMSScorer(Scorer):
 
     @property
     def num_score_tensors(self) -> int:
-        # Beside window, carry, norms and claims: what is sorted, places as int64, and ranks.
-        return 10 if self.alignment == "quantile" else super().num_score_tensors
+        # Beside window, carry, mass, norms and claims: what is sorted, places as int64, and ranks.
+        return 11 if self.alignment == "quantile" else super().num_score_tensors
 
     @property
     def scratch_bytes(self) -> int:
@@ -110,11 +110,13 @@ class EMSScorer(Scorer):
     def score(self, context: CompactionContext) -> Scores:
         window = context.window_scores()
         carry = context.accumulated_scores(window)
+        mass = torch.maximum(carry * _mean_ratio(window, carry), window)
         if self.alignment == "mean":
-            weights = torch.maximum(carry * _mean_ratio(window, carry), window, out=window)
-            return Scores(pool(weights, context.is_entry, self.kernel_size, self.pooling), carry)
-        orders = self._orders(context, window, carry)
-        return Scores(by_quantile(orders, context.is_eligible, context.is_entry), carry)
+            weights = pool(mass, context.is_entry, self.kernel_size, self.pooling)
+        else:
+            orders = self._orders(context, window, carry)
+            weights = by_quantile(orders, context.is_eligible, context.is_entry)
+        return Scores(weights, carry, mass)
 
     def _orders(self, context: CompactionContext, window: Tensor, carry: Tensor) -> Iterator[Order]:
         """One at a time, because each is as large as all scores."""
