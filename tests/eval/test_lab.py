@@ -123,6 +123,22 @@ def test_errors_are_those_of_the_projection_s_output(reference):
     assert errors.mean(keys, 10 * values, 5) == pytest.approx(9, rel=0.1)
 
 
+def test_what_is_measured_again(monkeypatch):
+    def digest(budget="64", errors=True, **settings):
+        variant, sizes = Variant(name="x", settings=settings), [Budget.parse(budget)]
+        # The largest budget of a server is one of its settings, so it is the same here.
+        configs = configured([variant], [Budget.parse(256)], [prompt_line()], {}, 16)
+        return cells(configs, sizes, errors)[0].digest
+
+    known = digest()
+    assert digest(scorer={"local_first": 26}) == known
+    assert digest(scorer={"local_first": 13}) != known
+    assert digest("128") != known
+    assert digest(errors=False) != known
+    monkeypatch.setattr("ems_vllm.eval.lab.cells._code", lambda: "changed")
+    assert digest() != known
+
+
 def test_only_tokens_that_a_compressed_cache_predicts_count():
     later = Forced.of(prompt_line(written_token_ids=(1, 2), gold_token_ids=(3, 4)))
     assert (later.fed, later.counted) == ((1, 2, 3), (3, 4))

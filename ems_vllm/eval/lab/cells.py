@@ -29,7 +29,7 @@ class Cell:
         budget: Entries per kv_head in all.
         config: The server's.
         digest: Equal for equal settings, whatever the variant is called. Another one after a change
-            of the policies, so that what was measured before is measured again.
+            of the code, so that what was measured before is measured again.
     """
 
     variant: str
@@ -74,8 +74,9 @@ def prompt_digest(prompt: PromptLine) -> str:
 
 @cache
 def _code() -> str:
-    """Digest of the policies and operators, compiled ones included."""
+    """Digest of the code that measurements depend on, compiled operators included."""
     package = Path(str(resources.files("ems_vllm")))
-    files = [path for name in ("policies", "ops") for path in (package / name).rglob("*.py")]
-    contents = (path.read_bytes() for path in sorted([*files, *package.glob("*.so")]))
-    return hashlib.sha256(b"".join(contents)).hexdigest()
+    files = [package / "plan.py", package / "eval" / "budget.py", *package.glob("*.so")]
+    for folder in ("policies", "ops", "eval/reference", "eval/lab"):
+        files += (package / folder).rglob("*.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()

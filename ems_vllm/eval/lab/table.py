@@ -41,7 +41,7 @@ def _columns(one: Summary | None, has_errors: bool) -> list[str]:
     loss = f"{one.loss_above_full:+.3f}"
     if one.low is not None and one.high is not None:
         loss += f" ({one.low:+.3f} to {one.high:+.3f})"
-    columns = [loss, f"{one.right}/{one.of}", f"{one.kl:.3f}"]
+    columns = [loss, f"{one.right}/{one.of}" if one.of else "-", f"{one.kl:.3f}"]
     if has_errors:
         columns.append("" if one.attention_error is None else f"{one.attention_error:.3f}")
     return columns
