@@ -40,7 +40,7 @@ def main(
         typer.Option(help="Entries per kv_head in all, or fractions of the length; several."),
     ],
     out: Annotated[Path, typer.Option(help="JSON file for the result.")],
-    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="[BUDGET]...")] = None,
+    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
     config: Annotated[str, typer.Option(help="Settings of all, JSON or a YAML file.")] = "{}",
     errors: Annotated[bool, typer.Option(help="Measure errors of attention.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
