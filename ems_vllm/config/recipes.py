@@ -49,26 +49,44 @@ def load(recipe: str) -> dict[str, Any]:
 def read_file(path: Path, key: str) -> dict[str, Any]:
     """The mapping in a YAML file; `key` names the setting that pointed to it."""
     source = f"{key}={shown(str(path))}"
+    return _mapping(_read(path, source), source)
+
+
+def read_list(path: Path, key: str) -> list[Any]:
+    """The list in a YAML file; `key` names the setting that pointed to it."""
+    source = f"{key}={shown(str(path))}"
+    data = _parse(_read(path, source), source)
+    if not isinstance(data, list):
+        raise ConfigError(f"{source} holds a {type(data).__name__}: write a list.")
+    return data
+
+
+def _read(path: Path, source: str) -> str:
+    """The text of a file; `source` begins the sentence about a mistake."""
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     # ValueError: the path or the content is no text.
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(
             f"{source} cannot be read ({reason}): give the path of a YAML file."
         ) from None
-    return _mapping(text, source)
 
 
-def _mapping(text: str, source: str) -> dict[str, Any]:
-    """The mapping in a YAML text; `source` begins the sentence about a mistake."""
+def _parse(text: str, source: str) -> Any:
+    """What a YAML text holds; `source` begins the sentence about a mistake."""
     try:
-        data = yaml.safe_load(text)
+        return yaml.safe_load(text)
     # ValueError: what looks like a date or a number is none. RecursionError: nested too deep.
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         where = getattr(error, "problem_mark", None)
         line = f" (line {where.line + 1})" if where else ""
         raise ConfigError(f"{source} is not valid YAML{line}: correct the file.") from None
+
+
+def _mapping(text: str, source: str) -> dict[str, Any]:
+    """The mapping in a YAML text; `source` begins the sentence about a mistake."""
+    data = _parse(text, source)
     if data is None:
         return {}
     if not isinstance(data, dict):

@@ -20,17 +20,17 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 """Called after every layer's projections with the layer's index, its queries after RoPE
 [num_tokens, num_heads, head_size], and all its keys [num_kv_heads, num_entries, head_size]."""
 
-_OBSERVER: ContextVar[Observer | None] = ContextVar("ems_attention_observer", default=None)
+_OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("ems_attention_observers", default=())
 
 
 @contextmanager
 def observed_by(observer: Observer) -> Iterator[None]:
-    """Hand what attention sees to `observer`, in this thread and block."""
-    token = _OBSERVER.set(observer)
+    """Hand what attention sees to `observer` too, in this thread and block."""
+    token = _OBSERVERS.set((*_OBSERVERS.get(), observer))
     try:
         yield
     finally:
-        _OBSERVER.reset(token)
+        _OBSERVERS.reset(token)
 
 
 def _attention(
@@ -41,8 +41,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    observer = _OBSERVER.get()
-    if observer is not None:
+    for observer in _OBSERVERS.get():
         layer: Any = module.layer_idx
         observer(int(layer), query[0].transpose(0, 1), key[0])
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)

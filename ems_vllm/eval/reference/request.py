@@ -91,14 +91,28 @@ class ReferenceRequest:
         logits = []
         start = 0
         while start < len(token_ids):
-            first, tail = plan.columns(self._num_processed)
-            if first > self._first:
-                self._compact(first, tail)
+            self.compress()
             due = plan.next_compaction(self._num_processed)
             stop = len(token_ids) if due is None else start + due - self._num_processed
             logits.append(self._forward(token_ids[start:stop]))
             start = stop
         return torch.cat(logits)
+
+    @torch.inference_mode()
+    def compress(self) -> None:
+        """Compress where it is due; `extend` does it by itself, before the first of its tokens."""
+        first, tail = self._settings.plan.columns(self._num_processed)
+        if first > self._first:
+            self._compact(first, tail)
+
+    @torch.inference_mode()
+    def entries(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Live keys and values of the compressed layers; a copy.
+
+        Returns:
+            Two of [num_layers, num_kv_heads, num_live, head_size].
+        """
+        return read_entries(self._cache, self._layers)
 
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         device = self._model.device

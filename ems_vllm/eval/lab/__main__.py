@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ablations on transformers: each prompt is processed once, for dozens of variants.
+
+Usage: python -m ems_vllm.eval.lab --model FOLDER --prompts prompts.jsonl \\
+    --variants scorers --budgets 0.06 0.25 --out result.json
+
+The right answer is forced, so that a variant costs a compaction and one forward pass of a few
+tokens. A run that was interrupted goes on where it stopped, from a journal beside the result.
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ems_vllm.config import ConfigError, parse_overrides
+from ems_vllm.config.errors import shown
+from ems_vllm.eval import environment
+from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.lab.variants import configured, names, read_variants
+from ems_vllm.eval.reference.files import read_prompts
+
+# Where output is no terminal, as in a log.
+_WIDTH = 220
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    prompts: Annotated[Path, typer.Option(help="What `eval --export-prompts` wrote.")],
+    variants: Annotated[str, typer.Option(help=f"{', '.join(names())}, or a YAML file.")],
+    budgets: Annotated[
+        list[str],
+        typer.Option(help="Entries per kv_head in all, or fractions of the length; several."),
+    ],
+    out: Annotated[Path, typer.Option(help="JSON file for the result.")],
+    further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
+    config: Annotated[str, typer.Option(help="Settings of all, JSON or a YAML file.")] = "{}",
+    errors: Annotated[bool, typer.Option(help="Measure errors of attention.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16")] = "auto",
+    compiled: Annotated[bool, typer.Option(help="Use the compiled operators: faster.")] = True,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+) -> None:
+    """Compare variants of recipes by the loss of right answers, on transformers."""
+    # `--budgets 0.06 0.25`: an option takes one value, so the others come as arguments.
+    sizes = _sizes([*budgets, *(further or ())])
+    asked = read_prompts(prompts)
+    # Before the limit, so that a run with more prompts has the same settings.
+    configs = configured(read_variants(variants), sizes, asked, parse_overrides(config), block_size)
+
+    # Imported here: mistakes above must not take the seconds that transformers takes.
+    from ems_vllm.eval.lab.cells import cells, prompt_digest
+    from ems_vllm.eval.lab.forcing import Forced
+    from ems_vllm.eval.lab.journal import Journal
+    from ems_vllm.eval.lab.result import LabResult, full_summaries, prompt_results, summaries
+    from ems_vllm.eval.lab.runner import Lab
+    from ems_vllm.eval.lab.table import table
+    from ems_vllm.eval.reference.model import ReferenceModel
+
+    asked = asked[:limit]
+    forced = [(prompt, found) for prompt in asked if (found := Forced.of(prompt))]
+    if not forced:
+        raise ConfigError(
+            f"prompts={shown(str(prompts))} has no right answers of two tokens or more "
+            "(gold_token_ids, continuation_token_ids): export prompts of other tasks."
+        )
+    reference = ReferenceModel.load(model, device, dtype, block_size)
+    lab = Lab(reference, compiled, errors)
+    common: dict[str, Any] = {
+        "engine": "transformers",
+        "model": model,
+        "dtype": str(reference.model.dtype).removeprefix("torch."),
+        "device": str(reference.model.device),
+        "block_size": block_size,
+        "operators": "compiled" if compiled else "reference",
+        "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
+    }
+    journal = Journal(out.with_suffix(".journal.jsonl"), common)
+    chosen = cells(configs, sizes, errors)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH)
+    for prompt, answer in track(forced, "prompts", console=console):
+        record = journal.records.get(prompt_digest(prompt))
+        done = record.cells if record else {}
+        todo = [
+            cell
+            for cell in chosen
+            if cell.digest not in done and cell.options(prompt, block_size) is not None
+        ]
+        if todo:
+            journal.add(lab.measure(prompt, answer, todo))
+    measured = prompt_results([prompt for prompt, _ in forced], chosen, journal.records)
+    result = LabResult(
+        model=model,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        environment={**environment.describe(), **common},
+        settings={name: config.to_dict() for name, config in configs.items()},
+        budgets=[str(budget) for budget in sizes],
+        full=full_summaries(measured),
+        summaries=summaries(measured, chosen),
+        prompts=measured,
+        left_out=len(asked) - len(forced),
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    console.print(table(result))
+    if result.left_out:
+        console.print(f"{result.left_out:,} prompts have no right answer to force: left out.")
+    console.print(f"{len(measured):,} prompts, {len(configs)} variants: {out}")
+
+
+def _sizes(texts: list[str]) -> list[Budget]:
+    """Budgets as they were typed, with spaces or commas between them."""
+    sizes = [Budget.parse(part) for text in texts for part in text.split(",")]
+    if Budget() in sizes:
+        raise ConfigError(
+            "budgets='full' is not allowed: the full cache is always measured; give entries or "
+            "fractions of the length."
+        )
+    return list(dict.fromkeys(sizes))
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

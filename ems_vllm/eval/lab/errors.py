@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compressed cache changes in the output of attention, layer by layer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional
+
+from ems_vllm.config.errors import ConfigError, shown
+
+if TYPE_CHECKING:
+    from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.reference.request import ReferenceRequest
+
+
+class QueryRecorder:
+    """Collects the queries of the compressed layers; an observer (reference.attention)."""
+
+    def __init__(self, layers: list[int]) -> None:
+        self._queries: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
+
+    def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
+        if layer in self._queries:
+            self._queries[layer].append(queries.clone())
+
+    def queries(self) -> list[torch.Tensor]:
+        """[num_tokens, num_heads, head_size] of each layer."""
+        return [torch.cat(chunks) for chunks in self._queries.values()]
+
+
+class AttentionErrors:
+    """Relative errors of attention's output, after its projection, against the full cache (ours).
+
+    The full cache's own queries attend to a compressed prompt, followed by the full cache's keys
+    and values of the tokens after it. So every layer is asked what its own compression changes;
+    nothing is carried over from the layers before it.
+
+    Args:
+        reference: The model.
+        queries: Of the tokens after the prompt, by layer.
+        full: The uncompressed request that has processed them.
+
+    Raises:
+        ConfigError: attention has no projection `o_proj`.
+
+    Attributes:
+        outputs: The full cache's by layer, [num_tokens, hidden_size], float32.
+    """
+
+    def __init__(
+        self, reference: ReferenceModel, queries: list[torch.Tensor], full: ReferenceRequest
+    ) -> None:
+        self._scale = reference.scale
+        self._projections = projections(reference)
+        self._queries = queries
+        num_tokens = len(queries[0])
+        keys, values = full.entries()
+        # Copies, so that the prompt's entries can go.
+        self._new_keys = keys[:, :, -num_tokens:].clone()
+        self._new_values = values[:, :, -num_tokens:].clone()
+        self.outputs = [
+            self._output(layer, keys[layer], values[layer], num_tokens)
+            for layer in range(len(queries))
+        ]
+
+    @torch.inference_mode()
+    def mean(self, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> float:
+        """Mean over layers and tokens of |output - full output| / |full output|.
+
+        Args:
+            keys, values: [num_layers, num_kv_heads, num_entries, head_size] - of the prompt.
+            num_tokens: First tokens after the prompt to compare; later ones see another cache.
+        """
+        errors = []
+        for layer, full in enumerate(self.outputs):
+            new_keys = self._new_keys[layer, :, :num_tokens]
+            new_values = self._new_values[layer, :, :num_tokens]
+            output = self._output(
+                layer,
+                torch.cat([keys[layer], new_keys], dim=1),
+                torch.cat([values[layer], new_values], dim=1),
+                num_tokens,
+            )
+            full = full[:num_tokens]
+            norms = full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
+            errors.append((output - full).norm(dim=-1) / norms)
+        return float(torch.stack(errors).mean())
+
+    @torch.inference_mode()
+    def _output(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_tokens: int
+    ) -> torch.Tensor:
+        """[num_tokens, hidden_size], float32 - of queries at the end of some entries."""
+        queries = self._queries[layer][:num_tokens].float().transpose(0, 1)
+        num_entries = keys.shape[1]
+        visible = torch.ones(num_tokens, num_entries, dtype=torch.bool, device=keys.device)
+        attended = functional.scaled_dot_product_attention(
+            queries[None],
+            keys[None].float(),
+            values[None].float(),
+            attn_mask=visible.tril(num_entries - num_tokens),
+            scale=self._scale,
+            enable_gqa=True,
+        )
+        projection = self._projections[layer]
+        bias = None if projection.bias is None else projection.bias.float()
+        flat = attended[0].transpose(0, 1).flatten(1)
+        return functional.linear(flat, projection.weight.float(), bias)
+
+
+def projections(reference: ReferenceModel) -> list[torch.nn.Linear]:
+    """Output projections of the compressed layers.
+
+    Raises:
+        ConfigError: there are none by the usual name.
+    """
+    layers: Any = reference.model.get_decoder().layers
+    found = [
+        getattr(layers[index].self_attn, "o_proj", None) for index in reference.compressed_layers
+    ]
+    if any(projection is None for projection in found):
+        name = reference.model.config.name_or_path
+        raise ConfigError(
+            f"model={shown(name)} has attention without `o_proj`, so its errors are unknown: give "
+            "--no-errors."
+        )
+    return [projection for projection in found if projection is not None]

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures variants on a prompt that is processed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import TYPE_CHECKING
+
+from ems_vllm.config import RequestOptions
+from ems_vllm.eval.lab.cells import Cell, prompt_digest
+from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder, projections
+from ems_vllm.eval.lab.forcing import Forced, Measurement
+from ems_vllm.eval.lab.journal import Record
+from ems_vllm.eval.reference.attention import observed_by
+from ems_vllm.eval.reference.operators import reference_operators
+
+if TYPE_CHECKING:
+    import torch
+
+    from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.eval.exchange import PromptLine
+    from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.reference.prefill import Prefilled
+
+
+class Lab:
+    """Measures with transformers.
+
+    Args:
+        reference: The model.
+        compiled: Whether policies use the compiled operators.
+        errors: Whether errors of attention are measured.
+
+    Raises:
+        ConfigError: the model's attention is not what `errors` needs.
+    """
+
+    def __init__(self, reference: ReferenceModel, compiled: bool, errors: bool) -> None:
+        self._reference = reference
+        self._compiled = compiled
+        self._errors = errors
+        if errors:
+            projections(reference)
+
+    def measure(self, prompt: PromptLine, forced: Forced, cells: Sequence[Cell]) -> Record:
+        """One forward pass for the prompt, and one for each cell from compaction to compaction.
+
+        Args:
+            prompt: What is asked.
+            forced: Its answer.
+            cells: At least one, all with room for the prompt; equal digests are measured once.
+        """
+        num_tokens = len(prompt.prompt_token_ids)
+        asked = []
+        for cell in {cell.digest: cell for cell in cells}.values():
+            options = cell.options(prompt, self._reference.block_size)
+            assert options is not None
+            asked.append((cell, options))
+        needed = [
+            self._reference.first_query(num_tokens, cell.config, options) for cell, options in asked
+        ]
+        prefilled = self._reference.prefill(
+            prompt.prompt_token_ids,
+            max(cell.config.obs_window for cell, _ in asked),
+            {first for first in needed if first is not None},
+        )
+        full, errors = self._full(prefilled, forced, asked[0][0].config)
+        measured = {}
+        for cell, options in asked:
+            with self._operators():
+                measured[cell.digest] = self._cell(
+                    prefilled, forced, cell.config, options, full, errors
+                )
+        return Record(
+            prompt=prompt_digest(prompt),
+            full=forced.measure(prefilled.logits, full, None),
+            cells=measured,
+        )
+
+    def _full(
+        self, prefilled: Prefilled, forced: Forced, any_config: KVCompressionConfig
+    ) -> tuple[torch.Tensor, AttentionErrors | None]:
+        """Log probabilities of the full cache, and what compares attention with it."""
+        request = self._reference.request(prefilled, any_config, RequestOptions(enabled=False))
+        recorder = QueryRecorder(self._reference.compressed_layers)
+        with ExitStack() as stack:
+            if self._errors:
+                stack.enter_context(observed_by(recorder))
+            logprobs = forced.logprobs(request.extend(forced.fed))
+        if not self._errors:
+            return logprobs, None
+        return logprobs, AttentionErrors(self._reference, recorder.queries(), request)
+
+    def _cell(
+        self,
+        prefilled: Prefilled,
+        forced: Forced,
+        config: KVCompressionConfig,
+        options: RequestOptions,
+        full: torch.Tensor,
+        errors: AttentionErrors | None,
+    ) -> Measurement:
+        request = self._reference.request(prefilled, config, options)
+        error = None
+        if errors is not None:
+            request.compress()
+            plan = self._reference.plan(prefilled.num_tokens, config, options)
+            # From the next compaction on, the entries are others.
+            due = plan.next_compaction(prefilled.num_tokens)
+            num_compared = len(forced.fed)
+            if due is not None:
+                num_compared = min(num_compared, due - prefilled.num_tokens)
+            error = errors.mean(*request.entries(), num_compared)
+        logprobs = forced.logprobs(request.extend(forced.fed))
+        measurement = forced.measure(prefilled.logits, logprobs, full)
+        return measurement.model_copy(update={"attention_error": error})
+
+    def _operators(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._compiled else reference_operators()

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an ablation compares: `configs/lab/*.yaml`, or a file of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ems_vllm.config import ConfigError, KVCompressionConfig, recipes
+from ems_vllm.config.errors import from_pydantic, shown
+from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.exchange import PromptLine
+from ems_vllm.eval.reference.methods import server_config
+
+_SIZES = ("budget", "ratio", "max_budget")
+
+
+class Variant(BaseModel):
+    """One row of an ablation.
+
+    Attributes:
+        name: Of the row.
+        recipe: Name of a recipe, or its file.
+        settings: Of KVCompressionConfig, instead of the recipe's.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: Annotated[str, Field(min_length=1)]
+    recipe: str = "ems"
+    settings: dict[str, Any] = {}
+
+
+def names() -> list[str]:
+    """Sets of variants that ship with the package."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _folder().iterdir())
+
+
+def read_variants(name: str) -> list[Variant]:
+    """The variants of a set.
+
+    Args:
+        name: A shipped one, or the path of a YAML file with a list of variants.
+
+    Raises:
+        ConfigError: there is no such set, or it is not what it should be.
+    """
+    if name in names():
+        with resources.as_file(_folder() / f"{name}.yaml") as path:
+            entries = recipes.read_list(path, "variants")
+    elif name.endswith((".yaml", ".yml")):
+        entries = recipes.read_list(Path(name), "variants")
+    else:
+        raise ConfigError(
+            f"variants={shown(name)} is not a set of variants: use {', '.join(names())}, or the "
+            "path of a .yaml file."
+        )
+    variants: dict[str, Variant] = {}
+    for index, entry in enumerate(entries):
+        variant = _variant(entry, f"variants[{index}].")
+        if variant.name in variants:
+            raise ConfigError(
+                f"variants[{index}].name={shown(variant.name)} is there twice: give each variant "
+                "a name of its own."
+            )
+        variants[variant.name] = variant
+    if not variants:
+        raise ConfigError(f"variants={shown(name)} holds none: write at least one.")
+    return list(variants.values())
+
+
+def _variant(entry: Any, prefix: str) -> Variant:
+    try:
+        variant = Variant.model_validate(entry)
+    except ValidationError as error:
+        raise from_pydantic(error, prefix, Variant.model_fields) from None
+    for key in _SIZES:
+        if key in variant.settings:
+            raise ConfigError(
+                f"{prefix}settings.{key}={shown(variant.settings[key])} is not allowed: sizes "
+                "come from --budgets."
+            )
+    return variant
+
+
+def configured(
+    variants: Sequence[Variant],
+    budgets: Sequence[Budget],
+    prompts: Sequence[PromptLine],
+    overrides: dict[str, Any],
+    block_size: int,
+) -> dict[str, KVCompressionConfig]:
+    """Settings of a server for each variant, by its name.
+
+    Args:
+        variants: What is compared.
+        budgets: All that requests will ask for.
+        prompts: Their lengths decide about the largest request.
+        overrides: Of KVCompressionConfig, for every variant; its own settings win.
+        block_size: Of the server.
+
+    Raises:
+        ConfigError: a setting is wrong.
+    """
+    lengths = {prompt.budget_length for prompt in prompts}
+    totals = [budget.total(length) or 1 for budget in budgets for length in lengths]
+    largest = max(totals, default=1)
+    configs = {}
+    for variant in variants:
+        settings = {**overrides, **variant.settings}
+        try:
+            config = server_config(variant.recipe, largest, settings, block_size)
+        except ConfigError as error:
+            raise ConfigError(f"variant {shown(variant.name)}: {error}") from None
+        configs[variant.name] = config
+    return configs
+
+
+def _folder() -> Any:
+    return resources.files("ems_vllm.configs") / "lab"

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m ems_vllm.eval.lab`: one processed prompt for many variants."""
+
+import json
+
+import pytest
+import torch
+import typer
+import yaml
+from engine.harness import LLAMA, tokens
+from typer.testing import CliRunner
+
+from ems_vllm.config import ConfigError, load_config
+from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.exchange import PromptLine
+from ems_vllm.eval.lab import variants as sets
+from ems_vllm.eval.lab.__main__ import main
+from ems_vllm.eval.lab.cells import cells
+from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder
+from ems_vllm.eval.lab.forcing import Forced
+from ems_vllm.eval.lab.result import LabResult
+from ems_vllm.eval.lab.runner import Lab
+from ems_vllm.eval.lab.variants import Variant, configured, read_variants
+from ems_vllm.eval.reference.attention import observed_by
+from ems_vllm.eval.reference.methods import Method, server_config
+from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.reference.runner import Runner
+
+app = typer.Typer()
+app.command()(main)
+
+
+def prompt_line(index=0, **fields):
+    values = {"gold_token_ids": tokens(6, seed=90), "written_token_ids": tokens(5, seed=91)}
+    return PromptLine(
+        task="niah", length=256, depth=0.5, seed=0, index=index, protocol="later", prompt="",
+        prompt_token_ids=tokens(200 + index, seed=index), max_tokens=6, stop=(), references=("7",),
+        **{**values, **fields},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return ReferenceModel.load(LLAMA, "cpu", "float32")
+
+
+def measure(reference, prompt, variants, *budgets, errors=True):
+    sizes = [Budget.parse(budget) for budget in budgets]
+    configs = configured(variants, sizes, [prompt], {}, reference.block_size)
+    chosen = cells(configs, sizes, errors)
+    record = Lab(reference, True, errors).measure(prompt, Forced.of(prompt), chosen)
+    return record.full, [record.cells[cell.digest] for cell in chosen]
+
+
+def test_a_budget_for_the_whole_prompt_is_the_full_cache(reference):
+    variant = Variant(name="ems")
+    full, (all_of_it, part) = measure(reference, prompt_line(), [variant], 256, 64)
+    assert all_of_it.loss == pytest.approx(full.loss, abs=1e-5)
+    assert all_of_it.kl == pytest.approx(0, abs=1e-6)
+    assert all_of_it.attention_error == pytest.approx(0, abs=1e-5)
+    assert part.loss != pytest.approx(full.loss, abs=1e-3)
+    assert part.kl > 1e-3
+    assert part.attention_error > 0.01
+
+
+def test_right_is_what_would_have_been_written(reference):
+    """The answer that a variant writes by itself is right for it, and no other one is."""
+    prompt = prompt_line(written_token_ids=())
+    config = server_config("ems", 64, {}, reference.block_size)
+    options = Method("ems", Budget(count=64)).options(prompt, config, reference.block_size)
+    first = reference.first_query(len(prompt.prompt_token_ids), config, options)
+    prefilled = reference.prefill(prompt.prompt_token_ids, 16, [first])
+    request = reference.request(prefilled, config, options)
+    written = [int(prefilled.logits.argmax())]
+    while len(written) < 4:
+        written.append(int(request.step(written[-1]).argmax()))
+    for index in range(4):
+        gold = [token + (place == index) for place, token in enumerate(written)]
+        other = prompt_line(written_token_ids=(), gold_token_ids=gold)
+        assert not measure(reference, other, [Variant(name="ems")], 64)[1][0].right
+    own = prompt_line(written_token_ids=(), gold_token_ids=written)
+    assert measure(reference, own, [Variant(name="ems")], 64)[1][0].right
+
+
+@pytest.mark.parametrize("recipe", ["ems", "snapkv"])
+def test_one_pass_is_teacher_forcing_of_the_reference_command(reference, recipe):
+    # Long enough to be compressed again on the way.
+    prompt = prompt_line(
+        gold_token_ids=(), written_token_ids=(), continuation_token_ids=tokens(48, seed=92),
+        continuation_bytes=48,
+    )  # fmt: skip
+    overrides = {"recompress_interval": 16}
+    variant = Variant(name="x", recipe=recipe, settings=overrides)
+    _, (found,) = measure(reference, prompt, [variant], 64)
+    method = Method(recipe, Budget(count=64))
+    ((_, line),) = Runner(reference, LLAMA, [method], [prompt], overrides).answers(prompt, [method])
+    # The first token is predicted before anything is compressed.
+    assert found.loss == pytest.approx(-sum(line.logprobs[1:]) / 47, abs=1e-4)
+
+
+def test_errors_are_those_of_the_projection_s_output(reference):
+    prompt, fed = prompt_line(), tokens(5, seed=93)
+    prefilled = reference.prefill(prompt.prompt_token_ids, 16)
+    config = load_config({"recipe": "streaming_llm", "budget": 32, "recent_window": 16})
+    options = Method("full", Budget()).options(prompt, config, reference.block_size)
+    outputs, hooks = [], []
+    for layer in reference.model.get_decoder().layers:
+        hook = lambda module, args, output: outputs.append(output[0])  # noqa: E731
+        hooks.append(layer.self_attn.o_proj.register_forward_hook(hook))
+    recorder = QueryRecorder(reference.compressed_layers)
+    full = reference.request(prefilled, config, options)
+    with observed_by(recorder):
+        full.extend(fed)
+    for hook in hooks:
+        hook.remove()
+    errors = AttentionErrors(reference, recorder.queries(), full)
+    for own, expected in zip(errors.outputs, outputs, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
+    keys, values = reference.request(prefilled, config, options).entries()
+    assert errors.mean(keys, values, 5) == pytest.approx(0, abs=1e-5)
+    # Twice the prompt is the same shares of it, and fewer of the new tokens.
+    assert errors.mean(keys.repeat(1, 1, 2, 1), values.repeat(1, 1, 2, 1), 5) < 0.1
+    assert errors.mean(keys, 10 * values, 5) == pytest.approx(9, rel=0.1)
+
+
+def test_what_is_measured_again(monkeypatch):
+    def digest(budget="64", errors=True, **settings):
+        variant, sizes = Variant(name="x", settings=settings), [Budget.parse(budget)]
+        # The largest budget of a server is one of its settings, so it is the same here.
+        configs = configured([variant], [Budget.parse(256)], [prompt_line()], {}, 16)
+        return cells(configs, sizes, errors)[0].digest
+
+    known = digest()
+    assert digest(scorer={"local_first": 26}) == known
+    assert digest(scorer={"local_first": 13}) != known
+    assert digest("128") != known
+    assert digest(errors=False) != known
+    monkeypatch.setattr("ems_vllm.eval.lab.cells._code", lambda: "changed")
+    assert digest() != known
+
+
+def test_only_tokens_that_a_compressed_cache_predicts_count():
+    later = Forced.of(prompt_line(written_token_ids=(1, 2), gold_token_ids=(3, 4)))
+    assert (later.fed, later.counted) == ((1, 2, 3), (3, 4))
+    last = Forced.of(prompt_line(written_token_ids=(), gold_token_ids=(3, 4)))
+    assert (last.fed, last.counted) == ((3,), (4,))
+    assert Forced.of(prompt_line(written_token_ids=(), gold_token_ids=(3,))) is None
+    assert Forced.of(prompt_line(gold_token_ids=())) is None
+
+
+@pytest.fixture
+def files(tmp_path):
+    lines = [prompt_line(index) for index in range(2)] + [prompt_line(2, gold_token_ids=())]
+    text = "".join(f"{line.model_dump_json()}\n" for line in lines)
+    (tmp_path / "prompts.jsonl").write_text(text)
+    return tmp_path
+
+
+def run(files, variants, *more):
+    path = files / "variants.yaml"
+    path.write_text(variants if isinstance(variants, str) else yaml.safe_dump(variants))
+    arguments = [
+        "--model", LLAMA, "--prompts", str(files / "prompts.jsonl"), "--variants", str(path),
+        "--out", str(files / "out" / "result.json"), "--device", "cpu", *more,
+    ]  # fmt: skip
+    return CliRunner().invoke(app, arguments)
+
+
+def test_a_run_goes_on_where_it_stopped(files, monkeypatch):
+    asked = []
+    inner = Lab.measure
+
+    def measure(self, prompt, forced, chosen):
+        asked.append((prompt.index, [cell.variant for cell in chosen]))
+        return inner(self, prompt, forced, chosen)
+
+    monkeypatch.setattr(Lab, "measure", measure)
+    two = [{"name": "ems"}, {"name": "no merger", "settings": {"merger": "none"}}]
+    sizes = ("--budgets", "64", "128")
+    assert run(files, two, *sizes, "--limit", "1").exit_code == 0
+    assert asked == [(0, ["ems", "no merger"] * 2)]
+    # Killed while it wrote the next line.
+    journal = files / "out" / "result.journal.jsonl"
+    with journal.open("a") as file:
+        file.write('{"prompt": "ab')
+    done = run(files, two, *sizes)
+    assert asked[1:] == [(1, ["ems", "no merger"] * 2)]
+    again = run(files, two, *sizes)
+    assert len(asked) == 2
+    assert again.stdout.split("Loss above")[1] == done.stdout.split("Loss above")[1]
+    assert "1 prompts have no right answer to force" in done.stdout
+    # A variant is known by its settings: one that is new is all that is measured.
+    renamed = [{**two[1], "name": "evict"}, {"name": "random", "recipe": "random"}]
+    assert run(files, renamed, *sizes).exit_code == 0
+    assert asked[2:] == [(0, ["random"] * 2), (1, ["random"] * 2)]
+    result = LabResult.model_validate_json((files / "out" / "result.json").read_text())
+    assert [(one.budget, one.variant, one.n) for one in result.summaries] == [
+        (budget, name, 2) for budget in ("64", "128") for name in ("evict", "random")
+    ]
+    for one in result.summaries:
+        assert one.low <= one.loss_above_full <= one.high
+    assert (result.left_out, result.full[0].n) == (1, 2)
+    assert result.environment["versions"].keys() == {"ems-vllm", "transformers", "torch"}
+    assert result.settings["evict"]["merger"] == {"name": "none"}
+    # Another way to compute is another file.
+    error = run(files, two, *sizes, "--no-compiled").exception
+    assert isinstance(error, ConfigError)
+    assert "operators='compiled', and this run has 'reference'" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("variants", "message"),
+    [
+        ("name: ems", "holds a dict: write a list."),
+        ("[", "is not valid YAML"),
+        ("[]", "holds none: write at least one."),
+        ([{"recipe": "ems"}], "variants[0].name"),
+        ([{"name": "a"}, {"name": "a"}], "variants[1].name='a' is there twice"),
+        ([{"name": "a", "recipee": "ems"}], "variants[0].recipee='ems' is not a setting: use"),
+        ([{"name": "a", "recipe": "emms"}], "variant 'a': kv_compression='emms' is not a recipe"),
+        ([{"name": "a", "settings": {"scorer": {"local": 1}}}], "variant 'a': kv_compression_co"),
+        ([{"name": "a", "settings": {"budget": 9}}], "sizes come from --budgets"),
+    ],
+)
+def test_a_wrong_file_of_variants_is_one_sentence(files, variants, message):
+    error = run(files, variants, "--budgets", "64").exception
+    assert isinstance(error, ConfigError)
+    assert message in str(error)
+    assert "\n" not in str(error)
+    assert not (files / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--budgets", "0"), "budgets='0' is not a budget"),
+        (("--budgets", "64", "full"), "the full cache is always measured"),
+        (("--budgets", "64", "--variants", "score"), "use mergers, scorers, or the path"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_named(files, options, message):
+    error = run(files, [{"name": "a"}], *options).exception
+    assert isinstance(error, ConfigError)
+    assert message in str(error)
+
+
+def test_prompts_without_right_answers_are_refused(files):
+    text = prompt_line(gold_token_ids=()).model_dump_json()
+    (files / "prompts.jsonl").write_text(text)
+    error = run(files, [{"name": "a"}], "--budgets", "64").exception
+    assert isinstance(error, ConfigError)
+    assert "has no right answers of two tokens or more" in str(error)
+
+
+@pytest.mark.parametrize("name", sets.names())
+def test_shipped_variants_are_settings_that_exist(name):
+    variants = read_variants(name)
+    configs = configured(variants, [Budget(count=64)], [prompt_line()], {}, 16)
+    assert len(configs) == len(variants) > 5
+    # What is meant to be different is.
+    different = {json.dumps(config.to_dict(), sort_keys=True) for config in configs.values()}
+    assert len(different) > len(variants) - 3
