@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm import ops
+from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
     from ems_vllm.config.schema import KVCompressionConfig
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 # What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
 # as much for each of kept_idx, merge_idx and class_idx.
 _SELECTION_TENSORS = 6
+# What keys that keep mass are worth in such tensors, one key of at most 256 numbers for the entries
+# of a row, of which there are 32 at least: two blocks of 16.
+_MASS_TENSORS = 8
 # Per entry of a row, whatever the number of kv_heads: masks, ranks, and the block table's columns.
 _ROW_BYTES = 16
 
@@ -40,16 +44,25 @@ class Policy:
             num_entries: num_layers * num_rows * max_entries of the context.
             num_kv_heads: Of a layer, on this rank.
         """
-        return self.scorer.scratch_bytes + num_entries * self._bytes_per_entry(num_kv_heads)
+        return self._scratch_bytes + num_entries * self._bytes_per_entry(num_kv_heads)
 
     def max_entries(self, workspace_bytes: int, num_kv_heads: int) -> int:
         """The most entries that need no more than `workspace_bytes`; 0 where none fits."""
-        left = max(0, workspace_bytes - self.scorer.scratch_bytes)
+        left = max(0, workspace_bytes - self._scratch_bytes)
         return left // self._bytes_per_entry(num_kv_heads)
 
     def _bytes_per_entry(self, num_kv_heads: int) -> int:
-        num_tensors = max(self.scorer.num_score_tensors, _SELECTION_TENSORS)
+        num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
+        num_tensors = max(self.scorer.num_score_tensors, num_selected)
         return 4 * num_tensors * num_kv_heads + _ROW_BYTES
+
+    @property
+    def _keeps_mass(self) -> bool:
+        return self.merger.keeps_mass and self.scorer.uses_window
+
+    @property
+    def _scratch_bytes(self) -> int:
+        return max(self.scorer.scratch_bytes, SLICE_BYTES if self._keeps_mass else 0)
 
     def compact(self, context: CompactionContext) -> None:
         """Write the kept and merged entries of every row into its target columns, in place."""
@@ -57,7 +70,6 @@ class Policy:
         selection = self.selector.select(context, scores, self.merger)
         class_idx = self.merger.assign(context, selection)
         carries = scores.carry is not None
-        keeps_mass = self.merger.keeps_mass and self.scorer.uses_window
         ops.merge_compact(
             context.key_cache,
             context.value_cache,
@@ -65,7 +77,7 @@ class Policy:
             scores.weights if scores.mass is None else scores.mass,
             scores.carry,
             self.merger.merges_keys,
-            context.mass_keys() if keeps_mass else None,
+            context.mass_keys() if self._keeps_mass else None,
             context.block_table,
             selection.kept_idx,
             selection.merge_idx,
