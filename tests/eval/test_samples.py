@@ -138,7 +138,7 @@ def test_quoted_passages_go_on_in_the_document(tokenizer):
             sample.prompt.split()
         )
         assert sample.references[0] not in question
-        assert len(given) > 20
+        assert given.strip()
 
 
 def test_grid_goes_through_the_depths(tokenizer):
