@@ -4,6 +4,7 @@
 Usage: python benchmarks/bench_serving.py --model models/random-llama --out results/serving.json
 
 Cases differ in the pool: `ample` holds all requests without compression, `tight` a few of them.
+A configuration is a recipe, or `dense`; `+fp8` behind it stores float8, in a pool of as many bytes.
 All prompts are sent at once by streaming clients; the pool is watched through `/metrics`, as an
 operator would.
 """
@@ -23,12 +24,14 @@ from serving.load import run as run_load
 from serving.report import DENSE, Run, print_tables, ratios, write
 from serving.summary import summarize
 
+from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval import environment, pool
 from ems_vllm.eval.server import Server
 
 BLOCK_SIZE = 16
 CASES = ("ample", "tight")
 _WARM_UP_TOKENS = 8
+_FLOAT8 = "+fp8"
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Settings:
     """What is measured; the same for every configuration but for case and recipe.
 
     Attributes:
+        itemsize: Bytes of a number in the model's own dtype.
         config: Further settings for --kv-compression-config, beside the budget.
         num_tight: Dense requests that the `tight` pool holds.
         interval_s: Between two samples of the pool.
@@ -43,6 +47,7 @@ class Settings:
     """
 
     model: str
+    itemsize: int
     num_prompts: int
     prompt_len: int
     num_new_tokens: int
@@ -57,19 +62,24 @@ class Settings:
     def max_model_len(self) -> int:
         return self.prompt_len + self.num_new_tokens
 
-    def num_blocks(self, case: str) -> int:
+    def num_blocks(self, case: str, recipe: str) -> int:
         """Size of the pool for --num-gpu-blocks-override, vLLM's null block included."""
         num_dense = self.num_prompts if case == "ample" else self.num_tight
-        return num_dense * -(-self.max_model_len // BLOCK_SIZE) + 1
+        num_blocks = num_dense * -(-self.max_model_len // BLOCK_SIZE)
+        # The same bytes: one for a number of float8.
+        return num_blocks * (self.itemsize if recipe.endswith(_FLOAT8) else 1) + 1
 
     def arguments(self, case: str, recipe: str) -> list[str]:
         """Arguments of `vllm serve`."""
         arguments = [
             *("--block-size", str(BLOCK_SIZE)),
             *("--max-model-len", str(self.max_model_len)),
-            *("--num-gpu-blocks-override", str(self.num_blocks(case))),
+            *("--num-gpu-blocks-override", str(self.num_blocks(case, recipe))),
             *self.server_args,
         ]
+        if recipe.endswith(_FLOAT8):
+            arguments += ["--kv-cache-dtype", "fp8"]
+        recipe = recipe.removesuffix(_FLOAT8)
         if recipe != DENSE:
             config = {"budget": self.budget, **self.config}
             arguments += ["--kv-compression", recipe]
@@ -110,9 +120,10 @@ def main(
     num_new_tokens: Annotated[int, typer.Option(min=2)] = 256,
     budget: Annotated[int, typer.Option(min=1, help="Entries kept per kv_head.")] = 256,
     config: Annotated[str, typer.Option(help="Further compression settings, JSON.")] = "{}",
-    recipes: Annotated[str, typer.Option(help=f"Comma-separated; {DENSE} is vLLM alone.")] = (
-        f"{DENSE},ems"
-    ),
+    recipes: Annotated[
+        str,
+        typer.Option(help=f"Comma-separated; {DENSE} is vLLM alone, NAME{_FLOAT8} stores float8."),
+    ] = f"{DENSE},ems",
     cases: Annotated[str, typer.Option(help="Comma-separated.")] = ",".join(CASES),
     num_tight: Annotated[
         int, typer.Option(min=1, help="Dense requests that the tight pool holds.")
@@ -126,6 +137,7 @@ def main(
     """Measure blocks, throughput and latency of dense and compressed serving."""
     settings = Settings(
         model=model,
+        itemsize=CacheShape.read(Path(model)).itemsize,
         num_prompts=num_prompts,
         prompt_len=prompt_len,
         num_new_tokens=num_new_tokens,
