@@ -20,6 +20,7 @@ from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder
 from ems_vllm.eval.lab.forcing import Forced
 from ems_vllm.eval.lab.result import LabResult
 from ems_vllm.eval.lab.runner import Lab
+from ems_vllm.eval.lab.sizes import parse_sizes
 from ems_vllm.eval.lab.variants import Variant, configured, read_variants
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.methods import Method, server_config
@@ -45,9 +46,9 @@ def reference():
 
 
 def measure(reference, prompt, variants, *budgets, errors=True):
-    sizes = [Budget.parse(budget) for budget in budgets]
+    sizes = parse_sizes(map(str, budgets))
     configs = configured(variants, sizes, [prompt], {}, reference.block_size)
-    chosen = cells(configs, sizes, errors)
+    chosen = cells(variants, configs, sizes, errors)
     record = Lab(reference, True, errors).measure(prompt, Forced.of(prompt), chosen)
     return record.full, [record.cells[cell.digest] for cell in chosen]
 
@@ -128,14 +129,14 @@ def test_what_is_measured_again(monkeypatch):
         variant, sizes = Variant(name="x", settings=settings), [Budget.parse(budget)]
         # The largest budget of a server is one of its settings, so it is the same here.
         configs = configured([variant], [Budget.parse(256)], [prompt_line()], {}, 16)
-        return cells(configs, sizes, errors)[0].digest
+        return cells([variant], configs, sizes, errors)[0].digest
 
     known = digest()
     assert digest(scorer={"local_first": 26}) == known
     assert digest(scorer={"local_first": 13}) != known
     assert digest("128") != known
     assert digest(errors=False) != known
-    monkeypatch.setattr("ems_vllm.eval.lab.cells._code", lambda: "changed")
+    monkeypatch.setattr("ems_vllm.eval.lab.cells._code", lambda *paths: "changed")
     assert digest() != known
 
 
@@ -235,7 +236,7 @@ def test_a_wrong_file_of_variants_is_one_sentence(files, variants, message):
     [
         (("--budgets", "0"), "budgets='0' is not a budget"),
         (("--budgets", "64", "full"), "the full cache is always measured"),
-        (("--budgets", "64", "--variants", "score"), "use mergers, scorers, or the path"),
+        (("--budgets", "64", "--variants", "score"), "use bytes, mergers, scorers, or the path"),
     ],
 )
 def test_mistakes_on_the_command_line_are_named(files, options, message):

@@ -23,8 +23,8 @@ from rich.progress import track
 from ems_vllm.config import ConfigError, parse_overrides
 from ems_vllm.config.errors import shown
 from ems_vllm.eval import environment
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.lab.variants import configured, names, read_variants
+from ems_vllm.eval.lab.sizes import parse_sizes
+from ems_vllm.eval.lab.variants import configured, described, names, read_variants
 from ems_vllm.eval.reference.files import read_prompts
 
 # Where output is no terminal, as in a log.
@@ -37,7 +37,10 @@ def main(
     variants: Annotated[str, typer.Option(help=f"{', '.join(names())}, or a YAML file.")],
     budgets: Annotated[
         list[str],
-        typer.Option(help="Entries per kv_head in all, or fractions of the length; several."),
+        typer.Option(
+            help="Entries per kv_head in all, fractions of the length, or ratios of bytes (4x); "
+            "several."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="JSON file for the result.")],
     further: Annotated[list[str] | None, typer.Argument(hidden=True, metavar="BUDGET")] = None,
@@ -51,10 +54,11 @@ def main(
 ) -> None:
     """Compare variants of recipes by the loss of right answers, on transformers."""
     # `--budgets 0.06 0.25`: an option takes one value, so the others come as arguments.
-    sizes = _sizes([*budgets, *(further or ())])
+    sizes = parse_sizes([*budgets, *(further or ())])
     asked = read_prompts(prompts)
     # Before the limit, so that a run with more prompts has the same settings.
-    configs = configured(read_variants(variants), sizes, asked, parse_overrides(config), block_size)
+    compared = read_variants(variants)
+    configs = configured(compared, sizes, asked, parse_overrides(config), block_size)
 
     # Imported here: mistakes above must not take the seconds that transformers takes.
     from ems_vllm.eval.lab.cells import cells, prompt_digest
@@ -64,6 +68,7 @@ def main(
     from ems_vllm.eval.lab.runner import Lab
     from ems_vllm.eval.lab.table import table
     from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.reference.quantised import cache_format
 
     asked = asked[:limit]
     forced = [(prompt, found) for prompt in asked if (found := Forced.of(prompt))]
@@ -73,6 +78,8 @@ def main(
             "(gold_token_ids, continuation_token_ids): export prompts of other tasks."
         )
     reference = ReferenceModel.load(model, device, dtype, block_size)
+    for variant in compared:
+        cache_format(variant.kv_cache_dtype).check(reference.shape.head_size)
     lab = Lab(reference, compiled, errors)
     common: dict[str, Any] = {
         "engine": "transformers",
@@ -84,7 +91,7 @@ def main(
         "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
     }
     journal = Journal(out.with_suffix(".journal.jsonl"), common)
-    chosen = cells(configs, sizes, errors)
+    chosen = cells(compared, configs, sizes, errors)
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
@@ -94,7 +101,8 @@ def main(
         todo = [
             cell
             for cell in chosen
-            if cell.digest not in done and cell.options(prompt, block_size) is not None
+            if cell.digest not in done
+            and cell.options(prompt, block_size, reference.shape) is not None
         ]
         if todo:
             journal.add(lab.measure(prompt, answer, todo))
@@ -103,8 +111,8 @@ def main(
         model=model,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         environment={**environment.describe(), **common},
-        settings={name: config.to_dict() for name, config in configs.items()},
-        budgets=[str(budget) for budget in sizes],
+        settings={one.name: described(one, configs[one.name]) for one in compared},
+        budgets=list(dict.fromkeys(str(cell.size) for cell in chosen)),
         full=full_summaries(measured),
         summaries=summaries(measured, chosen),
         prompts=measured,
@@ -116,17 +124,6 @@ def main(
     if result.left_out:
         console.print(f"{result.left_out:,} prompts have no right answer to force: left out.")
     console.print(f"{len(measured):,} prompts, {len(configs)} variants: {out}")
-
-
-def _sizes(texts: list[str]) -> list[Budget]:
-    """Budgets as they were typed, with spaces or commas between them."""
-    sizes = [Budget.parse(part) for text in texts for part in text.split(",")]
-    if Budget() in sizes:
-        raise ConfigError(
-            "budgets='full' is not allowed: the full cache is always measured; give entries or "
-            "fractions of the length."
-        )
-    return list(dict.fromkeys(sizes))
 
 
 if __name__ == "__main__":

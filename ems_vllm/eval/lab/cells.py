@@ -13,52 +13,75 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.lab.sizes import EVERYTHING, ByteBudget, Size
 from ems_vllm.eval.reference.methods import Method
+from ems_vllm.eval.reference.quantised import CacheFormat, cache_format
 
 if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig, RequestOptions
+    from ems_vllm.config.cache_shape import CacheShape
     from ems_vllm.eval.exchange import PromptLine
+    from ems_vllm.eval.lab.variants import Variant
+
+# What every measurement depends on, and what those of a compressed cache do.
+_FORCING = ("eval/reference/**/*.py", "eval/lab/**/*.py")
+_COMPRESSION = ("plan.py", "eval/budget.py", "policies/**/*.py", "ops/**/*.py", "*.so")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A variant at a budget.
+    """A variant at a size.
 
     Attributes:
         variant: Its name.
-        budget: Entries per kv_head in all.
+        size: Entries per kv_head in all, or bytes.
         config: The server's.
+        cache_format: How entries are stored.
         digest: Equal for equal settings, whatever the variant is called. Another one after a change
             of the code, so that what was measured before is measured again.
     """
 
     variant: str
-    budget: Budget
+    size: Size
     config: KVCompressionConfig
+    cache_format: CacheFormat
     digest: str
 
-    def options(self, prompt: PromptLine, block_size: int) -> RequestOptions | None:
-        """What a request asks for; None where the budget has no room for it."""
-        return Method(self.variant, self.budget).options(prompt, self.config, block_size)
+    def options(
+        self, prompt: PromptLine, block_size: int, shape: CacheShape
+    ) -> RequestOptions | None:
+        """What a request asks for; None where the size has no room for it."""
+        budget = self.size
+        if isinstance(budget, ByteBudget):
+            num_tokens = len(prompt.prompt_token_ids)
+            budget = Budget(count=budget.total(num_tokens, shape, self.cache_format))
+        return Method(self.variant, budget).options(prompt, self.config, block_size)
 
 
 def cells(
-    configs: Mapping[str, KVCompressionConfig], budgets: Sequence[Budget], errors: bool
+    variants: Sequence[Variant],
+    configs: Mapping[str, KVCompressionConfig],
+    sizes: Sequence[Size],
+    errors: bool,
 ) -> list[Cell]:
-    """All variants at all budgets, budget by budget.
+    """Full variants once, then all others at all sizes, size by size.
 
     Args:
-        configs: By the name of the variant.
-        budgets: Entries per kv_head in all.
+        variants: What is compared.
+        configs: Of servers, by the name of the variant.
+        sizes: What compressed requests may hold.
         errors: Whether errors of attention are measured.
     """
+    full = [(EVERYTHING, variant) for variant in variants if variant.is_full]
+    others = [(size, variant) for size in sizes for variant in variants if not variant.is_full]
     found = []
-    for budget in budgets:
-        for name, config in configs.items():
-            # Its name in the recipe changes nothing.
-            settings = {**config.to_dict(), "recipe": ""}
-            depends = json.dumps([_code(), settings, str(budget), errors], sort_keys=True)
-            found.append(Cell(name, budget, config, digest(depends)))
+    for size, variant in (*full, *others):
+        config, dtype = configs[variant.name], variant.kv_cache_dtype
+        # Its name in the recipe changes nothing, and nothing matters to what is not compressed.
+        settings = {} if variant.is_full else {**config.to_dict(), "recipe": ""}
+        code = _code() if variant.is_full else [_code(), _code(*_COMPRESSION)]
+        depends = json.dumps([code, settings, str(size), dtype, errors], sort_keys=True)
+        found.append(Cell(variant.name, size, config, cache_format(dtype), digest(depends)))
     return found
 
 
@@ -73,10 +96,12 @@ def prompt_digest(prompt: PromptLine) -> str:
 
 
 @cache
-def _code() -> str:
-    """Digest of the code that measurements depend on, compiled operators included."""
+def _code(*paths: str) -> str:
+    """Digest of code that measurements depend on.
+
+    Args:
+        paths: Patterns of files in the package; without any, what all measurements depend on.
+    """
     package = Path(str(resources.files("ems_vllm")))
-    files = [package / "plan.py", package / "eval" / "budget.py", *package.glob("*.so")]
-    for folder in ("policies", "ops", "eval/reference", "eval/lab"):
-        files += (package / folder).rglob("*.py")
+    files = [file for pattern in paths or _FORCING for file in package.glob(pattern)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()

@@ -23,6 +23,7 @@ class Measurement(BaseModel):
         right: Whether every token is the greedy choice.
         kl: KL divergence from the full cache's distribution to this one's, nats per token.
         attention_error: See errors.AttentionErrors; None where it was not measured.
+        kv_bytes: That the prompt takes per kv_head, mean over layers, right after it is compressed.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -31,6 +32,7 @@ class Measurement(BaseModel):
     right: bool
     kl: float = 0.0
     attention_error: float | None = None
+    kv_bytes: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Summary(_Part):
         right, of: Prompts that it has right, of those that the full cache has right.
         kl: From the full cache's distribution, nats per token, mean over prompts.
         attention_error: Mean over prompts; None where it was not measured.
+        bytes_ratio: How many times fewer bytes its prompts take than the full cache's.
         n: Prompts.
     """
 
@@ -60,6 +61,7 @@ class Summary(_Part):
     of: int
     kl: float
     attention_error: float | None
+    bytes_ratio: float
     n: int
 
 
@@ -83,8 +85,8 @@ class LabResult(_Part):
         model: Name of the model.
         created: When, in UTC.
         environment: With what.
-        settings: All settings of every variant.
-        budgets: In order.
+        settings: All settings of every variant; those of a full one are how it is stored.
+        budgets: In order; "full" where there are full variants.
         full, summaries: Means.
         prompts: What they are means of.
         left_out: Prompts without an answer that a compressed cache predicts.
@@ -113,7 +115,7 @@ def prompt_results(
         measured: dict[str, dict[str, Measurement]] = {}
         for cell in cells:
             if cell.digest in record.cells:
-                by_variant = measured.setdefault(str(cell.budget), {})
+                by_variant = measured.setdefault(str(cell.size), {})
                 by_variant[cell.variant] = record.cells[cell.digest]
         key = {name: getattr(prompt, name) for name in ("task", "length", "seed", "index")}
         results.append(
@@ -153,7 +155,7 @@ def summaries(results: Sequence[PromptResult], cells: Sequence[Cell]) -> list[Su
     """Every cell in every group that has prompts with room for it."""
     found = []
     for cell in cells:
-        budget = str(cell.budget)
+        budget = str(cell.size)
         for name in groups(results):
             pairs = [
                 (result.measured[budget][cell.variant], result.full)
@@ -184,5 +186,6 @@ def _summary(
         of=sum(full.right for _, full in pairs),
         kl=float(np.mean([one.kl for one, _ in pairs])),
         attention_error=float(np.mean(errors)) if errors else None,
+        bytes_ratio=sum(full.kv_bytes for _, full in pairs) / sum(one.kv_bytes for one, _ in pairs),
         n=len(pairs),
     )

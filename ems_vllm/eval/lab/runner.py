@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ems_vllm.eval.lab.forcing import Forced, Measurement
 from ems_vllm.eval.lab.journal import Record
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
 
 if TYPE_CHECKING:
     import torch
@@ -44,39 +45,52 @@ class Lab:
             projections(reference)
 
     def measure(self, prompt: PromptLine, forced: Forced, cells: Sequence[Cell]) -> Record:
-        """One forward pass for the prompt, and one for each cell from compaction to compaction.
+        """One forward pass for the prompt in each format, and one for each cell from compaction to
+        compaction.
 
         Args:
             prompt: What is asked.
             forced: Its answer.
             cells: At least one, all with room for the prompt; equal digests are measured once.
         """
-        num_tokens = len(prompt.prompt_token_ids)
-        asked = []
+        # By the format in which the prompt is processed; the first is the full cache's.
+        asked: dict[str, list[tuple[Cell, RequestOptions]]] = {PLAIN: []}
         for cell in {cell.digest: cell for cell in cells}.values():
-            options = cell.options(prompt, self._reference.block_size)
+            options = cell.options(prompt, self._reference.block_size, self._reference.shape)
             assert options is not None
-            asked.append((cell, options))
-        needed = [
-            self._reference.first_query(num_tokens, cell.config, options) for cell, options in asked
-        ]
-        prefilled = self._reference.prefill(
-            prompt.prompt_token_ids,
-            max(cell.config.obs_window for cell, _ in asked),
-            {first for first in needed if first is not None},
-        )
-        full, errors = self._full(prefilled, forced, asked[0][0].config)
+            asked.setdefault(cell.cache_format.prefill, []).append((cell, options))
+        window = max(cell.config.obs_window for cell in cells)
+        prefilled = self._prefill(prompt, asked[PLAIN], FORMATS[PLAIN], window)
+        full, errors = self._full(prefilled, forced, cells[0].config)
+        own = forced.measure(prefilled.logits, full, None)
+        own = own.model_copy(update={"kv_bytes": self._bytes(prefilled.num_tokens, PLAIN)})
         measured = {}
-        for cell, options in asked:
-            with self._operators():
-                measured[cell.digest] = self._cell(
-                    prefilled, forced, cell.config, options, full, errors
-                )
-        return Record(
-            prompt=prompt_digest(prompt),
-            full=forced.measure(prefilled.logits, full, None),
-            cells=measured,
-        )
+        for name, group in asked.items():
+            if name != PLAIN:
+                prefilled = self._prefill(prompt, group, FORMATS[name], window)
+            for cell, options in group:
+                with self._operators():
+                    found = self._cell(prefilled, forced, cell, options, full, errors)
+                measured[cell.digest] = found
+        return Record(prompt=prompt_digest(prompt), full=own, cells=measured)
+
+    def _prefill(
+        self,
+        prompt: PromptLine,
+        asked: Collection[tuple[Cell, RequestOptions]],
+        cache_format: CacheFormat,
+        num_queries: int,
+    ) -> Prefilled:
+        token_ids = prompt.prompt_token_ids
+        needed = [
+            self._reference.first_query(len(token_ids), cell.config, options)
+            for cell, options in asked
+        ]
+        firsts = {first for first in needed if first is not None}
+        return self._reference.prefill(token_ids, num_queries, firsts, cache_format)
+
+    def _bytes(self, num_entries: int, cache_format: str) -> float:
+        return num_entries * FORMATS[cache_format].entry_bytes(self._reference.shape)
 
     def _full(
         self, prefilled: Prefilled, forced: Forced, any_config: KVCompressionConfig
@@ -96,16 +110,17 @@ class Lab:
         self,
         prefilled: Prefilled,
         forced: Forced,
-        config: KVCompressionConfig,
+        cell: Cell,
         options: RequestOptions,
         full: torch.Tensor,
         errors: AttentionErrors | None,
     ) -> Measurement:
-        request = self._reference.request(prefilled, config, options)
+        request = self._reference.request(prefilled, cell.config, options, cell.cache_format)
+        request.compress()
+        kv_bytes = self._bytes(request.num_live, cell.cache_format.name)
         error = None
         if errors is not None:
-            request.compress()
-            plan = self._reference.plan(prefilled.num_tokens, config, options)
+            plan = self._reference.plan(prefilled.num_tokens, cell.config, options)
             # From the next compaction on, the entries are others.
             due = plan.next_compaction(prefilled.num_tokens)
             num_compared = len(forced.fed)
@@ -114,7 +129,7 @@ class Lab:
             error = errors.mean(*request.entries(), num_compared)
         logprobs = forced.logprobs(request.extend(forced.fed))
         measurement = forced.measure(prefilled.logits, logprobs, full)
-        return measurement.model_copy(update={"attention_error": error})
+        return measurement.model_copy(update={"attention_error": error, "kv_bytes": kv_bytes})
 
     def _operators(self) -> AbstractContextManager[None]:
         return nullcontext() if self._compiled else reference_operators()

@@ -12,9 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ems_vllm.config import ConfigError, KVCompressionConfig, recipes
 from ems_vllm.config.errors import from_pydantic, shown
-from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.methods import server_config
+from ems_vllm.eval.lab.sizes import ByteBudget, Size
+from ems_vllm.eval.reference.methods import FULL, server_config
+from ems_vllm.eval.reference.quantised import PLAIN, cache_format
 
 _SIZES = ("budget", "ratio", "max_budget")
 
@@ -24,8 +25,9 @@ class Variant(BaseModel):
 
     Attributes:
         name: Of the row.
-        recipe: Name of a recipe, or its file.
+        recipe: Name of a recipe, or its file; "full" keeps every entry.
         settings: Of KVCompressionConfig, instead of the recipe's.
+        kv_cache_dtype: As --kv-cache-dtype of vLLM.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -33,6 +35,12 @@ class Variant(BaseModel):
     name: Annotated[str, Field(min_length=1)]
     recipe: str = "ems"
     settings: dict[str, Any] = {}
+    kv_cache_dtype: str = PLAIN
+
+    @property
+    def is_full(self) -> bool:
+        """Whether it has one size only."""
+        return self.recipe == FULL
 
 
 def names() -> list[str]:
@@ -78,6 +86,15 @@ def _variant(entry: Any, prefix: str) -> Variant:
         variant = Variant.model_validate(entry)
     except ValidationError as error:
         raise from_pydantic(error, prefix, Variant.model_fields) from None
+    try:
+        cache_format(variant.kv_cache_dtype)
+    except ConfigError as error:
+        raise ConfigError(f"{prefix}{error}") from None
+    if variant.is_full and variant.settings:
+        raise ConfigError(
+            f"{prefix}settings={shown(variant.settings)} would change nothing: name a recipe "
+            f"other than {FULL}, or leave them out."
+        )
     for key in _SIZES:
         if key in variant.settings:
             raise ConfigError(
@@ -89,7 +106,7 @@ def _variant(entry: Any, prefix: str) -> Variant:
 
 def configured(
     variants: Sequence[Variant],
-    budgets: Sequence[Budget],
+    sizes: Sequence[Size],
     prompts: Sequence[PromptLine],
     overrides: dict[str, Any],
     block_size: int,
@@ -98,7 +115,7 @@ def configured(
 
     Args:
         variants: What is compared.
-        budgets: All that requests will ask for.
+        sizes: All that requests will ask for.
         prompts: Their lengths decide about the largest request.
         overrides: Of KVCompressionConfig, for every variant; its own settings win.
         block_size: Of the server.
@@ -106,9 +123,7 @@ def configured(
     Raises:
         ConfigError: a setting is wrong.
     """
-    lengths = {prompt.budget_length for prompt in prompts}
-    totals = [budget.total(length) or 1 for budget in budgets for length in lengths]
-    largest = max(totals, default=1)
+    largest = max((_total(size, prompt) for size in sizes for prompt in prompts), default=1)
     configs = {}
     for variant in variants:
         settings = {**overrides, **variant.settings}
@@ -118,6 +133,19 @@ def configured(
             raise ConfigError(f"variant {shown(variant.name)}: {error}") from None
         configs[variant.name] = config
     return configs
+
+
+def described(variant: Variant, config: KVCompressionConfig) -> dict[str, Any]:
+    """All that makes a variant what it is, for a result."""
+    settings = {"recipe": FULL} if variant.is_full else config.to_dict()
+    return {**settings, "kv_cache_dtype": variant.kv_cache_dtype}
+
+
+def _total(size: Size, prompt: PromptLine) -> int:
+    """No fewer entries than the prompt may ask for."""
+    if isinstance(size, ByteBudget):
+        return len(prompt.prompt_token_ids)
+    return size.total(prompt.budget_length) or 1
 
 
 def _folder() -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A transformers DynamicCache, of which some layers are compressed and the others are not."""
+"""A transformers cache in one of vLLM's formats, of which some layers are compressed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,40 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import get_layer_types_and_kwargs
 
+from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
+
 FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+class StoredCache(DynamicCache):
+    """Holds what a format makes of keys and values; attention sees that of new ones too.
+
+    Args:
+        config: The model's.
+        cache_format: How all layers are stored.
+    """
+
+    def __init__(self, config: PreTrainedConfig, cache_format: CacheFormat) -> None:
+        super().__init__(config=config)
+        self.cache_format = cache_format
+
+    def update(
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store keys and values of new tokens; returns all that the layer holds."""
+        stored = self.stored(layer_idx, key_states, value_states)
+        return super().update(*stored, layer_idx, *args, **kwargs)
+
+    def stored(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is read of some keys and values, [..., head_size], of a layer."""
+        return self.cache_format.stored(keys, values, layer, len(self.layers))
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:
@@ -25,15 +58,27 @@ def compressed_layers(config: PreTrainedConfig) -> list[int]:
     return [index for index, kind in enumerate(layer_kinds(config)) if kind == FULL]
 
 
-def empty_cache(config: PreTrainedConfig) -> DynamicCache:
+def empty_cache(
+    config: PreTrainedConfig, cache_format: CacheFormat = FORMATS[PLAIN]
+) -> StoredCache:
     """A cache with layers of the model's kinds; sliding ones hold their window only."""
-    return DynamicCache(config=config)
+    return StoredCache(config, cache_format)
 
 
-def fork(cache: DynamicCache) -> DynamicCache:
-    """A cache that goes its own way from here; it shares tensors, since updates write new ones."""
+def fork(cache: StoredCache, cache_format: CacheFormat) -> StoredCache:
+    """A cache that goes its own way from here; it shares tensors, since updates write new ones.
+
+    Args:
+        cache: Of the same format, or of plain numbers, which are then stored.
+        cache_format: Of the new one.
+    """
     forked = copy(cache)
     forked.layers = [copy(layer) for layer in cache.layers]
+    if cache_format is not cache.cache_format:
+        forked.cache_format = cache_format
+        layers: list[Any] = forked.layers
+        for index, layer in enumerate(layers):
+            layer.keys, layer.values = forked.stored(index, layer.keys, layer.values)
     return forked
 
 
@@ -50,9 +95,9 @@ def read_entries(cache: DynamicCache, layers: Sequence[int]) -> tuple[torch.Tens
 
 
 def replace_entries(
-    cache: DynamicCache, layers: Sequence[int], keys: torch.Tensor, values: torch.Tensor
+    cache: StoredCache, layers: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Let all full-attention layers hold other entries; sliding layers stay as they are.
+    """Store other entries in all full-attention layers; sliding layers stay as they are.
 
     transformers builds one mask for each kind of layer, from the first layer of that kind. A full
     layer counts the entries it holds, so its mask goes by their place in the cache; a sliding layer
@@ -65,4 +110,5 @@ def replace_entries(
     """
     for index, layer_keys, layer_values in zip(layers, keys, values, strict=True):
         layer: Any = cache.layers[index]
-        layer.keys, layer.values = layer_keys[None], layer_values[None]
+        stored = cache.stored(index, layer_keys[None], layer_values[None])
+        layer.keys, layer.values = stored

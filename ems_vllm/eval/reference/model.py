@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.reference.answer import Vocabulary
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, layer_kinds
 from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
+from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
 from ems_vllm.policies.policy import Policy
 
@@ -37,6 +39,7 @@ class ReferenceModel:
     Attributes:
         compressed_layers: Indices of the layers that are compressed.
         scale: Softmax scale of these.
+        shape: Of the cache; the layers are all that have one.
     """
 
     def __init__(self, model: PreTrainedModel, block_size: int = 16) -> None:
@@ -50,6 +53,12 @@ class ReferenceModel:
         self.compressed_layers = compressed_layers(model.config)
         attention: Any = model.get_decoder().layers[self.compressed_layers[0]].self_attn
         self.scale = float(attention.scaling)
+        self.shape = CacheShape(
+            num_layers=len(layer_kinds(model.config)),
+            num_kv_heads=attention.config.num_key_value_heads,
+            head_size=attention.head_dim,
+            itemsize=model.dtype.itemsize,
+        )
 
     @classmethod
     def load(
@@ -67,7 +76,11 @@ class ReferenceModel:
         return cls(model.to(device), block_size)
 
     def prefill(
-        self, token_ids: Sequence[int], num_queries: int, first_queries: Collection[int] = (0,)
+        self,
+        token_ids: Sequence[int],
+        num_queries: int,
+        first_queries: Collection[int] = (0,),
+        cache_format: CacheFormat = FORMATS[PLAIN],
     ) -> Prefilled:
         """Process a prompt once for all requests that start with it.
 
@@ -76,11 +89,12 @@ class ReferenceModel:
             num_queries: Last queries to keep, the largest obs_window of what follows.
             first_queries: Position of the first query that scores, of every plan that goes on from
                 here.
+            cache_format: In which the prompt's queries see its keys and values.
         """
         observer = PromptObserver(
             self.compressed_layers, len(token_ids), num_queries, self.scale, first_queries
         )
-        return prefill(self.model, token_ids, observer)
+        return prefill(self.model, token_ids, observer, cache_format)
 
     def plan(
         self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
@@ -98,13 +112,27 @@ class ReferenceModel:
         return plan.first_scored_query if uses_scores else None
 
     def request(
-        self, prompt: Prefilled, config: KVCompressionConfig, options: RequestOptions
+        self,
+        prompt: Prefilled,
+        config: KVCompressionConfig,
+        options: RequestOptions,
+        cache_format: CacheFormat | None = None,
     ) -> ReferenceRequest:
-        """A request that goes on from a prompt, compressed as a server with `config` would."""
+        """A request that goes on from a prompt, compressed as a server with `config` would.
+
+        Args:
+            prompt: Processed in the format that `cache_format.prefill` names.
+            config: The server's.
+            options: The request's.
+            cache_format: Of the server's cache; None for the one of the prompt.
+        """
         plan = self.plan(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
         return ReferenceRequest(
-            self.model, RequestSettings(plan, policy, config.obs_window, self.scale), prompt
+            self.model,
+            RequestSettings(plan, policy, config.obs_window, self.scale),
+            prompt,
+            cache_format or prompt.cache.cache_format,
         )
 
 

@@ -14,7 +14,10 @@ from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.cache import empty_cache
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PreTrainedModel
+    from transformers import PreTrainedModel
+
+    from ems_vllm.eval.reference.cache import StoredCache
+    from ems_vllm.eval.reference.quantised import CacheFormat
 
 # Tokens of a forward pass: enough for most prompts, so that attention can be torch's fast causal
 # one; bounded, since behind the first chunk it takes a mask.
@@ -31,7 +34,8 @@ class Prefilled:
         layers: Indices of the layers that are compressed, num_layers of them.
         num_tokens: Of the prompt.
         logits: [vocabulary] - after its last token.
-        cache: Of all layers of the model; keys after RoPE.
+        cache: Of all layers of the model, in the format in which the prompt was processed; keys
+            after RoPE.
         queries: [num_layers, num_queries, num_heads, head_size] - of the last tokens.
         scores: By position of the first query that counts: [num_layers, num_kv_heads, num_tokens],
             float32 - attention that every token received from that token and all after it,
@@ -41,7 +45,7 @@ class Prefilled:
     layers: Sequence[int]
     num_tokens: int
     logits: torch.Tensor
-    cache: DynamicCache
+    cache: StoredCache
     queries: torch.Tensor
     scores: Mapping[int, torch.Tensor]
 
@@ -143,7 +147,10 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) 
 
 @torch.inference_mode()
 def prefill(
-    model: PreTrainedModel, token_ids: Sequence[int], observer: PromptObserver
+    model: PreTrainedModel,
+    token_ids: Sequence[int],
+    observer: PromptObserver,
+    cache_format: CacheFormat,
 ) -> Prefilled:
     """Process a prompt.
 
@@ -151,8 +158,9 @@ def prefill(
         model: Loaded with attention.IMPLEMENTATION.
         token_ids: The prompt.
         observer: A new one.
+        cache_format: In which the prompt's queries see its keys and values.
     """
-    cache = empty_cache(model.config)
+    cache = empty_cache(model.config, cache_format)
     with observed_by(observer):
         for start in range(0, len(token_ids), _CHUNK):
             chunk = torch.tensor([token_ids[start : start + _CHUNK]], device=model.device)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from ems_vllm._C import CompressionPlan
     from ems_vllm.eval.reference.prefill import Prefilled
+    from ems_vllm.eval.reference.quantised import CacheFormat
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,16 @@ class ReferenceRequest:
         model: Loaded with attention.IMPLEMENTATION.
         settings: How it is compressed.
         prompt: The processed prompt; not changed.
+        cache_format: How entries are stored. What a compaction merges is what is read of them, and
+            the result is stored again.
     """
 
     def __init__(
-        self, model: PreTrainedModel, settings: RequestSettings, prompt: Prefilled
+        self,
+        model: PreTrainedModel,
+        settings: RequestSettings,
+        prompt: Prefilled,
+        cache_format: CacheFormat,
     ) -> None:
         self._model = model
         self._settings = settings
@@ -64,7 +71,7 @@ class ReferenceRequest:
         if settings.policy.scorer.uses_global:
             self._scores = _prompt_scores(settings.plan, prompt)
         self._layers = prompt.layers
-        self._cache = fork(prompt.cache)
+        self._cache = fork(prompt.cache, cache_format)
 
     @property
     def num_live(self) -> int:
