@@ -11,20 +11,22 @@ from engine.harness import LLAMA, tokens
 from typer.testing import CliRunner
 
 from ems_vllm.config import ConfigError, load_config
+from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.lab import variants as sets
 from ems_vllm.eval.lab.__main__ import main
-from ems_vllm.eval.lab.cells import cells
+from ems_vllm.eval.lab.cells import _code, cells
 from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder
 from ems_vllm.eval.lab.forcing import Forced
 from ems_vllm.eval.lab.result import LabResult
 from ems_vllm.eval.lab.runner import Lab
-from ems_vllm.eval.lab.sizes import parse_sizes
-from ems_vllm.eval.lab.variants import Variant, configured, read_variants
+from ems_vllm.eval.lab.sizes import ByteBudget, parse_sizes
+from ems_vllm.eval.lab.variants import Variant, configured, described, read_variants
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.reference.quantised import FORMATS
 from ems_vllm.eval.reference.runner import Runner
 
 app = typer.Typer()
@@ -125,8 +127,9 @@ def test_errors_are_those_of_the_projection_s_output(reference):
 
 
 def test_what_is_measured_again(monkeypatch):
-    def digest(budget="64", errors=True, **settings):
-        variant, sizes = Variant(name="x", settings=settings), [Budget.parse(budget)]
+    def digest(budget="64", errors=True, recipe="ems", dtype="auto", **settings):
+        variant = Variant(name="x", recipe=recipe, settings=settings, kv_cache_dtype=dtype)
+        sizes = parse_sizes([budget])
         # The largest budget of a server is one of its settings, so it is the same here.
         configs = configured([variant], [Budget.parse(256)], [prompt_line()], {}, 16)
         return cells([variant], configs, sizes, errors)[0].digest
@@ -135,9 +138,60 @@ def test_what_is_measured_again(monkeypatch):
     assert digest(scorer={"local_first": 26}) == known
     assert digest(scorer={"local_first": 13}) != known
     assert digest("128") != known
+    assert digest("4x") != known
     assert digest(errors=False) != known
-    monkeypatch.setattr("ems_vllm.eval.lab.cells._code", lambda *paths: "changed")
+    assert digest(dtype="fp8") != known
+    full = digest(recipe="full", dtype="fp8")
+    assert full not in (known, digest(dtype="fp8"), digest(recipe="full", dtype="auto"))
+    assert digest("128", recipe="full", dtype="fp8") == full
+    # A change of a policy is none of what is not compressed.
+    code = "ems_vllm.eval.lab.cells._code"
+    monkeypatch.setattr(code, lambda *paths, before=_code: "changed" if paths else before())
     assert digest() != known
+    assert digest(recipe="full", dtype="fp8") == full
+    monkeypatch.setattr(code, lambda *paths: "changed")
+    assert digest(recipe="full", dtype="fp8") != full
+
+
+def test_a_share_of_the_bytes_is_so_many_entries():
+    shape = CacheShape(num_layers=30, num_kv_heads=3, head_size=64, itemsize=2)
+    quarter = ByteBudget(4)
+    assert quarter.total(2000, shape, FORMATS["auto"]) == 500
+    assert quarter.total(2000, shape, FORMATS["fp8"]) == 1000
+    # 72 bytes instead of 256.
+    assert quarter.total(2000, shape, FORMATS["int4_per_token_head"]) == 1777
+    assert ByteBudget(2).total(2000, shape, FORMATS["int4_per_token_head"]) == 2000
+
+
+def test_variants_at_equal_bytes(files):
+    """A float8 cache of a float32 model takes a quarter; half of its entries take an eighth."""
+    variants = [
+        {"name": "stored", "recipe": "full", "kv_cache_dtype": "fp8"},
+        {"name": "fewer"},
+        {"name": "both", "kv_cache_dtype": "fp8"},
+    ]
+    done = run(files, variants, "--budgets", "4x", "8x", "--block-size", "4", "--limit", "1")
+    assert done.exit_code == 0, done.exception
+    assert "budget full" in done.stdout
+    result = LabResult.model_validate_json((files / "out" / "result.json").read_text())
+    assert result.budgets == ["full", "4x", "8x"]
+    assert result.settings["stored"] == {"recipe": "full", "kv_cache_dtype": "fp8"}
+    found = {(one.variant, one.budget): one for one in result.summaries}
+    assert found.keys() == {
+        ("stored", "full"), ("fewer", "4x"), ("both", "4x"), ("fewer", "8x"), ("both", "8x"),
+    }  # fmt: skip
+    assert found["stored", "full"].bytes_ratio == 4
+    for (_, budget), one in found.items():
+        if budget != "full":
+            wanted = float(budget.removesuffix("x"))
+            assert wanted <= one.bytes_ratio < 1.2 * wanted
+    # Nothing is left out where all of it fits.
+    same = found["stored", "full"].model_copy(update={"variant": "both", "budget": "4x"})
+    assert found["both", "4x"] == same
+    assert same.kl > 1e-6
+    for one in found.values():
+        if one.budget == "8x" or one.variant == "fewer":
+            assert one.kl > 10 * same.kl
 
 
 def test_only_tokens_that_a_compressed_cache_predicts_count():
@@ -203,6 +257,7 @@ def test_a_run_goes_on_where_it_stopped(files, monkeypatch):
     assert (result.left_out, result.full[0].n) == (1, 2)
     assert result.environment["versions"].keys() == {"ems-vllm", "transformers", "torch"}
     assert result.settings["evict"]["merger"] == {"name": "none"}
+    assert result.settings["evict"]["kv_cache_dtype"] == "auto"
     # Another way to compute is another file.
     error = run(files, two, *sizes, "--no-compiled").exception
     assert isinstance(error, ConfigError)
@@ -221,6 +276,8 @@ def test_a_run_goes_on_where_it_stopped(files, monkeypatch):
         ([{"name": "a", "recipe": "emms"}], "variant 'a': kv_compression='emms' is not a recipe"),
         ([{"name": "a", "settings": {"scorer": {"local": 1}}}], "variant 'a': kv_compression_co"),
         ([{"name": "a", "settings": {"budget": 9}}], "sizes come from --budgets"),
+        ([{"name": "a", "kv_cache_dtype": "int3"}], "variants[0].kv_cache_dtype='int3' is not kn"),
+        ([{"name": "a", "recipe": "full", "settings": {"budget": 9}}], "would change nothing"),
     ],
 )
 def test_a_wrong_file_of_variants_is_one_sentence(files, variants, message):
@@ -236,6 +293,7 @@ def test_a_wrong_file_of_variants_is_one_sentence(files, variants, message):
     [
         (("--budgets", "0"), "budgets='0' is not a budget"),
         (("--budgets", "64", "full"), "the full cache is always measured"),
+        (("--budgets", "0.5x"), "budgets='0.5x' is no ratio of bytes: give one of at least 1"),
         (("--budgets", "64", "--variants", "score"), "use bytes, mergers, scorers, or the path"),
     ],
 )
@@ -259,5 +317,8 @@ def test_shipped_variants_are_settings_that_exist(name):
     configs = configured(variants, [Budget(count=64)], [prompt_line()], {}, 16)
     assert len(configs) == len(variants) > 5
     # What is meant to be different is.
-    different = {json.dumps(config.to_dict(), sort_keys=True) for config in configs.values()}
+    different = {
+        json.dumps(described(variant, configs[variant.name]), sort_keys=True)
+        for variant in variants
+    }
     assert len(different) > len(variants) - 3
