@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_serving import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 16
@@ -60,3 +61,19 @@ def test_figure_is_drawn(report: dict[str, Any], tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert figure.read_text().lstrip().startswith("<?xml")
+
+
+def test_float8_pools_have_as_many_bytes() -> None:
+    settings = Settings(
+        model="", itemsize=2, num_prompts=8, prompt_len=2000, num_new_tokens=96, budget=448,
+        config={}, num_tight=2, interval_s=1, seed=0, server_args=["--seed", "1"],
+    )  # fmt: skip
+    # Two requests of 131 blocks, and vLLM's null block, which holds nothing.
+    for case, num_blocks in (("tight", 262), ("ample", 1048)):
+        dense, float8 = (settings.arguments(case, name) for name in ("dense", "dense+fp8"))
+        assert dense[5] == str(num_blocks + 1)
+        assert float8[5] == str(2 * num_blocks + 1)
+        assert float8[6:] == [*dense[6:], "--kv-cache-dtype", "fp8"]
+        compressed = settings.arguments(case, "ems+fp8")
+        assert compressed[: len(float8)] == float8
+        assert compressed[len(float8) :][:2] == ["--kv-compression", "ems"]
