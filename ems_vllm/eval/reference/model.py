@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,9 @@ from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, layer_kinds
 from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
+from ems_vllm.eval.reference.rope import rotation_of
 from ems_vllm.policies.policy import Policy
+from ems_vllm.policies.rotation import Rotation
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
@@ -50,6 +53,11 @@ class ReferenceModel:
         self.compressed_layers = compressed_layers(model.config)
         attention: Any = model.get_decoder().layers[self.compressed_layers[0]].self_attn
         self.scale = float(attention.scaling)
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """RoPE of the compressed layers."""
+        return rotation_of(self.model, self.compressed_layers[0])
 
     @classmethod
     def load(
@@ -103,9 +111,8 @@ class ReferenceModel:
         """A request that goes on from a prompt, compressed as a server with `config` would."""
         plan = self.plan(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
-        return ReferenceRequest(
-            self.model, RequestSettings(plan, policy, config.obs_window, self.scale), prompt
-        )
+        settings = RequestSettings(plan, policy, config.obs_window, self.scale, self.rotation)
+        return ReferenceRequest(self.model, settings, prompt)
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:
