@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""bench_agreement.py: vLLM is asked what transformers is asked, the question that comes later too."""
+"""bench_agreement.py: vLLM is asked what transformers is asked, a question that comes later too."""
 
 import bench_agreement
 import pytest
