@@ -28,7 +28,6 @@ def engine(model: str, *, dtype: str, longest: int, **arguments: Any) -> Iterato
         max_model_len=longest,
         max_num_seqs=1,
         block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=4 * -(-longest // BLOCK_SIZE),
         logits_processors=["ems_vllm.engine.forced_tokens:ForcedTokens"],
         **arguments,
     )
