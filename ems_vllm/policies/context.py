@@ -315,7 +315,7 @@ class CompactionContext:
                 for column in range(0, self.num_columns, num_columns):
                     columns = slice(column, min(column + num_columns, self.num_columns))
                     blocks = self.block_table[some, columns].long()
-                    yield (layer, some, columns), _computable(cache[layer, blocks])
+                    yield (layer, some, columns), computable(cache[layer, blocks])
 
 
 def _key_of_one(queries: Tensor, scale: float) -> Tensor:
@@ -343,6 +343,6 @@ def _units(vectors: Tensor) -> Tensor:
     return normalize(vectors.float(), dim=-1)
 
 
-def _computable(vectors: Tensor) -> Tensor:
+def computable(vectors: Tensor) -> Tensor:
     """torch computes nothing in float8; bfloat16 holds every number of it."""
     return vectors.to(torch.bfloat16) if vectors.dtype == torch.float8_e4m3fn else vectors

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -25,25 +27,32 @@ class Rotation:
     cos_sin: Tensor
     is_neox: bool
 
-    def undo(self, keys: Tensor, positions: Tensor) -> Tensor:
+    def undo(self, keys: Tensor, positions: slice) -> Tensor:
         """Keys as they were before, up to what scaling of RoPE there was.
 
         Args:
-            keys: [..., head_size], float32; overwritten. What lies behind rotary_dim was
-                not turned.
-            positions: Of the keys, in a shape that broadcasts to theirs without the last dimension;
-                at most num_positions - 1.
+            keys: [..., num_positions, head_size], float32. What lies behind rotary_dim was not
+                turned.
+            positions: Consecutive ones; those beyond the table belong to no entry.
 
         Returns:
-            `keys`.
+            Like keys.
         """
         cos, sin = self.cos_sin[positions].float().chunk(2, dim=-1)
+        num_known, half = cos.shape
+        back = torch.empty_like(keys)
+        back[..., 2 * half :] = keys[..., 2 * half :]
+        back[..., num_known:, :] = 0.0
+        first, second = (part[..., :num_known, :] for part in self._halves(keys))
+        into_first, into_second = (part[..., :num_known, :] for part in self._halves(back))
+        torch.mul(first, cos, out=into_first).addcmul_(second, sin)
+        torch.mul(second, cos, out=into_second).addcmul_(first, sin, value=-1)
+        return back
+
+    def _halves(self, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Dimensions that turn with each other."""
         turned = keys[..., : self.cos_sin.shape[-1]]
         if self.is_neox:
             first, second = turned.chunk(2, dim=-1)
-        else:
-            first, second = turned[..., ::2], turned[..., 1::2]
-        back = first * cos + second * sin, second * cos - first * sin
-        first.copy_(back[0])
-        second.copy_(back[1])
-        return keys
+            return first, second
+        return turned[..., ::2], turned[..., 1::2]

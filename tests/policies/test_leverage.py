@@ -20,12 +20,11 @@ def stored_keys(context, row, layer, head):
 
 def expected_leverage(context, row, layer, head):
     keys = stored_keys(context, row, layer, head).double()
-    if context.is_untouched[row]:
-        half = ROTATION.cos_sin.shape[1] // 2
-        cos, sin = ROTATION.cos_sin[: len(keys)].double().chunk(2, dim=1)
-        first, second = keys[:, :half].clone(), keys[:, half : 2 * half].clone()
-        keys[:, :half] = cos * first + sin * second
-        keys[:, half : 2 * half] = cos * second - sin * first
+    half = ROTATION.cos_sin.shape[1] // 2
+    cos, sin = ROTATION.cos_sin[: len(keys)].double().chunk(2, dim=1)
+    first, second = keys[:, :half].clone(), keys[:, half : 2 * half].clone()
+    keys[:, :half] = cos * first + sin * second
+    keys[:, half : 2 * half] = cos * second - sin * first
     keys = keys - keys.mean(0)
     gram = keys.T @ keys
     gram += 0.01 * gram.diagonal().mean() * torch.eye(len(gram))
@@ -35,7 +34,7 @@ def expected_leverage(context, row, layer, head):
 def test_leverage_is_that_of_centred_keys_before_rope(monkeypatch):
     context = build_context(ROWS)
     whole = key_leverage(context)
-    for row in range(len(ROWS)):
+    for row in torch.nonzero(context.is_untouched).flatten().tolist():
         for layer in range(NUM_LAYERS):
             for head in range(NUM_KV_HEADS):
                 expected = expected_leverage(context, row, layer, head)
@@ -43,7 +42,7 @@ def test_leverage_is_that_of_centred_keys_before_rope(monkeypatch):
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     # A few blocks at a time.
     monkeypatch.setattr(context_module, "SLICE_BYTES", 3 * BLOCK_SIZE * 16 * 2 * 70)
-    is_entry = context.is_entry.expand_as(whole)
+    is_entry = context.is_entry.expand_as(whole) & context.is_untouched[:, None, None]
     torch.testing.assert_close(key_leverage(context)[is_entry], whole[is_entry])
 
 
@@ -63,12 +62,15 @@ def test_rope_is_undone(is_neox):
     from vllm.model_executor.layers.rotary_embedding.common import ApplyRotaryEmb
 
     angles = torch.outer(torch.arange(30.0), 100.0 ** -torch.linspace(0, 1, 6))
-    keys, positions = torch.randn(2, 7, 3, 16), torch.randint(30, (2, 7))
+    keys, positions = torch.randn(12, 3, 16), slice(8, 20)
     turned = ApplyRotaryEmb.forward_static(
-        keys[..., :12].flatten(0, 1), angles[positions.flatten()].cos(),
-        angles[positions.flatten()].sin(), is_neox,
-    ).unflatten(0, (2, 7))  # fmt: skip
-    rotation = Rotation(torch.cat([angles.cos(), angles.sin()], dim=1), is_neox)
-    back = rotation.undo(torch.cat([turned, keys[..., 12:]], dim=-1), positions[..., None])
-    torch.testing.assert_close(back, keys)
+        keys[..., :12], angles[positions].cos(), angles[positions].sin(), is_neox
+    )
     assert not torch.allclose(turned, keys[..., :12])
+    rotation = Rotation(torch.cat([angles.cos(), angles.sin()], dim=1), is_neox)
+    stored = torch.cat([turned, keys[..., 12:]], dim=-1).transpose(0, 1)
+    torch.testing.assert_close(rotation.undo(stored, positions), keys.transpose(0, 1))
+    # The last column may reach beyond the longest sequence that there can be.
+    beyond = rotation.undo(stored, slice(22, 34))
+    assert beyond.isfinite().all()
+    assert (beyond[:, 8:] == 0).all()
