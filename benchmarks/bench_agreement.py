@@ -11,22 +11,24 @@ compression; an engine that lost something would agree less often than that in t
 """
 
 import json
-import os
 import shlex
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
+import offline
 import typer
+from offline import BLOCK_SIZE
 from rich.console import Console
 from rich.table import Table
 from serving.report import write
 
-from ems_vllm.config import parse_overrides
+from ems_vllm.config import RequestOptions, parse_overrides
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.eval import environment
 from ems_vllm.eval.budget import Budget
@@ -35,8 +37,6 @@ from ems_vllm.eval.reference.answer import Vocabulary, cut
 from ems_vllm.eval.reference.files import read_prompts
 from ems_vllm.eval.reference.methods import FULL, Method, methods, server_config
 from ems_vllm.eval.scoring import score_output
-
-BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,32 @@ class Question:
     answers: dict[str, str]
 
 
+def sampling(prompt: PromptLine, options: RequestOptions) -> dict[str, Any]:
+    """Arguments of vLLM's SamplingParams: what is written after the prompt is prescribed."""
+    extra: dict[str, Any] = {"kv_compression": "off"}
+    if options.enabled:
+        extra = {"kv_budget": options.budget}
+    written = list(prompt.written_token_ids)
+    if written:
+        extra["forced_token_ids"] = written
+    return {
+        "max_tokens": len(written) + prompt.max_tokens,
+        "temperature": 0,
+        # A chat template ends the user's turn with a token that would end the answer too.
+        "ignore_eos": bool(written),
+        "extra_args": extra,
+    }
+
+
+def answer(prompt: PromptLine, token_ids: Sequence[int], vocabulary: Vocabulary) -> str:
+    """The text of an answer that was generated under `sampling`."""
+    written = len(prompt.written_token_ids)
+    if tuple(token_ids[:written]) != prompt.written_token_ids:
+        raise ValueError("the engine did not write what was prescribed")
+    free = takewhile(lambda token: token not in vocabulary.eos_token_ids, token_ids[written:])
+    return cut(vocabulary.decode(list(free)), prompt.stop)[0]
+
+
 def ask_vllm(
     questions: Sequence[Question],
     model: str,
@@ -72,38 +98,23 @@ def ask_vllm(
     vocabulary: Vocabulary,
 ) -> None:
     """Answers of one engine that compresses; full caches are asked for by request."""
-    from vllm import LLM, SamplingParams
-    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
-
-    longest = max(len(q.prompt.prompt_token_ids) + q.prompt.max_tokens for q in questions)
-    llm = LLM(
-        model,
-        dtype=dtype,
-        max_model_len=longest,
-        max_num_seqs=1,
-        block_size=BLOCK_SIZE,
-        num_gpu_blocks_override=4 * -(-longest // BLOCK_SIZE),
-        additional_config={"kv_compression": config.to_dict()},
+    longest = max(
+        len(q.prompt.prompt_token_ids) + len(q.prompt.written_token_ids) + q.prompt.max_tokens
+        for q in questions
     )
-    try:
+    compression = {"kv_compression": config.to_dict()}
+    with offline.engine(model, dtype=dtype, longest=longest, additional_config=compression) as llm:
+        from vllm import SamplingParams
+
         for question in questions:
-            prompt = question.prompt
-            options = question.method.options(prompt, config, BLOCK_SIZE)
+            options = question.method.options(question.prompt, config, BLOCK_SIZE)
             assert options is not None
-            params = SamplingParams(
-                max_tokens=prompt.max_tokens,
-                temperature=0,
-                extra_args={"kv_budget": options.budget}
-                if options.enabled
-                else {"kv_compression": "off"},
-            )
-            inputs = {"prompt_token_ids": list(prompt.prompt_token_ids)}
+            inputs = {"prompt_token_ids": list(question.prompt.prompt_token_ids)}
+            params = SamplingParams(**sampling(question.prompt, options))
             (output,) = llm.generate([inputs], params, use_tqdm=False)
-            text = vocabulary.decode(output.outputs[0].token_ids)
-            question.answers["vllm"] = cut(text, prompt.stop)[0]
-    finally:
-        llm.llm_engine.engine_core.shutdown()
-        cleanup_dist_env_and_memory()
+            question.answers["vllm"] = answer(
+                question.prompt, output.outputs[0].token_ids, vocabulary
+            )
 
 
 def rows(questions: Sequence[Question]) -> Iterator[Row]:
@@ -151,13 +162,12 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the report here, JSON.")] = None,
 ) -> None:
     """Whether vLLM's engine and the one on transformers give the same answers."""
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
     from ems_vllm.eval.reference.runner import Runner
 
     described = {**environment.describe(), "transformers": version("transformers")}
-    asked = [line for line in read_prompts(prompts)[:limit] if not line.continuation_token_ids]
+    lines = read_prompts(prompts)[:limit]
+    asked = [line for line in lines if not (line.continuation_token_ids or line.follows_full)]
     check_beginnings(asked, model)
     chosen = methods([FULL, recipe], [Budget.parse(text) for text in budget])
     overrides = parse_overrides(config)

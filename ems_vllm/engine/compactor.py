@@ -125,7 +125,9 @@ class Compactor:
             ring_rows=ints([order.ring_row for order in wave]),
             num_queries=ints([order.num_queries for order in wave]),
             end_positions=ints([order.num_computed for order in wave]),
+            is_untouched=to_device([order.first_before == 0 for order in wave], device, torch.bool),
             key_scales=key_scales,
+            rotations=tensors.rotations[stack.layers],
         )
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
+    from ems_vllm.policies.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class GroupTensors:
         layer_scales: What a float8 cache and float8 queries are scaled with, in layer order.
         key_scales: [num_layers], float32 - those of the keys; None where the cache is not float8.
         query_dtype: dtype in which queries are recorded and scored.
+        rotations: RoPE of the layers, in layer order; None where a layer has none that is known.
     """
 
     group_id: int
@@ -55,6 +57,7 @@ class GroupTensors:
     layer_scales: list[LayerScales]
     key_scales: torch.Tensor | None
     query_dtype: torch.dtype
+    rotations: Sequence[Rotation | None]
 
     @classmethod
     def allocate(
@@ -70,6 +73,7 @@ class GroupTensors:
         obs_window: int,
         max_num_seqs: int,
         query_dtype: torch.dtype,
+        rotations: Sequence[Rotation | None],
         pool: AbstractContextManager[Any],
     ) -> GroupTensors:
         """Allocate scores and ring beside the caches of a group.
@@ -80,6 +84,7 @@ class GroupTensors:
             max_num_seqs: Most requests that run at a time.
             layer_scales: One per layer.
             query_dtype: dtype of the model, in which queries are recorded.
+            rotations: One per layer.
             pool: Where scores and ring are allocated; their content may get lost between requests.
         """
         device, num_blocks = caches[0].device, caches[0].shape[0]
@@ -117,6 +122,7 @@ class GroupTensors:
             layer_scales=list(layer_scales),
             key_scales=key_scales,
             query_dtype=query_dtype,
+            rotations=rotations,
         )
 
     def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:

@@ -74,13 +74,15 @@ class Asker:
         if sample.written_token_ids:
             if not self.can_prescribe:
                 raise cannot_prescribe(sample.task)
+            ends = self.tokenizer.end_token_ids()
             answer = await self.endpoint.prescribe(
                 prompt,
                 sample.written_token_ids,
                 num_free_tokens=sample.max_tokens,
+                end_token_ids=ends,
                 xargs=xargs,
             )
-            text = self.tokenizer.decode(answer.free_token_ids)
+            text = self.tokenizer.decode([t for t in answer.free_token_ids if t not in ends])
             return answer.with_text(_cut(text, sample.stop)), budget
         answer = await self.endpoint.complete(
             prompt, sample.max_tokens, stop=sample.stop, xargs=xargs
@@ -99,6 +101,7 @@ class Asker:
             (*written, *(full.token_ids if full else ())),
             num_free_tokens=0 if full else sample.max_tokens,
             num_top=NUM_TOP,
+            end_token_ids=self.tokenizer.end_token_ids(),
             xargs=xargs,
         )
         tops = answer.tops[len(written) :]

@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -120,6 +120,7 @@ class Endpoint:
         *,
         num_free_tokens: int = 0,
         num_top: int = 0,
+        end_token_ids: Collection[int] = (),
         xargs: dict[str, Any] | None = None,
     ) -> Answer:
         """Make the server generate given tokens, then go on freely.
@@ -129,9 +130,12 @@ class Endpoint:
 
         Args:
             num_top: Most likely tokens to report at each place.
+            end_token_ids: What ends the free part. Prescribed tokens may be among them: in many
+                chat templates the user's turn ends as an answer does.
 
         Returns:
-            The log probabilities of the prescribed tokens, and the tokens after them.
+            The log probabilities of the prescribed tokens, and the tokens after them, up to the
+            first that ends them.
 
         Raises:
             NoAnswer: also where the server generated other tokens.
@@ -141,6 +145,9 @@ class Endpoint:
         arguments = self._common(len(forced) + num_free_tokens, {**(xargs or {}), **prescribed})
         arguments["logprobs"] = num_top
         arguments["extra_body"] |= {"return_token_ids": True, "return_tokens_as_token_ids": True}
+        if forced:
+            # vLLM would end the request at a prescribed one.
+            arguments["extra_body"]["ignore_eos"] = True
 
         async def ask() -> Answer:
             async with self._limit:
@@ -152,6 +159,8 @@ class Endpoint:
             logprobs = choice.logprobs
             if token_ids[: len(forced)] != forced or logprobs is None:
                 raise NoAnswer("the server did not generate the prescribed tokens")
+            ends = (i for i in range(len(forced), len(token_ids)) if token_ids[i] in end_token_ids)
+            del token_ids[next(ends, len(token_ids)) + 1 :]
             values = (logprobs.token_logprobs or [])[: len(forced)]
             return Answer(
                 text="",
@@ -159,7 +168,7 @@ class Endpoint:
                 num_tokens=len(token_ids),
                 logprobs=tuple(float(value or 0.0) for value in values),
                 free_token_ids=tuple(token_ids[len(forced) :]),
-                tops=tuple(_by_token_id(top) for top in logprobs.top_logprobs or ()),
+                tops=tuple(map(_by_token_id, (logprobs.top_logprobs or ())[: len(token_ids)])),
             )
 
         return await self._try(ask)

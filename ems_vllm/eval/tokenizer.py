@@ -51,6 +51,10 @@ class Tokenizer(Protocol):
         """The special tokens that begin a text."""
         ...
 
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens at which a server ends an answer."""
+        ...
+
     def decode(self, token_ids: Sequence[int]) -> str: ...
 
 
@@ -80,6 +84,7 @@ class HubTokenizer:
                 f"tokenizer={shown(name)} cannot be loaded ({type(error).__name__}: {reason}): "
                 "give the folder or the Hub's name of the served model with --tokenizer."
             ) from None
+        self._end_token_ids = _end_token_ids(name, self._tokenizer.eos_token_id)
         self._name = name
         self._prompt_format = prompt_format
         if prompt_format == "chat":
@@ -149,5 +154,20 @@ class HubTokenizer:
     def encode_special(self) -> list[int]:
         return list(self._tokenizer.encode("", add_special_tokens=True))
 
+    def end_token_ids(self) -> frozenset[int]:
+        return self._end_token_ids
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(token_ids), skip_special_tokens=False))
+
+
+def _end_token_ids(name: str, eos_token_id: int | None) -> frozenset[int]:
+    """The tokenizer's, and those of the model's generation config, as vLLM takes them."""
+    from transformers import GenerationConfig
+
+    try:
+        configured = GenerationConfig.from_pretrained(name).eos_token_id
+    except OSError:  # There is none.
+        configured = None
+    more = configured if isinstance(configured, list) else [configured]
+    return frozenset({eos_token_id, *more} - {None})

@@ -67,6 +67,23 @@ def by_quantile(orders: Iterable[Order], is_candidate: Tensor, is_entry: Tensor)
     return scores.masked_fill_(~is_entry, 0.0)
 
 
+def deviation(scores: Tensor, is_candidate: Tensor) -> Tensor:
+    """Standard deviation of scores over the candidates: a unit for sums of different kinds.
+
+    Args:
+        scores: Like Order.scores.
+        is_candidate: See by_quantile.
+
+    Returns:
+        [num_layers, num_rows, num_kv_heads, 1]; 1 where all candidates have the same score.
+    """
+    count = is_candidate.sum(-1, keepdim=True).clamp(min=1)
+    mean = scores.masked_fill(~is_candidate, 0.0).sum(-1, keepdim=True).div_(count)
+    squares = (scores - mean).square_().masked_fill_(~is_candidate, 0.0)
+    deviations = squares.sum(-1, keepdim=True).div_(count).sqrt_()
+    return deviations.masked_fill_(deviations == 0, 1.0)
+
+
 def _ranks(scores: Tensor, is_candidate: Tensor) -> Tensor:
     """Of each entry among the candidates, 0 for the highest score; float32, like scores.
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -17,14 +17,18 @@ from ems_vllm import ops
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ems_vllm.policies.rotation import Rotation
+
 # Keys or values that are gathered at a time, with what is made of them.
 SLICE_BYTES = 32 << 20
 
 # Below any mean square of real logits.
 _EPS = 1e-12
 
-# Layer, rows and columns.
-_Place = tuple[int, slice, slice]
+_ALL = slice(None)
+
+# Layer, rows and columns of a slice.
+Place = tuple[int, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,10 @@ class CompactionContext:
         num_queries: [num_rows], int32 - recorded queries, at most obs_window.
         end_positions: [num_rows], int32 - position after the newest recorded query.
         key_scales: [num_layers], float32, or None - factor of stored keys; 1 each where None.
+        rotations: By layer, what RoPE did to the keys; None where there was none, or it is not
+            known, and empty where it is of none.
+        is_untouched: [num_rows], bool - compressed for the first time: entry e is that of position
+            e. Others mix entries of any positions.
     """
 
     key_cache: Tensor
@@ -78,7 +86,9 @@ class CompactionContext:
     ring_rows: Tensor
     num_queries: Tensor
     end_positions: Tensor
+    is_untouched: Tensor
     key_scales: Tensor | None = None
+    rotations: Sequence[Rotation | None] = ()
 
     @property
     def num_layers(self) -> int:
@@ -95,6 +105,10 @@ class CompactionContext:
     @property
     def block_size(self) -> int:
         return self.key_cache.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        return self.key_cache.device
 
     @cached_property
     def is_entry(self) -> Tensor:
@@ -221,11 +235,11 @@ class CompactionContext:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
             entries.
         """
-        return self._each(self.key_cache, lambda at, keys: _norms(keys))
+        return self.each(self.key_cache, lambda at, keys: _norms(keys))
 
     def value_norms(self) -> Tensor:
         """Euclidean norms of the entries' values, as stored; like key_norms."""
-        return self._each(self.value_cache, lambda at, values: _norms(values))
+        return self.each(self.value_cache, lambda at, values: _norms(values))
 
     def key_distinctness(self) -> Tensor:
         """How little an entry's key resembles the other keys of its kv_head.
@@ -237,58 +251,71 @@ class CompactionContext:
             [num_layers, num_rows, num_kv_heads, max_entries], float32, in [0, 2]; anything beyond
             a row's entries.
         """
-        slots = torch.arange(self._num_columns * self.block_size, device=self.block_table.device)
-        is_entry = (slots < self.num_entries[:, None]).view(self.num_rows, self._num_columns, -1)
+        slots = torch.arange(self.num_columns * self.block_size, device=self.block_table.device)
+        is_entry = (slots < self.num_entries[:, None]).view(self.num_rows, self.num_columns, -1)
         shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.key_cache.shape[-1])
         means = torch.zeros(shape, device=slots.device)
-        for (layer, rows, columns), keys in self._slices(self.key_cache):
+        for (layer, rows, columns), keys in self.slices(self.key_cache):
             is_key = is_entry[rows, columns, None, :, None]
             # No product: a slot that holds no entry may hold anything, NaN included.
             means[layer, rows] += _units(keys).masked_fill_(~is_key, 0.0).sum((1, 3))
         means = normalize(means, dim=-1)
 
-        def cosines(at: _Place, keys: Tensor) -> Tensor:
+        def cosines(at: Place, keys: Tensor) -> Tensor:
             layer, rows, _ = at
             return (_units(keys) @ means[layer, rows, None, :, :, None]).squeeze(-1)
 
-        return self._each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
+        return self.each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
 
-    def _each(self, cache: Tensor, value_of: Callable[[_Place, Tensor], Tensor]) -> Tensor:
+    def new_entries(self) -> Tensor:
+        """Like new_scores, in whole columns: what slices are written to."""
+        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.num_columns)
+        return torch.empty((*shape, self.block_size), device=self.device)
+
+    def each(self, cache: Tensor, value_of: Callable[[Place, Tensor], Tensor]) -> Tensor:
         """One number for each entry, from its key or value, in the shape of a score.
 
         Args:
-            value_of: [rows, columns, num_kv_heads, block_size], float32, of what _slices yields.
+            value_of: [rows, columns, num_kv_heads, block_size], float32, of what slices yields.
         """
-        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self._num_columns)
-        found = torch.empty((*shape, self.block_size), device=cache.device)
-        for at, vectors in self._slices(cache):
+        found = self.new_entries()
+        for at, vectors in self.slices(cache):
             layer, rows, columns = at
             found[layer, rows, :, columns] = value_of(at, vectors).transpose(1, 2)
         return found.flatten(3)[..., : self.max_entries]
 
     @property
-    def _num_columns(self) -> int:
+    def num_columns(self) -> int:
         """Columns that hold entries to choose from, in the longest row."""
         return -(-self.max_entries // self.block_size)
 
-    def _slices(self, cache: Tensor) -> Iterator[tuple[_Place, Tensor]]:
+    def slices(
+        self, cache: Tensor, *, layers: slice = _ALL, rows: slice = _ALL, num_floats: int = 2
+    ) -> Iterator[tuple[Place, Tensor]]:
         """All entries' keys or values, as many at a time as `SLICE_BYTES` allow.
 
+        Args:
+            cache: key_cache or value_cache.
+            layers, rows: Of these.
+            num_floats: Float32 tensors of the same shape that the caller makes of what it gets.
+
         Yields:
-            Layer, rows and columns, and [rows, columns, num_kv_heads, block_size, head_size].
+            Layer, rows and columns, and [rows, columns, num_kv_heads, block_size, head_size], in
+            the cache's dtype, or bfloat16 for a float8 one.
         """
         num_numbers = math.prod(cache.shape[2:])
-        # Beside what is gathered: a float8 in bfloat16, and two tensors of float32 made of it.
-        num_blocks = max(1, SLICE_BYTES // (num_numbers * (cache.itemsize + 2 + 2 * 4)))
-        num_columns = min(self._num_columns, num_blocks)
+        # Beside what is gathered: a float8 in bfloat16.
+        num_blocks = max(1, SLICE_BYTES // (num_numbers * (cache.itemsize + 2 + 4 * num_floats)))
+        num_columns = min(self.num_columns, num_blocks)
         num_rows = min(self.num_rows, max(1, num_blocks // num_columns))
-        for layer in range(self.num_layers):
-            for row in range(0, self.num_rows, num_rows):
-                rows = slice(row, row + num_rows)
-                for column in range(0, self._num_columns, num_columns):
-                    columns = slice(column, min(column + num_columns, self._num_columns))
-                    blocks = self.block_table[rows, columns].long()
-                    yield (layer, rows, columns), cache[layer, blocks]
+        first_row, last_row, _ = rows.indices(self.num_rows)
+        for layer in range(*layers.indices(self.num_layers)):
+            for row in range(first_row, last_row, num_rows):
+                some = slice(row, min(row + num_rows, last_row))
+                for column in range(0, self.num_columns, num_columns):
+                    columns = slice(column, min(column + num_columns, self.num_columns))
+                    blocks = self.block_table[some, columns].long()
+                    yield (layer, some, columns), computable(cache[layer, blocks])
 
 
 def _key_of_one(queries: Tensor, scale: float) -> Tensor:
@@ -308,14 +335,14 @@ def _key_of_one(queries: Tensor, scale: float) -> Tensor:
 
 def _norms(vectors: Tensor) -> Tensor:
     """Over the last dimension, float32."""
-    return torch.linalg.vector_norm(_computable(vectors), dim=-1, dtype=torch.float32)
+    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
 
 
 def _units(vectors: Tensor) -> Tensor:
     """Directions over the last dimension, float32; 0 for a vector of length 0."""
-    return normalize(_computable(vectors).float(), dim=-1)
+    return normalize(vectors.float(), dim=-1)
 
 
-def _computable(vectors: Tensor) -> Tensor:
+def computable(vectors: Tensor) -> Tensor:
     """torch computes nothing in float8; bfloat16 holds every number of it."""
     return vectors.to(torch.bfloat16) if vectors.dtype == torch.float8_e4m3fn else vectors

@@ -165,6 +165,26 @@ def test_what_follows_a_prescribed_answer_is_free(prescribing: Server) -> None:
     assert free.num_tokens == 8
 
 
+def test_a_prescribed_end_of_sequence_ends_nothing(prescribing: Server) -> None:
+    """As between a question that comes later and its answer, in many chat templates."""
+    eos = 2
+    tokens = [*prompt(60, seed=23), eos, *prompt(5, seed=24)]
+
+    async def both(endpoint: Endpoint) -> Any:
+        whole = await endpoint.prescribe(tokens[:40], tokens[40:], num_free_tokens=6)
+        third = whole.free_token_ids[2]
+        ended = await endpoint.prescribe(
+            tokens[:40], tokens[40:], num_free_tokens=6, num_top=1, end_token_ids={eos, third}
+        )
+        return whole, ended
+
+    whole, ended = ask(prescribing, both)
+    assert len(whole.free_token_ids) == 6
+    first = whole.free_token_ids.index(whole.free_token_ids[2])
+    assert ended.free_token_ids == whole.free_token_ids[: first + 1]
+    assert len(ended.tops) == ended.num_tokens == len(tokens) - 40 + first + 1
+
+
 def test_what_an_endpoint_can_do_is_found_out(prescribing: Server, server: Server) -> None:
     for running, can_prescribe in ((prescribing, True), (server, False)):
         assert ask(running, lambda e: e.can_prescribe()) == can_prescribe

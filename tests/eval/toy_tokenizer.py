@@ -45,5 +45,8 @@ class ToyTokenizer:
             token_ids.append(self._ids[piece])
         return token_ids
 
+    def end_token_ids(self) -> frozenset[int]:
+        return frozenset()
+
     def decode(self, token_ids: Sequence[int]) -> str:
         return "".join(self._pieces[i] for i in token_ids)

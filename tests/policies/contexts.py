@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from ems_vllm.policies.context import CompactionContext
+from ems_vllm.policies.rotation import Rotation
 
 BLOCK_SIZE = 8
 NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, WINDOW = 2, 2, 2, 16, 4
 NUM_SINKS = 2
+_ANGLES = torch.outer(torch.arange(512.0), 100.0 ** -torch.linspace(0, 1, HEAD_SIZE // 4))
+# Of half of the dimensions.
+ROTATION = Rotation(torch.cat([_ANGLES.cos(), _ANGLES.sin()], dim=1), is_neox=True)
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         ring_rows=ints(range(len(rows))),
         num_queries=ints(min(WINDOW, row.tail) for row in rows),
         end_positions=ints(1000 + row.num_entries + row.tail for row in rows),
+        is_untouched=torch.tensor([row.num_represented == 0 for row in rows]),
+        rotations=[ROTATION] * NUM_LAYERS,
     )
 
 

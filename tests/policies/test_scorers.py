@@ -16,6 +16,7 @@ from policies.contexts import (
 from torch.nn.functional import cosine_similarity
 
 from ems_vllm.config import ConfigError, load_config
+from ems_vllm.policies.leverage import key_leverage
 
 FACTORS = (0.0, 0.9, 0.99, 1.0, 1.01, 1.1, 2.0)
 ROWS = (
@@ -64,6 +65,15 @@ def score(recipe):
     return context, load_config(recipe).scorer.score(context)
 
 
+def in_deviations(values, num_sinks):
+    return values / values[num_sinks:].std(correction=0)
+
+
+def mean_of_neighbours(values, width):
+    half = width // 2
+    return torch.stack([values[max(0, i - half) : i + half + 1].mean() for i in range(len(values))])
+
+
 def forward_maximum(values, width):
     return torch.stack([values[max(0, i + 1 - width) : i + 1].max() for i in range(len(values))])
 
@@ -83,6 +93,7 @@ def test_ems_by_means_is_the_mean_aligned_maximum_of_an_entry_and_those_before()
 def test_ems_by_quantiles_keeps_what_each_order_claims_first():
     """Entry by entry: the budget at which the first of the three orders wants it."""
     options = {"local_share": 0.5, "key_share": 0.2, "local_first": 3, "kernel_size": 3}
+    options |= {"key_kernel_size": 5, "leverage_weight": 0.7}
     context, scores = score({"recipe": "ems", "scorer": options})
     for row, layer, head in each_head():
         num_sinks, num_entries = int(context.num_protected[row]), int(context.num_entries[row])
@@ -94,10 +105,14 @@ def test_ems_by_quantiles_keeps_what_each_order_claims_first():
         norms = values.norm(dim=-1)
         units = keys / keys.norm(dim=-1, keepdim=True)
         mean = units.mean(0) / units.mean(0).norm()
+        stands_out = in_deviations((1 - units @ mean) * norms, num_sinks)
+        if context.is_untouched[row]:
+            leverage = key_leverage(context)[layer, row, head, :num_entries]
+            stands_out += 0.7 * in_deviations(leverage, num_sinks)
         orders = (
             (forward_maximum(window * norms, 3), 0.5, 3),
             (accumulated_so_far(context, row, layer, head), 0.3, 0),
-            (forward_maximum((1 - units @ mean) * norms, 5), 0.2, 0),
+            (mean_of_neighbours(stands_out, 5), 0.2, 0),
         )
         claims = torch.full((num_entries,), torch.inf)
         for values, share, first in orders:

@@ -20,6 +20,7 @@ from ems_vllm.config import load_config, recipes
 from ems_vllm.policies import context as context_module
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
+from ems_vllm.policies.rotation import Rotation
 
 BLOCK_SIZE = 16
 OPERATORS = ("score_window", "select_entries", "assign_classes", "merge_compact")
@@ -94,6 +95,8 @@ def meta_context(
             ring_rows=row,
             num_queries=row,
             end_positions=row,
+            is_untouched=torch.empty(num_rows, dtype=torch.bool),
+            rotations=[Rotation(torch.empty(num_entries, head_size), is_neox=True)] * num_layers,
         )
 
 

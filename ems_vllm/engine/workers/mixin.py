@@ -36,6 +36,7 @@ from ems_vllm.engine.layer_choice import LayerChoice, choose_layers, mixed_layer
 from ems_vllm.engine.memory import Footprint
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.progress_log import ProgressLog
+from ems_vllm.engine.rope import rotations
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
 from ems_vllm.policies.policy import Policy
 
@@ -208,6 +209,7 @@ class CompressionWorkerMixin(_Base):
             obs_window=self._compression_config.obs_window,
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
+            rotations=rotations(self.model_runner.get_model(), [layers[name] for name in owners]),
             # Sleep mode frees what is in this pool, and discards it as it does the cache.
             pool=self._maybe_get_memory_pool_context("kv_cache"),
         )

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,9 @@ from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, laye
 from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
+from ems_vllm.eval.reference.rope import rotation_of
 from ems_vllm.policies.policy import Policy
+from ems_vllm.policies.rotation import Rotation
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
@@ -59,6 +62,11 @@ class ReferenceModel:
             head_size=attention.head_dim,
             itemsize=model.dtype.itemsize,
         )
+
+    @cached_property
+    def rotation(self) -> Rotation | None:
+        """RoPE of the compressed layers."""
+        return rotation_of(self.model, self.compressed_layers[0])
 
     @classmethod
     def load(
@@ -128,12 +136,9 @@ class ReferenceModel:
         """
         plan = self.plan(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
-        return ReferenceRequest(
-            self.model,
-            RequestSettings(plan, policy, config.obs_window, self.scale),
-            prompt,
-            cache_format or prompt.cache.cache_format,
-        )
+        settings = RequestSettings(plan, policy, config.obs_window, self.scale, self.rotation)
+        stored_as = cache_format or prompt.cache.cache_format
+        return ReferenceRequest(self.model, settings, prompt, stored_as)
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:

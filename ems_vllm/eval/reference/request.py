@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
     from ems_vllm.eval.reference.prefill import Prefilled
     from ems_vllm.eval.reference.quantised import CacheFormat
+    from ems_vllm.policies.rotation import Rotation
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,14 @@ class RequestSettings:
         policy: Which entries stay.
         obs_window: Last queries that score.
         scale: Softmax scale of the model.
+        rotation: RoPE of the compressed layers; None for none.
     """
 
     plan: CompressionPlan
     policy: Policy
     obs_window: int
     scale: float
+    rotation: Rotation | None = None
 
 
 class ReferenceRequest:
@@ -190,6 +193,8 @@ class ReferenceRequest:
             ring_rows=row(0),
             num_queries=row(queries.shape[1]),
             end_positions=row(self._num_processed),
+            is_untouched=row(self._first == 0).bool(),
+            rotations=[settings.rotation] * len(self._layers),
         )
 
     def _paged_scores(self) -> torch.Tensor | None:

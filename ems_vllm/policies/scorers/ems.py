@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from ems_vllm.policies.alignment import Order, by_quantile
+from ems_vllm.policies.alignment import Order, by_quantile, deviation
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
 from ems_vllm.policies.context import SLICE_BYTES
+from ems_vllm.policies.leverage import key_leverage
 from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
@@ -36,12 +37,16 @@ class EMSScorer(Scorer):
     `alignment: quantile` (ours) aligns ranks instead of means (alignment.by_quantile), so that each
     order fills its share of the budget:
 
-        local     pooled(recent attention * |v|)      what the end of the prompt asks for
-        global    accumulated attention               what running text needs
-        keys      pooled((1 - cos(k, mean k)) * |v|)  what stands out, whatever is asked later
+        local     pooled(recent attention * |v|)             what the end of the prompt asks for
+        global    accumulated attention                      what running text needs
+        keys      mean of neighbours(leverage + distinctness * |v|)    what stands out, and may be
+                                                             asked for whatever comes later
 
     The value's norm says how much an entry can change an output (Guo et al. 2024, VATP,
-    arXiv:2406.12335). The third order is KeyDiff's (Park et al. 2025, arXiv:2504.15364).
+    arXiv:2406.12335). Leverage of keys before RoPE is Compactor's (Chari & Van Durme 2025,
+    arXiv:2507.08143), distinctness, 1 - cos(k, mean k), KeyDiff's (Park et al. 2025,
+    arXiv:2504.15364). Adding them up, each in its standard deviations, and averaging over
+    neighbours, because what belongs together is of use together, is ours.
 
     Query heads of a kv_head are averaged (ours). At a recompression while decoding, the carried
     global score of an entry grows by the attention of the recorded queries, which count for all
@@ -53,21 +58,24 @@ class EMSScorer(Scorer):
     alignment: Literal["quantile", "mean"] = "quantile"
     """How the orders get one measure: by their ranks (ours), or by their means."""
 
-    local_share: _Share = 0.4
+    local_share: _Share = 0.1
     """Part of the budget that recent attention fills; quantile alignment only."""
 
-    key_share: _Share = 0.3
-    """Part that distinct keys fill; accumulated attention has the rest; quantile alignment only."""
+    key_share: _Share = 0.6
+    """Part that keys fill; accumulated attention has the rest; quantile alignment only."""
 
-    local_first: Annotated[int, Field(ge=0, le=4096)] = 26
+    local_first: Annotated[int, Field(ge=0, le=4096)] = 52
     """Entries that recent attention fills before the others have their share: a tight budget keeps
-    what the question asks for. Two spans of the pooling; quantile alignment only."""
+    what the question asks for. Four spans of the pooling; quantile alignment only."""
 
     kernel_size: _Width = 13
     """Width of the pooling of recent attention over neighbours, odd; 1 switches it off."""
 
     key_kernel_size: _Width = 5
-    """Width of the pooling of distinct keys; quantile alignment only."""
+    """Width of the mean over neighbours of what keys say, odd; quantile alignment only."""
+
+    leverage_weight: Annotated[float, Field(ge=0, le=100)] = 1.0
+    """Weight of leverage, beside 1 of distinctness; quantile alignment only."""
 
     pooling: Pooling = "forward"
     """How: avg, max, or forward, the maximum over an entry and those before it (ours)."""
@@ -130,9 +138,21 @@ class EMSScorer(Scorer):
         if global_share:
             yield Order(carry, global_share)
         if self.key_share:
-            keys = norms.mul_(context.key_distinctness()).masked_fill_(~context.is_entry, 0.0)
-            keys = pool(keys, context.is_entry, self.key_kernel_size, self.pooling)
+            keys = self._keys(context, norms)
+            keys = pool(keys, context.is_entry, self.key_kernel_size, "avg")
             yield Order(keys, self.key_share)
+
+    def _keys(self, context: CompactionContext, norms: Tensor) -> Tensor:
+        """What keys say of entries; `norms` are overwritten."""
+        keys = norms.mul_(context.key_distinctness()).masked_fill_(~context.is_entry, 0.0)
+        if self.leverage_weight:
+            keys.div_(deviation(keys, context.is_eligible))
+            leverage = key_leverage(context).masked_fill_(~context.is_entry, 0.0)
+            # Positions that are not known leave RoPE in the keys, which then says more than they.
+            leverage.masked_fill_(~context.is_untouched[:, None, None], 0.0)
+            weight = self.leverage_weight / deviation(leverage, context.is_eligible)
+            keys.addcmul_(leverage, weight)
+        return keys
 
 
 def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:
