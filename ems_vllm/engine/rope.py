@@ -30,7 +30,13 @@ def rotations(model: nn.Module, layers: Sequence[nn.Module]) -> list[Rotation | 
     for module in model.modules():
         children = list(module.children())
         rotary = next((c for c in children if isinstance(c, RotaryEmbeddingBase)), None)
-        if rotary is not None:
+        if rotary is not None and _is_usual(rotary):
             rotation = Rotation(rotary.cos_sin_cache, rotary.is_neox_style)
             found |= {id(child): rotation for child in children if id(child) in wanted}
     return [found.get(id(layer)) for layer in layers]
+
+
+def _is_usual(rotary: RotaryEmbeddingBase) -> bool:
+    """Whether all kv_heads turn alike, by one angle for each pair of dimensions."""
+    table = getattr(rotary, "cos_sin_cache", None)
+    return table is not None and table.dim() == 2 and table.shape[1] == rotary.rotary_dim
