@@ -171,7 +171,8 @@ def test_float8_queries_are_scaled_back(recipe):
     found = []
     for scales in (ONES, QUERY_POWERS):
         with scaled(scales, float8_queries=True):
-            found.append(answers(settings(recipe)))
+            # What is merged may be subnormal at one scale, and rounded, and not at another.
+            found.append(answers({**settings(recipe), "merger": "none"}))
     assert found[0] == found[1]
 
 
