@@ -235,11 +235,11 @@ class CompactionContext:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
             entries.
         """
-        return self.each(self.key_cache, lambda at, keys: _norms(keys))
+        return self._each(self.key_cache, lambda at, keys: _norms(keys))
 
     def value_norms(self) -> Tensor:
         """Euclidean norms of the entries' values, as stored; like key_norms."""
-        return self.each(self.value_cache, lambda at, values: _norms(values))
+        return self._each(self.value_cache, lambda at, values: _norms(values))
 
     def key_distinctness(self) -> Tensor:
         """How little an entry's key resembles the other keys of its kv_head.
@@ -265,14 +265,14 @@ class CompactionContext:
             layer, rows, _ = at
             return (_units(keys) @ means[layer, rows, None, :, :, None]).squeeze(-1)
 
-        return self.each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
+        return self._each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
 
     def new_entries(self) -> Tensor:
         """Like new_scores, in whole columns: what slices are written to."""
         shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.num_columns)
         return torch.empty((*shape, self.block_size), device=self.device)
 
-    def each(self, cache: Tensor, value_of: Callable[[Place, Tensor], Tensor]) -> Tensor:
+    def _each(self, cache: Tensor, value_of: Callable[[Place, Tensor], Tensor]) -> Tensor:
         """One number for each entry, from its key or value, in the shape of a score.
 
         Args:

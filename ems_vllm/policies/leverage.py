@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Of the mean diagonal, added to the diagonal (ours): some directions hold nothing but rounding.
 _RIDGE = 1e-2
-# Of the size of a slice: 8 while it is turned back, centred, and made white. Twice as
-# many leave half of SLICE_BYTES for products and factors.
+# Of the size of a slice: 8 while it is turned back, centred, and made white. Twice as many leave
+# half of SLICE_BYTES for products and factors.
 _NUM_FLOATS = 16
 # Where all keys are the same, any number that can be divided by.
 _TINY = 1e-20

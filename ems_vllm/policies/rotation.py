@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary position embedding of the layers that are compressed together.
+    """Rotary position embedding of a layer.
 
     Paper: Su et al. 2021, RoFormer, arXiv:2104.09864.
 
