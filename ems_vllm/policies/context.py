@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
+from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from ems_vllm import ops
+from ems_vllm.policies.parts import Part, gather
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,13 +24,10 @@ if TYPE_CHECKING:
 # Keys or values that are gathered at a time, with what is made of them.
 SLICE_BYTES = 32 << 20
 
-# Below any mean square of real logits.
+# Below any mean square of real logits, and any length of real keys.
 _EPS = 1e-12
 
 _ALL = slice(None)
-
-# Layer, rows and columns of a slice.
-Place = tuple[int, slice, slice]
 
 
 @dataclass(frozen=True)
@@ -235,11 +234,18 @@ class CompactionContext:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
             entries.
         """
-        return self._each(self.key_cache, lambda at, keys: _norms(keys))
+        return self._norms(self.key_cache)
 
     def value_norms(self) -> Tensor:
         """Euclidean norms of the entries' values, as stored; like key_norms."""
-        return self._each(self.value_cache, lambda at, values: _norms(values))
+        return self._norms(self.value_cache)
+
+    def _norms(self, cache: Tensor) -> Tensor:
+        found = self.new_entries()
+        for part in self.parts(cache):
+            for entries, vectors in part:
+                found[part.layers, part.rows, :, entries] = vector_norm(vectors, dim=-1)
+        return found[..., : self.max_entries]
 
     def key_distinctness(self) -> Tensor:
         """How little an entry's key resembles the other keys of its kv_head.
@@ -251,71 +257,67 @@ class CompactionContext:
             [num_layers, num_rows, num_kv_heads, max_entries], float32, in [0, 2]; anything beyond
             a row's entries.
         """
-        slots = torch.arange(self.num_columns * self.block_size, device=self.block_table.device)
-        is_entry = (slots < self.num_entries[:, None]).view(self.num_rows, self.num_columns, -1)
-        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.key_cache.shape[-1])
-        means = torch.zeros(shape, device=slots.device)
-        for (layer, rows, columns), keys in self.slices(self.key_cache):
-            is_key = is_entry[rows, columns, None, :, None]
-            # No product: a slot that holds no entry may hold anything, NaN included.
-            means[layer, rows] += _units(keys).masked_fill_(~is_key, 0.0).sum((1, 3))
-        means = normalize(means, dim=-1)
-
-        def cosines(at: Place, keys: Tensor) -> Tensor:
-            layer, rows, _ = at
-            return (_units(keys) @ means[layer, rows, None, :, :, None]).squeeze(-1)
-
-        return self._each(self.key_cache, cosines).neg_().add_(1).clamp_(min=0)
+        cache, cosines = self.key_cache, self.new_entries()
+        for part in self.parts(cache):
+            part = part.made_into(partial(self.clear_gaps, part.rows))
+            # A row vector each: products of many columns with one are slow on a CPU.
+            shape = (*part.shape, self.num_kv_heads, 1, cache.shape[-1])
+            mean = torch.zeros(shape, device=self.device)
+            for _, keys in part:
+                mean += _reciprocals(keys) @ keys
+            mean = normalize(mean, dim=-1)
+            for entries, keys in part:
+                cosine = (mean @ keys.mT).mul_(_reciprocals(keys)).squeeze(-2)
+                cosines[part.layers, part.rows, :, entries] = cosine
+        return cosines.neg_().add_(1).clamp_(min=0)[..., : self.max_entries]
 
     def new_entries(self) -> Tensor:
-        """Like new_scores, in whole columns: what slices are written to."""
-        shape = (self.num_layers, self.num_rows, self.num_kv_heads, self.num_columns)
-        return torch.empty((*shape, self.block_size), device=self.device)
-
-    def _each(self, cache: Tensor, value_of: Callable[[Place, Tensor], Tensor]) -> Tensor:
-        """One number for each entry, from its key or value, in the shape of a score.
-
-        Args:
-            value_of: [rows, columns, num_kv_heads, block_size], float32, of what slices yields.
-        """
-        found = self.new_entries()
-        for at, vectors in self.slices(cache):
-            layer, rows, columns = at
-            found[layer, rows, :, columns] = value_of(at, vectors).transpose(1, 2)
-        return found.flatten(3)[..., : self.max_entries]
+        """Like new_scores, in whole columns: what parts are written to."""
+        shape = (self.num_layers, self.num_rows, self.num_kv_heads)
+        return torch.empty((*shape, self.num_columns * self.block_size), device=self.device)
 
     @property
     def num_columns(self) -> int:
         """Columns that hold entries to choose from, in the longest row."""
         return -(-self.max_entries // self.block_size)
 
-    def slices(
-        self, cache: Tensor, *, layers: slice = _ALL, rows: slice = _ALL, num_floats: int = 2
-    ) -> Iterator[tuple[Place, Tensor]]:
+    def parts(
+        self, cache: Tensor, *, layers: slice = _ALL, num_floats: int = 2, pair_bytes: int = 0
+    ) -> Iterator[Part]:
         """All entries' keys or values, as many at a time as `SLICE_BYTES` allow.
 
         Args:
             cache: key_cache or value_cache.
-            layers, rows: Of these.
-            num_floats: Float32 tensors of the same shape that the caller makes of what it gets.
-
-        Yields:
-            Layer, rows and columns, and [rows, columns, num_kv_heads, block_size, head_size], in
-            the cache's dtype, or bfloat16 for a float8 one.
+            layers: Of these.
+            num_floats: Float32 tensors of the same shape that are there beside a part's vectors:
+                those that the caller holds while the next are made, and what it makes of them.
+            pair_bytes: What else the caller needs for each layer and row.
         """
-        num_numbers = math.prod(cache.shape[2:])
-        # Beside what is gathered: a float8 in bfloat16.
-        num_blocks = max(1, SLICE_BYTES // (num_numbers * (cache.itemsize + 2 + 4 * num_floats)))
-        num_columns = min(self.num_columns, num_blocks)
-        num_rows = min(self.num_rows, max(1, num_blocks // num_columns))
-        first_row, last_row, _ = rows.indices(self.num_rows)
-        for layer in range(*layers.indices(self.num_layers)):
-            for row in range(first_row, last_row, num_rows):
-                some = slice(row, min(row + num_rows, last_row))
-                for column in range(0, self.num_columns, num_columns):
-                    columns = slice(column, min(column + num_columns, self.num_columns))
-                    blocks = self.block_table[some, columns].long()
-                    yield (layer, some, columns), computable(cache[layer, blocks])
+        block_bytes = math.prod(cache.shape[2:]) * (cache.itemsize + 4 * (1 + num_floats))
+        max_pairs = max(1, SLICE_BYTES // (pair_bytes + self.num_columns * block_bytes))
+        num_columns = min(self.num_columns, max(1, (SLICE_BYTES - pair_bytes) // block_bytes))
+        num_rows = min(self.num_rows, max_pairs)
+        first, last, _ = layers.indices(self.num_layers)
+        size = self.block_size
+        entries = list(_steps(0, self.num_columns * size, num_columns * size))
+        for some_layers in _steps(first, last, max_pairs // num_rows):
+            for rows in _steps(0, self.num_rows, num_rows):
+                vectors_of = partial(self._vectors, cache[some_layers], rows)
+                yield Part(some_layers, rows, entries, vectors_of)
+
+    def _vectors(self, cache: Tensor, rows: slice, entries: slice) -> Tensor:
+        size = self.block_size
+        return gather(cache, self.block_table[rows, entries.start // size : entries.stop // size])
+
+    def clear_gaps(self, rows: slice, entries: slice, vectors: Tensor) -> Tensor:
+        """`vectors` of a part, in place, with 0 where a row has no such entry."""
+        # A row by itself is as long as the longest.
+        if self.num_rows == 1 and self.max_entries == self.num_columns * self.block_size:
+            return vectors
+        at = torch.arange(entries.start, entries.stop, device=self.device)
+        is_gap = at >= self.num_entries[rows, None]
+        # No product: a slot that holds no entry may hold anything, NaN included.
+        return vectors.masked_fill_(is_gap[:, None, :, None], 0.0)
 
 
 def _key_of_one(queries: Tensor, scale: float) -> Tensor:
@@ -333,16 +335,12 @@ def _key_of_one(queries: Tensor, scale: float) -> Tensor:
     return direction * length[..., None]
 
 
-def _norms(vectors: Tensor) -> Tensor:
-    """Over the last dimension, float32."""
-    return torch.linalg.vector_norm(vectors, dim=-1, dtype=torch.float32)
+def _reciprocals(vectors: Tensor) -> Tensor:
+    """[..., 1, num_vectors]: 1 over the lengths of [..., num_vectors, head_size]; finite."""
+    return vector_norm(vectors, dim=-1).clamp_(min=_EPS).reciprocal_()[..., None, :]
 
 
-def _units(vectors: Tensor) -> Tensor:
-    """Directions over the last dimension, float32; 0 for a vector of length 0."""
-    return normalize(vectors.float(), dim=-1)
-
-
-def computable(vectors: Tensor) -> Tensor:
-    """torch computes nothing in float8; bfloat16 holds every number of it."""
-    return vectors.to(torch.bfloat16) if vectors.dtype == torch.float8_e4m3fn else vectors
+def _steps(start: int, stop: int, step: int) -> Iterator[slice]:
+    """From start to stop, the last one shorter."""
+    for at in range(start, stop, step):
+        yield slice(at, min(at + step, stop))

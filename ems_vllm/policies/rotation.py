@@ -6,8 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -39,14 +37,17 @@ class Rotation:
             Like keys.
         """
         cos, sin = self.cos_sin[positions].float().chunk(2, dim=-1)
-        num_known, half = cos.shape
-        back = torch.empty_like(keys)
-        back[..., 2 * half :] = keys[..., 2 * half :]
+        num_known = len(cos)
+        # Of every dimension, so that one product goes through all of them.
+        factors = keys.new_ones(keys.shape[-2:])
+        for part in self._halves(factors[:num_known]):
+            part.copy_(cos)
+        back = keys * factors
+        first, second = self._halves(keys[..., :num_known, :])
+        into_first, into_second = self._halves(back[..., :num_known, :])
+        into_first.addcmul_(second, sin)
+        into_second.addcmul_(first, sin, value=-1)
         back[..., num_known:, :] = 0.0
-        first, second = (part[..., :num_known, :] for part in self._halves(keys))
-        into_first, into_second = (part[..., :num_known, :] for part in self._halves(back))
-        torch.mul(first, cos, out=into_first).addcmul_(second, sin)
-        torch.mul(second, cos, out=into_second).addcmul_(first, sin, value=-1)
         return back
 
     def _halves(self, keys: Tensor) -> tuple[Tensor, Tensor]:
