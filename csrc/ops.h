@@ -20,7 +20,8 @@ void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& b
 void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
                   const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,
                   const Tensor& live_lens, const Tensor& num_entries, double scale,
-                  const Tensor& scores, const std::optional<Tensor>& key_scales);
+                  const Tensor& scores, const std::optional<Tensor>& key_scales,
+                  const std::optional<Tensor>& peaks);
 
 void record_queries(const Tensor& query, const Tensor& ring_slots, const Tensor& ring);
 

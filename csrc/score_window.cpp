@@ -9,7 +9,8 @@ namespace ems {
 void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num_queries,
                   const Tensor& end_positions, const Tensor& key_cache, const Tensor& block_table,
                   const Tensor& live_lens, const Tensor& num_entries, double scale,
-                  const Tensor& scores, const std::optional<Tensor>& key_scales) {
+                  const Tensor& scores, const std::optional<Tensor>& key_scales,
+                  const std::optional<Tensor>& peaks) {
   const ArgumentChecks checks("score_window", ring);
   ScoreWindowParams p{};
   p.dtype = checks.float_dtype("ring", ring);
@@ -42,6 +43,11 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   }
   p.scores = checks.head_rows<float>("scores", scores, ScalarType::Float, p.num_layers, p.num_rows,
                                      p.num_kv_heads);
+  if (peaks.has_value()) {
+    p.peaks = checks.head_rows<float>("peaks", *peaks, ScalarType::Float, p.num_layers, p.num_rows,
+                                      p.num_kv_heads);
+    checks.same_length("peaks", *peaks, "scores", scores);
+  }
   on_device(
       checks, [&] { cpu::score_window(p); },
       [&](const cuda::Queue& queue) { cuda::score_window(p, queue); });

@@ -25,7 +25,7 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   m.def(
       "score_window(Tensor ring, Tensor ring_rows, Tensor num_queries, Tensor end_positions, "
       "Tensor key_cache, Tensor block_table, Tensor live_lens, Tensor num_entries, float scale, "
-      "Tensor(a!) scores, Tensor? key_scales=None) -> ()");
+      "Tensor(a!) scores, Tensor? key_scales=None, Tensor(b!)? peaks=None) -> ()");
 
   // Copies queries into the ring of the last queries.
   m.def("record_queries(Tensor query, Tensor ring_slots, Tensor(a!) ring) -> ()");

@@ -67,8 +67,10 @@ def score_window(
     num_entries: torch.Tensor,
     scale: float,
     scores: torch.Tensor,
+    key_scales: None,
+    peaks: torch.Tensor,
 ) -> None:
-    """With a full window that ends at the last entry."""
+    """With a full window that ends at the last entry, and keys as they are stored."""
     window, length = ring.shape[2], scores.shape[3]
     num_kv_heads = scores.shape[2]
     keys = _entries(key_cache, block_table)[..., :length, :]
@@ -80,7 +82,9 @@ def score_window(
     logits = (queries.flatten(3, 4) @ keys.transpose(3, 4)).float().mul_(scale)
     hidden = torch.arange(length, device=ring.device) >= length - ages[:, None]
     logits.unflatten(3, (group, -1)).masked_fill_(hidden, float("-inf"))
-    scores.copy_(logits.softmax(-1).sum(3) / group)
+    attention = logits.softmax(-1)
+    scores.copy_(attention.sum(3) / group)
+    peaks.copy_(attention.amax(3))
 
 
 def record_queries(query: torch.Tensor, ring_slots: torch.Tensor, ring: torch.Tensor) -> None:

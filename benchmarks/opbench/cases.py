@@ -88,7 +88,8 @@ def window_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple:
     window = filled(shape, min(OBS_WINDOW, shape.length))
     heads = (model.num_layers, shape.num_rows, model.num_kv_heads)
     scores = torch.rand(*heads, shape.length, device=shape.device)
-    return ring, rows, window, length, key, table, length, length, shape.scale, scores
+    peaks = torch.empty_like(scores)
+    return ring, rows, window, length, key, table, length, length, shape.scale, scores, None, peaks
 
 
 @dataclass
@@ -181,7 +182,7 @@ def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:
             "ems_vllm": lambda: ops.score_window(*args),
             "pytorch": lambda: baselines.score_window(*args),
         },
-        keys * (head_size * shape.element_bytes + 4),
+        keys * (head_size * shape.element_bytes + 2 * 4),
         2.0 * keys * shape.group * OBS_WINDOW * head_size,
         ("attention, all layers", 0.01),
     )

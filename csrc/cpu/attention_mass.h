@@ -76,12 +76,14 @@ class KeyTiles {
     });
   }
 
-  // mass[j] += attention that the rows pay to key first() + j; mass has kMaxKeys elements.
+  // mass[j] += attention that the rows pay to key first() + j, and peaks[j], which may be null, is
+  // at least what each pays; both have kMaxKeys elements.
   void add_mass(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
-                float* mass) {
+                float* mass, float* peaks = nullptr) {
     for_tiles(rows, visible, num_rows,
               [&](int64_t start, int64_t row, int64_t count, float* logits) {
-                simd().add_mass(logits, visible_.data(), lse + row, count, mass + start);
+                simd().add_mass(logits, visible_.data(), lse + row, count, mass + start,
+                                peaks == nullptr ? nullptr : peaks + start);
               });
   }
 

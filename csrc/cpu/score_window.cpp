@@ -34,7 +34,9 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t num_entries = p.num_entries[row];
   float* scores = p.scores.at(layer, row, head);
+  float* peaks = p.peaks.data == nullptr ? nullptr : p.peaks.at(layer, row, head);
   std::fill(scores, scores + p.scores.length, 0.0f);
+  if (peaks != nullptr) std::fill(peaks, peaks + p.peaks.length, 0.0f);
 
   const int64_t num_queries = std::min(p.num_queries[row], p.live_lens[row]);
   const int64_t num_rows = num_queries * group;
@@ -70,13 +72,17 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
   simd().finish_softmax(states.data(), num_rows, lse.data());
 
   std::vector<float> mass(KeyTiles::kMaxKeys);
+  std::vector<float> most(peaks == nullptr ? 0 : KeyTiles::kMaxKeys);
   for (int64_t first = 0; first < num_entries; first += KeyTiles::kMaxKeys) {
     pack(first, num_entries);
     std::fill(mass.begin(), mass.end(), 0.0f);
-    keys.add_mass(rows.data(), visible.data(), lse.data(), num_rows, mass.data());
+    std::fill(most.begin(), most.end(), 0.0f);
+    keys.add_mass(rows.data(), visible.data(), lse.data(), num_rows, mass.data(),
+                  peaks == nullptr ? nullptr : most.data());
     for (int64_t j = 0; j < keys.count(); ++j) {
       scores[first + j] = mass[j] / static_cast<float>(group);
     }
+    if (peaks != nullptr) std::copy_n(most.begin(), keys.count(), peaks + first);
   }
 }
 

@@ -157,15 +157,33 @@ void finish_softmax(const SoftmaxState* states, int64_t num_rows, float* lse) {
   }
 }
 
-void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-              float* mass) {
+template <bool PEAKS>
+void add_mass_of(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+                 float* mass, float* peaks) {
   Vec sums[kVectors] = {};
+  Vec most[PEAKS ? kVectors : 1] = {};
   for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
     if (visible[i] <= 0) continue;
     hide(logits, visible[i]);
-    for (int64_t v = 0; v < kVectors; ++v) sums[v] += exp(((const Vec*)logits)[v] - lse[i]);
+    for (int64_t v = 0; v < kVectors; ++v) {
+      const Vec attention = exp(((const Vec*)logits)[v] - lse[i]);
+      sums[v] += attention;
+      if constexpr (PEAKS) most[v] = maximum(most[v], attention);
+    }
   }
-  for (int64_t v = 0; v < kVectors; ++v) ((Vec*)mass)[v] += sums[v];
+  for (int64_t v = 0; v < kVectors; ++v) {
+    ((Vec*)mass)[v] += sums[v];
+    if constexpr (PEAKS) ((Vec*)peaks)[v] = maximum(((Vec*)peaks)[v], most[v]);
+  }
+}
+
+void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+              float* mass, float* peaks) {
+  if (peaks == nullptr) {
+    add_mass_of<false>(logits, visible, lse, num_rows, mass, peaks);
+  } else {
+    add_mass_of<true>(logits, visible, lse, num_rows, mass, peaks);
+  }
 }
 
 void redundancy(float* key_cos, const float* value_cos, int64_t num_rows, float* maxima) {

@@ -115,6 +115,7 @@ def score_window(
     scale: float,
     scores: torch.Tensor,
     key_scales: torch.Tensor | None = None,
+    peaks: torch.Tensor | None = None,
 ) -> None:
     """Score entries by the attention of the last queries, which a ring buffer holds.
 
@@ -139,8 +140,10 @@ def score_window(
         scores: [num_layers, num_rows, num_kv_heads, max_entries], float32 - higher is kept.
         key_scales: [num_layers], float32, or None - what stored keys are multiplied with; 1 each
             where None.
+        peaks: like scores, or None - the most attention that an entry receives from a single query
+            of a single query head (ours).
     Mutates:
-        scores: all of it; 0 beyond num_entries.
+        scores, peaks: all of them; 0 beyond num_entries.
     Raises:
         RuntimeError: a shape, dtype, device or stride is not as above; on the CPU also when an
             index or a length is out of range.
@@ -158,6 +161,7 @@ def score_window(
         scale,
         scores,
         key_scales,
+        peaks,
     )
 
 

@@ -168,8 +168,11 @@ class CompactionContext:
         # No product: an unscored slot may hold anything, NaN included.
         return gathered.masked_fill_(is_unscored, 0.0)
 
-    def window_scores(self) -> Tensor:
+    def window_scores(self, peaks: Tensor | None = None) -> Tensor:
         """Attention of the recorded queries, summed over them.
+
+        Args:
+            peaks: Like the result; becomes the most that one of them pays, in one query head.
 
         Returns:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 beyond a row's entries.
@@ -188,6 +191,7 @@ class CompactionContext:
             self.scale,
             scores,
             self.key_scales,
+            peaks,
         )
         return scores
 

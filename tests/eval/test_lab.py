@@ -135,7 +135,7 @@ def test_what_is_measured_again(monkeypatch):
         return cells([variant], configs, sizes, errors)[0].digest
 
     known = digest()
-    assert digest(scorer={"local_first": 52}) == known
+    assert digest(scorer={"local_first": 26}) == known
     assert digest(scorer={"local_first": 13}) != known
     assert digest("128") != known
     assert digest("4x") != known

@@ -28,6 +28,7 @@ class Case:
     scale: float
     max_entries: int
     key_scales: torch.Tensor | None = None
+    peaks_length: int | None = None
 
     def args(self) -> tuple:
         num_layers, _, num_kv_heads = self.cache.key.shape[:3]
@@ -44,12 +45,14 @@ class Case:
             self.scale,
             torch.full(shape, float("nan")),
             self.key_scales,
+            torch.full((*shape[:3], self.peaks_length or self.max_entries), float("nan")),
         )
 
-    def run(self, score_window) -> torch.Tensor:
+    def run(self, score_window) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and peaks."""
         args = self.args()
         score_window(*args)
-        return args[-2]
+        return args[-3], args[-1]
 
 
 def make_case(
@@ -99,7 +102,10 @@ def make_case(
 
 
 def check(case: Case) -> None:
-    assert_close(case.run(ops.score_window), case.run(reference.score_window), "scores")
+    for found, expected in zip(
+        case.run(ops.score_window), case.run(reference.score_window), strict=True
+    ):
+        assert_close(found, expected, "scores")
 
 
 LENGTHS = [1, 15, 16, 17, 63, 129, 1000]
@@ -143,9 +149,21 @@ def test_any_batch(data):
 
 
 def test_a_query_pays_one_unit_of_attention():
-    scores = make_case([(129, 5, 129)], group=4).run(ops.score_window)
+    scores, _ = make_case([(129, 5, 129)], group=4).run(ops.score_window)
     total = scores.sum(dim=-1)
     assert_close(total, torch.full_like(total, 5.0), "scores")
+
+
+def test_of_a_single_query_the_peak_is_the_score():
+    scores, peaks = make_case([(129, 1, 129)], group=1).run(ops.score_window)
+    assert_close(peaks, scores, "scores")
+
+
+def test_scores_are_the_same_without_peaks():
+    case = make_case(ROWS, dtype=torch.bfloat16)
+    args = case.args()
+    ops.score_window(*args[:-1])
+    assert_bitwise(args[-3], case.run(ops.score_window)[0])
 
 
 @pytest.mark.cpu_only
@@ -156,7 +174,8 @@ def test_result_does_not_depend_on_the_number_of_threads():
         torch.set_num_threads(1)
         expected = case.run(ops.score_window)
         torch.set_num_threads(3)
-        assert_bitwise(case.run(ops.score_window), expected)
+        for found, first in zip(case.run(ops.score_window), expected, strict=True):
+            assert_bitwise(found, first)
     finally:
         torch.set_num_threads(num_threads)
 
@@ -176,6 +195,7 @@ def test_opcheck():
         ({"live_lens": [65]}, r"live_lens\[0\] must be in 0\.\.64, got 65"),
         ({"num_entries": [41], "max_entries": 60}, r"num_entries\[0\] must be in 0\.\.40, got 41"),
         ({"max_entries": 20}, r"num_entries\[0\] must be in 0\.\.20, got 30"),
+        ({"peaks_length": 20}, r"peaks must be as long as scores \(33\), got 20"),
         ({"ring_rows": [3]}, r"ring_rows\[0\] must be in 0\.\.2, got 3"),
         ({"ring_rows": [0, 1]}, r"ring_rows must have shape \[1\], got \[2\]"),
         ({"ring": torch.zeros(1, 3, 8, 4, 64)}, r"key_cache must have shape \[1, \*, \*, \*, 64\]"),

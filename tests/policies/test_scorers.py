@@ -25,18 +25,23 @@ ROWS = (
 )
 
 
-def window_attention(context, row, layer, kv_head):
-    """[num_entries]: softmax attention of the recorded queries, summed; mean over the group."""
+def window_attention(context, row, layer, kv_head, peak=False):
+    """[num_entries]: softmax attention of the recorded queries, summed; mean over the group.
+
+    With `peak` the most that one of them pays, in one query head.
+    """
     keys = entries(context.key_cache, context, row)[layer, kv_head]
     num_queries, end = int(context.num_queries[row]), int(context.end_positions[row])
-    total = torch.zeros(len(keys))
+    total, most = torch.zeros(len(keys)), torch.zeros(len(keys))
     for age in range(num_queries):
         queries = context.query_ring[layer, row, (end - 1 - age) % WINDOW]
         for query in queries[kv_head * GROUP : (kv_head + 1) * GROUP]:
             logits = keys @ query * context.scale
             logits[len(keys) - age :] = -torch.inf
-            total += logits.softmax(0) / GROUP
-    return total[: int(context.num_entries[row])]
+            attention = logits.softmax(0)
+            total += attention / GROUP
+            most = torch.maximum(most, attention)
+    return (most if peak else total)[: int(context.num_entries[row])]
 
 
 def accumulated(context, row, layer, kv_head):
@@ -90,14 +95,16 @@ def test_ems_by_means_is_the_mean_aligned_maximum_of_an_entry_and_those_before()
         torch.testing.assert_close(scores.carry[layer, row, head, : len(carry)], carry)
 
 
-def test_ems_by_quantiles_keeps_what_each_order_claims_first():
+@pytest.mark.parametrize("local_by", ["peak", "sum"])
+def test_ems_by_quantiles_keeps_what_each_order_claims_first(local_by):
     """Entry by entry: the budget at which the first of the three orders wants it."""
     options = {"local_share": 0.5, "key_share": 0.2, "local_first": 3, "kernel_size": 3}
+    options |= {"local_by": local_by}
     options |= {"key_kernel_size": 5, "leverage_weight": 0.7}
     context, scores = score({"recipe": "ems", "scorer": options})
     for row, layer, head in each_head():
         num_sinks, num_entries = int(context.num_protected[row]), int(context.num_entries[row])
-        window = window_attention(context, row, layer, head)
+        recent = window_attention(context, row, layer, head, peak=local_by == "peak")
         keys, values = (
             entries(cache, context, row)[layer, head, :num_entries]
             for cache in (context.key_cache, context.value_cache)
@@ -110,8 +117,8 @@ def test_ems_by_quantiles_keeps_what_each_order_claims_first():
             leverage = key_leverage(context)[layer, row, head, :num_entries]
             stands_out += 0.7 * in_deviations(leverage, num_sinks)
         orders = (
-            (forward_maximum(window * norms, 3), 0.5, 3),
-            (accumulated_so_far(context, row, layer, head), 0.3, 0),
+            (forward_maximum(recent * norms, 3), 0.5, 3),
+            (accumulated_so_far(context, row, layer, head) * norms, 0.3, 0),
             (mean_of_neighbours(stands_out, 5), 0.2, 0),
         )
         claims = torch.full((num_entries,), torch.inf)

@@ -46,6 +46,41 @@ struct MassShape {
   static constexpr int kMinCtas = 2;
 };
 
+// Attention that a key receives. Of a lane at first, which sees some of the queries.
+struct Received {
+  float sum = 0;
+
+  EMS_DEVICE void add(float even, float odd) { sum += even + odd; }
+
+  // Of the four lanes that share a key.
+  EMS_DEVICE Received of_quad() const {
+    Received all = *this;
+    all.sum += device::shuffle_xor(all.sum, 1);
+    all.sum += device::shuffle_xor(all.sum, 2);
+    return all;
+  }
+};
+
+// The same, and the most from a single query.
+struct ReceivedAndPeak {
+  float sum = 0;
+  float peak = 0;
+
+  EMS_DEVICE void add(float even, float odd) {
+    sum += even + odd;
+    peak = fmaxf(peak, fmaxf(even, odd));
+  }
+
+  EMS_DEVICE ReceivedAndPeak of_quad() const {
+    ReceivedAndPeak all = *this;
+    for (int lanes = 1; lanes <= 2; lanes *= 2) {
+      all.sum += device::shuffle_xor(all.sum, lanes);
+      all.peak = fmaxf(all.peak, device::shuffle_xor(all.peak, lanes));
+    }
+    return all;
+  }
+};
+
 // Keys of one kv_head of one row.
 struct PagedKeys {
   PagedTensor cache;
@@ -75,8 +110,9 @@ struct MassShared {
   int32_t bounds[2];
 };
 
-// The staying vectors are keys first..first+kLeft-1; out(key, mass) takes what each receives.
-template <typename T, int HEAD_SIZE, typename C, typename QUERIES, typename OUT>
+// The staying vectors are keys first..first+kLeft-1; out(key, received) takes what each receives, a
+// RECEIVED.
+template <typename T, int HEAD_SIZE, typename C, typename RECEIVED, typename QUERIES, typename OUT>
 EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
                          int32_t first_key, int32_t num_keys, float scale, const float* lse,
                          const OUT& out) {
@@ -123,7 +159,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
     fetch(start);
   }
 
-  float mass[Shape::kLeftTiles][2] = {};
+  RECEIVED received[Shape::kLeftTiles][2] = {};
   LeftRows<T, HEAD_SIZE, Shape::kLeftTiles> left;
   Products<Shape::kLeftTiles, kRight> products;
   for (int32_t tile = start; tile < end; ++tile) {
@@ -157,7 +193,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
             if (key >= shared.visible[slot][column]) even = 0;
             if (key >= shared.visible[slot][column + 1]) odd = 0;
           }
-          mass[i][half] += even + odd;
+          received[i][half].add(even, odd);
         }
       }
     }
@@ -167,11 +203,9 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
   for (int i = 0; i < Shape::kLeftTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = mass[i][half];
-      sum += device::shuffle_xor(sum, 1);
-      sum += device::shuffle_xor(sum, 2);
+      const RECEIVED all = received[i][half].of_quad();
       const int32_t key = first_key + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
-      if (lane % 4 == 0 && key < num_keys) out(key, sum);
+      if (lane % 4 == 0 && key < num_keys) out(key, all);
     }
   }
 }

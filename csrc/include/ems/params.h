@@ -55,6 +55,7 @@ struct ScoreWindowParams {
   const int32_t* num_entries;  // [num_rows] int32
   const float* key_scales;     // [num_layers] float32, nullable
   HeadRows<float> scores;      // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  HeadRows<float> peaks;       // like scores; its data is nullable
 };
 
 struct RecordQueriesParams {

@@ -128,8 +128,10 @@ score_queries_kernel(ScoreQueriesParams p, const float* lse) {
   const int32_t num_keys = p.seq_lens[row];
   if (first_key >= num_keys) return;
   const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
-  add_mass<T, HEAD_SIZE, C>(ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data),
-                            keys, first_key, num_keys, p.scale, lse, AddToScore{p, row, kv_head});
+  const AddToScore add{p, row, kv_head};
+  add_mass<T, HEAD_SIZE, C, Received>(
+      ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data), keys, first_key, num_keys,
+      p.scale, lse, [&](int32_t key, const Received& received) { add(key, received.sum); });
 }
 
 // The same two for compute capability 9.0a. In code for other GPUs they are errors: an empty kernel

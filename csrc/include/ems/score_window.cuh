@@ -101,6 +101,16 @@ inline EMS_KERNEL(kCombineThreads, 1)
   partial[index] = maximum + device::log2_accurate(sum) * kLn2;
 }
 
+// What beyond its entries lies of keys first_key..first_key+NUM_KEYS-1.
+template <int NUM_KEYS, int NUM_THREADS>
+EMS_DEVICE void clear_beyond(int32_t num_entries, int32_t first_key, int64_t length,
+                             float* values) {
+  for (int32_t i = device::thread_index(); i < NUM_KEYS; i += NUM_THREADS) {
+    const int64_t entry = first_key + i;
+    if (entry >= num_entries && entry < length) values[entry] = 0;
+  }
+}
+
 // CTA (x, tile): item x, one tile of its keys. Also clears what lies beyond the entries.
 template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
@@ -111,17 +121,22 @@ score_window_kernel(ScoreWindowParams p, const float* lse) {
   const int32_t first_key = static_cast<int32_t>(device::cta_y()) * kLeft;
   const int32_t num_entries = p.num_entries[item.row];
   float* scores = p.scores.at(item.layer, item.row, item.head);
-  for (int32_t i = device::thread_index(); i < kLeft; i += MassShape<T, HEAD_SIZE>::kThreads) {
-    const int64_t entry = first_key + i;
-    if (entry >= num_entries && entry < p.scores.length) scores[entry] = 0;
+  float* peaks = p.peaks.data == nullptr ? nullptr : p.peaks.at(item.layer, item.row, item.head);
+  constexpr int kThreads = MassShape<T, HEAD_SIZE>::kThreads;
+  clear_beyond<kLeft, kThreads>(num_entries, first_key, p.scores.length, scores);
+  if (peaks != nullptr) {
+    clear_beyond<kLeft, kThreads>(num_entries, first_key, p.peaks.length, peaks);
   }
   if (first_key >= num_entries) return;
 
   const PagedKeys keys{p.key_cache, p.block_table, item.layer, item.row, item.head};
   const float factor = 1.0f / static_cast<float>(p.num_heads / p.num_kv_heads);
-  add_mass<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.ring.data), keys, first_key,
-                            num_entries, window_scale(p, item.layer), lse,
-                            [&](int32_t key, float mass) { scores[key] = mass * factor; });
+  add_mass<T, HEAD_SIZE, C, ReceivedAndPeak>(
+      queries, static_cast<const T*>(p.ring.data), keys, first_key, num_entries,
+      window_scale(p, item.layer), lse, [&](int32_t key, const ReceivedAndPeak& received) {
+        scores[key] = received.sum * factor;
+        if (peaks != nullptr) peaks[key] = received.peak;
+      });
 }
 
 }  // namespace ems

@@ -18,11 +18,14 @@ def score_window(
     scale: float,
     scores: torch.Tensor,
     key_scales: torch.Tensor | None = None,
+    peaks: torch.Tensor | None = None,
 ) -> None:
     """See ems_vllm.ops.score_window. Runs in float64."""
     num_layers, _, window = ring.shape[:3]
     num_kv_heads = key_cache.shape[2]
     scores.zero_()
+    if peaks is not None:
+        peaks.zero_()
     for layer in range(num_layers):
         for row in range(block_table.shape[0]):
             live_len, entries = int(live_lens[row]), int(num_entries[row])
@@ -37,6 +40,9 @@ def score_window(
                 query = ring[layer, int(ring_rows[row]), position % window].double()
                 query = query.unflatten(0, (num_kv_heads, -1))
                 logits = scale * torch.einsum("hgd,hjd->hgj", query, keys[:, :num_visible])
-                attention = logits.softmax(dim=-1).mean(dim=1)
                 covered = min(entries, num_visible)
-                scores[layer, row, :, :covered] += attention[:, :covered].float()
+                attention = logits.softmax(dim=-1)[..., :covered]
+                scores[layer, row, :, :covered] += attention.mean(dim=1).float()
+                if peaks is not None:
+                    most = peaks[layer, row, :, :covered]
+                    most.copy_(torch.maximum(most, attention.amax(dim=1).float()))

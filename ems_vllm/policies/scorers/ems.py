@@ -37,10 +37,13 @@ class EMSScorer(Scorer):
     `alignment: quantile` (ours) aligns ranks instead of means (alignment.by_quantile), so that each
     order fills its share of the budget:
 
-        local     pooled(recent attention * |v|)             what the end of the prompt asks for
-        global    accumulated attention                      what running text needs
+        local     pooled(peak of recent attention * |v|)     what the end of the prompt asks for
+        global    accumulated attention * |v|                what running text needs
         keys      mean of neighbours(leverage + distinctness * |v|)    what stands out, and may be
                                                              asked for whatever comes later
+
+    The peak is the most that one recorded query of one head pays (ours): a question asks for an
+    entry once, and the sum over the window prefers what every query looks at.
 
     The value's norm says how much an entry can change an output (Guo et al. 2024, VATP,
     arXiv:2406.12335). Leverage of keys before RoPE is Compactor's (Chari & Van Durme 2025,
@@ -64,9 +67,13 @@ class EMSScorer(Scorer):
     key_share: _Share = 0.6
     """Part that keys fill; accumulated attention has the rest; quantile alignment only."""
 
-    local_first: Annotated[int, Field(ge=0, le=4096)] = 52
+    local_first: Annotated[int, Field(ge=0, le=4096)] = 26
     """Entries that recent attention fills before the others have their share: a tight budget keeps
-    what the question asks for. Four spans of the pooling; quantile alignment only."""
+    what the question asks for. Two spans of the pooling; quantile alignment only."""
+
+    local_by: Literal["peak", "sum"] = "peak"
+    """What counts as recent attention: the most that an entry receives from one recorded query of
+    one head, or the sum over queries and mean over heads; quantile alignment only."""
 
     kernel_size: _Width = 13
     """Width of the pooling of recent attention over neighbours, odd; 1 switches it off."""
@@ -116,27 +123,30 @@ class EMSScorer(Scorer):
         return SLICE_BYTES if self.alignment == "quantile" else 0
 
     def score(self, context: CompactionContext) -> Scores:
-        window = context.window_scores()
+        peaks = context.new_scores() if self.alignment == "quantile" else None
+        window = context.window_scores(peaks)
         carry = context.accumulated_scores(window)
         mass = torch.maximum(carry * _mean_ratio(window, carry), window)
-        if self.alignment == "mean":
+        if peaks is None:
             weights = pool(mass, context.is_entry, self.kernel_size, self.pooling)
         else:
-            orders = self._orders(context, window, carry)
+            recent = window if self.local_by == "sum" else peaks
+            del window, peaks
+            orders = self._orders(context, recent, carry)
             weights = by_quantile(orders, context.is_eligible, context.is_entry)
         return Scores(weights, carry, mass)
 
-    def _orders(self, context: CompactionContext, window: Tensor, carry: Tensor) -> Iterator[Order]:
-        """One at a time, because each is as large as all scores."""
+    def _orders(self, context: CompactionContext, recent: Tensor, carry: Tensor) -> Iterator[Order]:
+        """One at a time, because each is as large as all scores; `recent` is overwritten."""
         # Without the rest that is left of two numbers like 0.7 and 0.3.
         global_share = round(1 - self.local_share - self.key_share, 9)
         norms = context.value_norms().masked_fill_(~context.is_entry, 0.0)
         if self.local_share:
-            local = pool(window.mul_(norms), context.is_entry, self.kernel_size, self.pooling)
+            local = pool(recent.mul_(norms), context.is_entry, self.kernel_size, self.pooling)
             yield Order(local, self.local_share, self.local_first)
             del local
         if global_share:
-            yield Order(carry, global_share)
+            yield Order(carry * norms, global_share)
         if self.key_share:
             keys = self._keys(context, norms)
             keys = pool(keys, context.is_entry, self.key_kernel_size, "avg")
