@@ -122,7 +122,11 @@ class Model:
         gold: list[tuple[float, ...]] | None = None
         if teacher_forced and prompt.gold_token_ids:
             num_new = decoder.num_new
-            gold = forced_logprobs(decoder, logits, prompt.gold_token_ids)
+            after_lead = logits
+            if prompt.lead_token_ids:
+                lead = [list(prompt.lead_token_ids)] * len(methods)
+                after_lead = decoder.extend(lead, logits_to_keep=1)[:, -1]
+            gold = forced_logprobs(decoder, after_lead, prompt.gold_token_ids)
             decoder.rewind(num_new)
         # What was to be written has been.
         rest = prompt.model_copy(update={"written_token_ids": ()})

@@ -44,6 +44,7 @@ class PromptLine(_Line):
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
     gold_token_ids: tuple[int, ...] = ()
+    lead_token_ids: tuple[int, ...] = ()
     written_token_ids: tuple[int, ...] = ()
     continuation_token_ids: tuple[int, ...] = ()
     continuation_bytes: int = 0
@@ -72,7 +73,7 @@ class AnswerLine(_Line):
             probabilities of its tokens.
         followed: For prompts that follow the full cache: how the engine's own full cache, which
             answered first, is followed.
-        gold_logprobs: Of a right answer's tokens, beside `output`: the same.
+        gold_logprobs: Of a right answer's tokens (after lead_token_ids), beside `output`: the same.
         prompt_tokens: Tokens that the engine processed before the answer.
         error: Why there is no answer; it scores 0.
     """

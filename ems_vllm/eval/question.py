@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ems_vllm.eval.protocol import FIRST, LATER, Protocol
@@ -60,11 +60,13 @@ class Writing:
         prompt: As the model sees it.
         token_ids: Of the prompt.
         written_token_ids: What follows once the prompt has been processed.
+        lead_token_ids: As in Sample.
     """
 
     prompt: str
     token_ids: tuple[int, ...]
     written_token_ids: tuple[int, ...] = ()
+    lead_token_ids: tuple[int, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -112,6 +114,14 @@ def writer(tokenizer: Tokenizer, *, in_template: bool = True) -> Writer:
     def write(question: Question, protocol: Protocol) -> Writing:
         prompt, written = texts(question, protocol)
         written_token_ids = tokenizer.encode_plain(written) if written else ()
-        return Writing(prompt, tuple(tokenizer.encode(prompt)), tuple(written_token_ids))
+        lead_token_ids: Sequence[int] = ()
+        if protocol == FIRST and question.answer_prefix:
+            lead_token_ids = tokenizer.encode_plain(f" {question.answer_prefix.strip()}")
+        return Writing(
+            prompt,
+            tuple(tokenizer.encode(prompt)),
+            tuple(written_token_ids),
+            tuple(lead_token_ids),
+        )
 
     return write

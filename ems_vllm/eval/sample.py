@@ -50,6 +50,8 @@ class Sample:
         protocol: Where the question stands.
         gold_token_ids: The first reference as the tokens that the model would write it with, for
             the loss of the right answer; empty where a task has no single right answer.
+        lead_token_ids: How a right answer begins that the prompt has not begun, before
+            gold_token_ids; where the protocol is "first", which ends in `Answer:` or the like.
         follows_full: The full cache's own greedy answer is the reference; it has to be made first.
     """
 
@@ -71,6 +73,7 @@ class Sample:
     natural_length: int | None = None
     protocol: Protocol = LAST
     gold_token_ids: tuple[int, ...] = ()
+    lead_token_ids: tuple[int, ...] = ()
     follows_full: bool = False
 
     @property

@@ -200,6 +200,11 @@ def test_only_tokens_that_a_compressed_cache_predicts_count():
     last = Forced.of(prompt_line(written_token_ids=(), gold_token_ids=(3, 4)))
     assert (last.fed, last.counted) == ((3,), (4,))
     assert Forced.of(prompt_line(written_token_ids=(), gold_token_ids=(3,))) is None
+    lead = {"lead_token_ids": (1, 2), "written_token_ids": ()}
+    first = Forced.of(prompt_line(gold_token_ids=(3, 4), **lead))
+    assert (first.fed, first.counted) == ((1, 2, 3), (3, 4))
+    text = Forced.of(prompt_line(continuation_token_ids=(3, 4), **lead))
+    assert (text.fed, text.counted) == ((3,), (4,))
     assert Forced.of(prompt_line(gold_token_ids=())) is None
 
 

@@ -99,6 +99,12 @@ def test_protocols_ask_the_same_about_the_same_document(tokenizer, name):
 def test_the_right_answer_as_tokens(tokenizer):
     sample = TASKS.get("niah")().sample(Key("niah", 900, 0, 0), tokenizer)
     assert tokenizer.decode(sample.gold_token_ids) == f" {sample.references[0]}"
+    assert sample.lead_token_ids == ()
+    first = TASKS.get("niah")().sample(Key("niah", 900, 0, 0, "first"), tokenizer)
+    # As the prompt of "last" ends, from which the same answer follows.
+    lead = tokenizer.decode(first.lead_token_ids)
+    assert len(lead.split()) > 1
+    assert sample.prompt.endswith(lead)
     pair = TASKS.get("kv_retrieval")().sample(Key("kv_retrieval", 900, 0, 0), tokenizer)
     assert tokenizer.decode(pair.gold_token_ids) == f' "{pair.references[0]}"'
 

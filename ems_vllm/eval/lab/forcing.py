@@ -43,7 +43,7 @@ class Forced:
     prompt and answer, the answer's first token is not one of them: the prompt itself predicts it.
 
     Attributes:
-        num_written: Tokens between prompt and answer.
+        num_written: Tokens between prompt and answer: a question, or how the answer begins.
         token_ids: These, then the answer.
     """
 
@@ -55,7 +55,9 @@ class Forced:
         """None where no token of a known answer is predicted by a compressed cache."""
         answer = prompt.continuation_token_ids or prompt.gold_token_ids
         # A continuation follows the prompt, as in reference.answer.
-        written = () if prompt.continuation_token_ids else prompt.written_token_ids
+        written = (*prompt.written_token_ids, *prompt.lead_token_ids)
+        if prompt.continuation_token_ids:
+            written = ()
         if not answer or len(written) + len(answer) < 2:
             return None
         return cls(len(written), (*written, *answer))

@@ -179,6 +179,7 @@ class Task(ABC):
             protocol=key.protocol,
             follows_full=self.follows_full,
             gold_token_ids=tuple(tokenizer.encode_plain(question.gold_text)),
+            lead_token_ids=writing.lead_token_ids,
         )
 
 

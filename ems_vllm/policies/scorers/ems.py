@@ -64,7 +64,7 @@ class EMSScorer(Scorer):
     local_share: _Share = 0.1
     """Part of the budget that recent attention fills; quantile alignment only."""
 
-    key_share: _Share = 0.6
+    key_share: _Share = 0.7
     """Part that keys fill; accumulated attention has the rest; quantile alignment only."""
 
     local_first: Annotated[int, Field(ge=0, le=4096)] = 26
