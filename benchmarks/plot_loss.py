@@ -54,7 +54,7 @@ def draw(result: dict[str, Any], peers: dict[str, Any]) -> plt.Figure:
                 linewidth=2.5 if focused else 1.2, label=label, zorder=3 if focused else 2,
             )  # fmt: skip
         for press, (label, color) in PEERS.items():
-            # Such as compactor-0.25; peers were not asked to continue text.
+            # Such as compactor-0.25.
             of_press = {
                 float(name.rpartition("-")[2]): mean(losses[group].values())
                 for name, losses in peers.items()
