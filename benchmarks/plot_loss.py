@@ -60,7 +60,7 @@ def draw(result: dict[str, Any], peers: dict[str, Any]) -> plt.Figure:
                 for name, losses in peers.items()
                 if name.rpartition("-")[0] == press and group in losses
             }
-            at = sorted(of_press)
+            at = [budget for budget in budgets if budget in of_press]
             line = [of_press[budget] for budget in at]
             axes.plot(at, line, "--", color=color, linewidth=1.2, marker=".", label=label)
         _label(axes, budgets, title)
