@@ -38,7 +38,7 @@ class EMSMerger(Merger):
     """Give a merged entry the attention that all its members received (ours); with scorers that
     record queries."""
 
-    similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.45
+    similarity_threshold: Annotated[float, Field(ge=0, le=1)] = 0.6
     """Smallest cos(K) * cos(V) that is merged; below it a candidate is dropped."""
 
     max_candidates_per_center: Annotated[int, Field(ge=1, le=16)] = 2
