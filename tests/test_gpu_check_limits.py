@@ -92,6 +92,8 @@ def test_stopping_whoever_waits_ends_it_too(tmp_path):
     command = [sys.executable, "-c", CHILDREN + "import time; time.sleep(600)"]
     benchmarks = Path(limited.__file__).parents[1]
     text = f"import sys; sys.path.insert(0, {str(benchmarks)!r}); from gpu import limited; "
+    # Whoever runs the tests in the background of a shell has it ignored.
+    text += "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     text += f"limited.run({command!r}, 600)"
     process = subprocess.Popen(
         [sys.executable, "-c", text], cwd=tmp_path, stderr=subprocess.DEVNULL
