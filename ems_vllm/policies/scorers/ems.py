@@ -115,7 +115,8 @@ class EMSScorer(Scorer):
 
     @property
     def num_score_tensors(self) -> int:
-        # Beside window, carry, mass, norms and claims: what is sorted, places as int64, and ranks.
+        # Beside recent attention, carry, mass, norms and claims: what is sorted, places as int64,
+        # and ranks.
         return 11 if self.alignment == "quantile" else super().num_score_tensors
 
     @property
@@ -123,14 +124,15 @@ class EMSScorer(Scorer):
         return SLICE_BYTES if self.alignment == "quantile" else 0
 
     def score(self, context: CompactionContext) -> Scores:
-        peaks = context.new_scores() if self.alignment == "quantile" else None
+        is_by_peak = self.alignment == "quantile" and self.local_by == "peak"
+        peaks = context.new_scores() if is_by_peak else None
         window = context.window_scores(peaks)
         carry = context.accumulated_scores(window)
         mass = torch.maximum(carry * _mean_ratio(window, carry), window)
-        if peaks is None:
+        if self.alignment == "mean":
             weights = pool(mass, context.is_entry, self.kernel_size, self.pooling)
         else:
-            recent = window if self.local_by == "sum" else peaks
+            recent = window if peaks is None else peaks
             del window, peaks
             orders = self._orders(context, recent, carry)
             weights = by_quantile(orders, context.is_eligible, context.is_entry)
