@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes the reference pages that are tables of the code: `python docs/generate.py`.
+"""Writes the reference pages that are tables of the code, and in other pages the tables of measured
+figures: `python docs/generate.py`.
 
 tests/test_docs.py fails when a page is not what this script would write.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+
+import tables
 
 from ems_vllm.config import load_config, recipes
 from ems_vllm.config.schema import KVCompressionConfig
@@ -211,6 +214,9 @@ PAGES = {
 def main() -> None:
     for name, write in PAGES.items():
         (DOCS / name).write_text(_NOTE + write(), encoding="utf-8")
+    for path in sorted(DOCS.glob("*.md")):
+        page = path.read_text(encoding="utf-8")
+        path.write_text(tables.fill(page), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class EMSMerger(Merger):
     itself is `ops.merge_compact`; a centre without members stays bit-identical.
 
     The paper's keys merge too, in direction, with the centre's norm (`merge_keys`). Measured
-    (docs/evaluation.md), that makes attention outputs worse than dropping the members; merging
+    (docs/defaults.md), that makes attention outputs worse than dropping the members; merging
     values alone changes nothing; merging values and keeping the members' attention mass makes them
     better (ours, `CompactionContext.mass_keys`). The last is the default.
     """
