@@ -218,10 +218,11 @@ def _titles(groups: Iterable[str]) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(
-        f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in line)}|" for line in lines
-    )
+    return "\n".join([_row(head), f"|{'---|' * len(head)}", *map(_row, rows)])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"|{'|'.join(f' {cell} ' if cell else ' ' for cell in cells)}|"
 
 
 def _read(name: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from loss_tables import behind, peers, recipes
+from loss_tables import ablation, behind, peers, recipes
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -23,6 +23,24 @@ def fill(page: str) -> str:
 
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
+
+_MERGERS = {
+    "none": "no merging",
+    "no mass": "values, without mass",
+    "keys too, no mass": "keys and values, without mass (our reading of the paper)",
+    "keys too": "keys and values, with mass",
+    "threshold 0.8": "values with mass, redundancy from 0.8 on",
+    "threshold 0.6": "**from 0.6 on (default)**",
+    "threshold 0.45": "from 0.45 on",
+    "threshold 0.3": "from 0.3 on",
+    "threshold 0.3, candidates 8": "from 0.3 on, 8 candidates a centre",
+    "no zero class": "no zero class, 8 candidates a centre",
+}
+_BY_MERGER = [
+    (budget, group)
+    for budget in ("0.06", "0.25")
+    for group in ("error", "last", "later", "continuation")
+]
 
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2-recipes": partial(
@@ -41,4 +59,17 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "smollm2-peers": partial(peers, _SMOLLM2, _SMOLLM2_PEERS),
     "smollm2-behind": partial(behind, _SMOLLM2, _SMOLLM2_PEERS),
+    "gemma-recipes": partial(
+        recipes,
+        "lab-gemma3-270m.json",
+        (
+            "ems",
+            "ems, not merged",
+            "ems, `local_by: sum`, first 52, not merged",
+            "snapkv pooled forward over 13",
+            "snapkv",
+            "h2o",
+        ),
+    ),
+    "mergers": partial(ablation, "lab-smollm2-mergers.json", _MERGERS, _BY_MERGER),
 }
