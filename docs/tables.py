@@ -24,6 +24,9 @@ def fill(page: str) -> str:
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 
+_SMOLLM2_4K = "lab-smollm2-4k.json"
+_SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
+
 _MERGERS = {
     "none": "no merging",
     "no mass": "values, without mass",
@@ -35,6 +38,17 @@ _MERGERS = {
     "threshold 0.3": "from 0.3 on",
     "threshold 0.3, candidates 8": "from 0.3 on, 8 candidates a centre",
     "no zero class": "no zero class, 8 candidates a centre",
+}
+_MERGE_WEIGHTS = {
+    "no merging": "no merging",
+    "default": "**weights of unpooled attention (default)**",
+    "pooled weights": "of the combined score (ranks), pooled",
+    "accumulated weights": "of accumulated attention",
+    "weights times value norm": "unpooled attention times the value's norm",
+    "equal weights": "equal",
+    "classes by un-rotated keys": "default, classes by keys before RoPE",
+    "keys too, no mass": "keys and values, without mass",
+    "keys too, no mass, un-rotated": "the same, keys before RoPE",
 }
 _BY_MERGER = [
     (budget, group)
@@ -59,6 +73,9 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "smollm2-peers": partial(peers, _SMOLLM2, _SMOLLM2_PEERS),
     "smollm2-behind": partial(behind, _SMOLLM2, _SMOLLM2_PEERS),
+    "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
+    "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
+    "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "gemma-recipes": partial(
         recipes,
         "lab-gemma3-270m.json",
@@ -72,4 +89,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ),
     ),
     "mergers": partial(ablation, "lab-smollm2-mergers.json", _MERGERS, _BY_MERGER),
+    "merge-weights": partial(
+        ablation, "lab-smollm2-merge-weights.json", _MERGE_WEIGHTS, _BY_MERGER
+    ),
 }
