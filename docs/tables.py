@@ -26,6 +26,8 @@ _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
 _SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
+_GEMMA = "lab-gemma3-270m.json"
+_GEMMA_PEERS = "kvpress-gemma3-270m.json"
 
 _MERGERS = {
     "none": "no merging",
@@ -78,7 +80,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "gemma-recipes": partial(
         recipes,
-        "lab-gemma3-270m.json",
+        _GEMMA,
         (
             "ems",
             "ems, not merged",
@@ -88,6 +90,8 @@ TABLES: dict[str, Callable[[], str]] = {
             "h2o",
         ),
     ),
+    "gemma-peers": partial(peers, _GEMMA, _GEMMA_PEERS),
+    "gemma-behind": partial(behind, _GEMMA, _GEMMA_PEERS),
     "mergers": partial(ablation, "lab-smollm2-mergers.json", _MERGERS, _BY_MERGER),
     "merge-weights": partial(
         ablation, "lab-smollm2-merge-weights.json", _MERGE_WEIGHTS, _BY_MERGER
