@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from loss_tables import ablation, behind, peers, recipes
+from loss_tables import ablation, behind, equal_bytes, peers, recipes
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -92,6 +92,7 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "gemma-peers": partial(peers, _GEMMA, _GEMMA_PEERS),
     "gemma-behind": partial(behind, _GEMMA, _GEMMA_PEERS),
+    "equal-bytes": partial(equal_bytes, "equal-bytes-smollm2.json"),
     "mergers": partial(ablation, "lab-smollm2-mergers.json", _MERGERS, _BY_MERGER),
     "merge-weights": partial(
         ablation, "lab-smollm2-merge-weights.json", _MERGE_WEIGHTS, _BY_MERGER
