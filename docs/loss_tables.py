@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -140,32 +140,43 @@ def _with_ratio(variant: str, one: Mapping[str, Any]) -> str:
     return variant if ratio == int(ratio) else f"{variant} ({ratio:.2f}x)"
 
 
-def ablation(result: str, labels: Mapping[str, str], columns: Sequence[tuple[str, str]]) -> str:
-    """Variants in rows, under their labels.
+class Column(NamedTuple):
+    """What of a result stands in a column.
 
-    Args:
-        columns: Budget and group; "error" instead of a group for the mean error of attention.
+    Attributes:
+        group: Or "error": the mean error of attention's outputs.
+        title: Instead of budget and group.
     """
-    lab = _read(result)
-    rows = []
-    for variant, label in labels.items():
-        cells = []
-        for budget, group in columns:
-            found = [
-                one
-                for one in lab["summaries"]
-                if (one["variant"], one["budget"]) == (variant, budget)
-            ]
-            if group == "error":
-                total = sum(one["n"] for one in found)
-                error = sum(one["attention_error"] * one["n"] for one in found) / total
-                cells.append(f"{error:.3f}")
-            else:
-                (one,) = (one for one in found if one["group"] == group)
-                cells.append(_signed(one["loss_above_full"], group))
-        rows.append([label, *cells])
-    titles = [f"{_percent(budget)}: {_TITLES.get(group, group)}" for budget, group in columns]
+
+    result: str
+    budget: str
+    group: str
+    title: str = ""
+
+
+def ablation(labels: Mapping[str, str], columns: Sequence[Column]) -> str:
+    """Variants in rows, under their labels."""
+    titles = [
+        column.title or f"{_percent(column.budget)}: {_TITLES.get(column.group, column.group)}"
+        for column in columns
+    ]
+    rows = [
+        [label, *(_cell(variant, column) for column in columns)]
+        for variant, label in labels.items()
+    ]
     return _table(["", *titles], rows)
+
+
+def _cell(variant: str, column: Column) -> str:
+    found = {
+        one["group"]: one
+        for one in _read(column.result)["summaries"]
+        if (one["variant"], one["budget"]) == (variant, column.budget)
+    }
+    if column.group != "error":
+        return _signed(found[column.group]["loss_above_full"], column.group)
+    total = sum(one["n"] for one in found.values())
+    return f"{sum(one['attention_error'] * one['n'] for one in found.values()) / total:.3f}"
 
 
 def _ours(lab: dict[str, Any], variant: str, budget: str) -> dict[str, dict[str, float]]:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from loss_tables import ablation, behind, equal_bytes, peers, recipes
+from loss_tables import Column, ablation, behind, equal_bytes, peers, recipes
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -52,11 +52,29 @@ _MERGE_WEIGHTS = {
     "keys too, no mass": "keys and values, without mass",
     "keys too, no mass, un-rotated": "the same, keys before RoPE",
 }
-_BY_MERGER = [
-    (budget, group)
-    for budget in ("0.06", "0.25")
-    for group in ("error", "last", "later", "continuation")
-]
+_RECOMPRESSED = {
+    "ems": "**values with mass (default)**",
+    "ems, not merged": "no merging",
+    "no mass": "values, without mass",
+    "keys too, no mass": "keys and values, without mass",
+}
+
+
+def _by_merger(result: str) -> list[Column]:
+    return [
+        Column(result, budget, group)
+        for budget in ("0.06", "0.25")
+        for group in ("error", "last", "later", "continuation")
+    ]
+
+
+def _by_interval() -> list[Column]:
+    return [
+        Column(f"lab-smollm2-recompressed-{interval}.json", budget, "continuation", title)
+        for budget, entries in (("0.06", "6 %"), ("0.25", "25 %"))
+        for interval, title in ((64, f"{entries}, every 64"), (16, f"{entries}, every 16"))
+    ]
+
 
 TABLES: dict[str, Callable[[], str]] = {
     "smollm2-recipes": partial(
@@ -93,8 +111,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "gemma-peers": partial(peers, _GEMMA, _GEMMA_PEERS),
     "gemma-behind": partial(behind, _GEMMA, _GEMMA_PEERS),
     "equal-bytes": partial(equal_bytes, "equal-bytes-smollm2.json"),
-    "mergers": partial(ablation, "lab-smollm2-mergers.json", _MERGERS, _BY_MERGER),
+    "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
-        ablation, "lab-smollm2-merge-weights.json", _MERGE_WEIGHTS, _BY_MERGER
+        ablation, _MERGE_WEIGHTS, _by_merger("lab-smollm2-merge-weights.json")
     ),
+    "recompressed": partial(ablation, _RECOMPRESSED, _by_interval()),
 }
