@@ -21,6 +21,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 
 _FOCUS = "ems"
 _TITLES = {"continuation": "text"}
+_ASKED = ("last", "first", "later")
 _GROUPS = ("last", "first", "later", "continuation")
 _PRESSES = {
     "adakv_expected_attention": "Expected Attention with AdaKV",
@@ -50,6 +51,30 @@ def recipes(
                 label = f"**{variant}**" if variant == focus else variant
                 rows.append([_percent(budget), label, *cells])
     return _table(["", "", *_titles(groups)], rows)
+
+
+def full_cache(results: Mapping[str, str]) -> str:
+    """Answers of the full cache that are right, by task; a column for each result and protocol.
+
+    Args:
+        results: Files by what they are to be called.
+    """
+    counts: dict[str, dict[tuple[str, str], list[bool]]] = {}
+    for label, result in results.items():
+        for prompt in _read(result)["prompts"]:
+            if prompt["group"] in _ASKED:
+                by_column = counts.setdefault(prompt["task"], {})
+                by_column.setdefault((label, prompt["group"]), []).append(prompt["full"]["right"])
+    columns = [(label, group) for label in results for group in _ASKED]
+    rows = [
+        [f"`{task}`", *(_of(by_column.get(column, [])) for column in columns)]
+        for task, by_column in sorted(counts.items())
+    ]
+    return _table(["", *(f"{label}: {group}" for label, group in columns)], rows)
+
+
+def _of(right: Sequence[bool]) -> str:
+    return f"{sum(right)} of {len(right)}" if right else ""
 
 
 def peers(result: str, answers: str, groups: Sequence[str] = _GROUPS) -> str:
@@ -206,9 +231,6 @@ def _summary(one: dict[str, Any] | None, group: str) -> str:
         return ""
     loss = _signed(one["loss_above_full"], group)
     return f"{loss} ({one['right']} of {one['of']})" if one["of"] and group in _ASKED else loss
-
-
-_ASKED = ("last", "first", "later")
 
 
 def _digits(group: str) -> int:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from loss_tables import Column, ablation, behind, equal_bytes, peers, recipes
+from loss_tables import Column, ablation, behind, equal_bytes, full_cache, peers, recipes
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -26,6 +26,7 @@ _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
 _SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
+_SMOLLM2_8K = "lab-smollm2-8k.json"
 _GEMMA = "lab-gemma3-270m.json"
 _GEMMA_PEERS = "kvpress-gemma3-270m.json"
 
@@ -96,6 +97,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
+    "smollm2-8k-recipes": partial(recipes, _SMOLLM2_8K, ("ems", "snapkv", "h2o")),
     "gemma-recipes": partial(
         recipes,
         _GEMMA,
@@ -110,6 +112,15 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "gemma-peers": partial(peers, _GEMMA, _GEMMA_PEERS),
     "gemma-behind": partial(behind, _GEMMA, _GEMMA_PEERS),
+    "full-cache": partial(
+        full_cache,
+        {
+            "SmolLM2 2,048": _SMOLLM2,
+            "4,096": _SMOLLM2_4K,
+            "8,000": _SMOLLM2_8K,
+            "Gemma 2,048": _GEMMA,
+        },
+    ),
     "equal-bytes": partial(equal_bytes, "equal-bytes-smollm2.json"),
     "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
