@@ -8,7 +8,7 @@ is a protocol, or "continuation": running text.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
@@ -30,11 +30,13 @@ _PRESSES = {
     "compactor": "Compactor",
     "criticaladakv_snapkv": "CriticalAdaKV over SnapKV",
     "keydiff": "KeyDiff",
-    "kvzip": "KVzip",
+    "kvzip": "KVzip (reads twice)",
     "pyramidkv": "PyramidKV",
     "snapkv": "SnapKV",
     "tova": "TOVA",
 }
+# Those that read a prompt once, as a server does.
+ONE_READING = _PRESSES.keys() - {"kvzip"}
 
 
 def recipes(
@@ -94,8 +96,13 @@ def peers(result: str, answers: str, groups: Sequence[str] = _GROUPS) -> str:
     return _table(["", "", *_titles(groups)], rows)
 
 
-def behind(result: str, answers: str, groups: Sequence[str] = _GROUPS) -> str:
-    """By budget and group: the best of the other methods, and what EMS loses more than it."""
+def behind(
+    result: str,
+    answers: str,
+    presses: Collection[str] = ONE_READING,
+    groups: Sequence[str] = _GROUPS,
+) -> str:
+    """By budget and group: the best of some presses, and what EMS loses more than it."""
     lab, losses = _read(result), _read(answers)["losses"]
     rows = []
     for budget in lab["budgets"]:
@@ -105,7 +112,7 @@ def behind(result: str, answers: str, groups: Sequence[str] = _GROUPS) -> str:
             of_group = {
                 label: losses[f"{press}-{budget}"][group]
                 for press, label in _PRESSES.items()
-                if group in losses.get(f"{press}-{budget}", {})
+                if press in presses and group in losses.get(f"{press}-{budget}", {})
             }
             if not of_group or group not in ours:
                 cells.append("")
@@ -114,7 +121,8 @@ def behind(result: str, answers: str, groups: Sequence[str] = _GROUPS) -> str:
             digits = _digits(group)
             gap = _interval(ours[group], of_group[best])
             low, high = f"{gap.low:+.{digits}f}", f"{gap.high:+.{digits}f}"
-            cells.append(f"{best}: {gap.value:+.{digits}f} ({low} to {high})")
+            name = f"{best}: " if len(presses) > 1 else ""
+            cells.append(f"{name}{gap.value:+.{digits}f} ({low} to {high})")
         rows.append([_percent(budget), *cells])
     return _table(["", *_titles(groups)], rows)
 
