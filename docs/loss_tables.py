@@ -127,6 +127,30 @@ def behind(
     return _table(["", *_titles(groups)], rows)
 
 
+def change(before: str, after: str, groups: Sequence[str] = _GROUPS) -> str:
+    """What EMS loses in one result and in another, and the difference, on prompts of both."""
+    old, new = _read(before), _read(after)
+    rows = []
+    for budget in new["budgets"]:
+        ours, others = _ours(old, _FOCUS, budget), _ours(new, _FOCUS, budget)
+        cells = []
+        for group in groups:
+            if group not in others:
+                cells.append("")
+                continue
+            both = ours[group].keys() & others[group].keys()
+            gap = _interval(others[group], ours[group])
+            first, second = (
+                _signed(mean(losses[group][name] for name in both), group)
+                for losses in (ours, others)
+            )
+            digits = _digits(group)
+            interval = f"{gap.low:+.{digits}f} to {gap.high:+.{digits}f}"
+            cells.append(f"{first}, {second} ({interval})")
+        rows.append([_percent(budget), *cells])
+    return _table(["", *_titles(groups)], rows)
+
+
 def equal_bytes(result: str, groups: Sequence[str] = _GROUPS) -> str:
     """What quantised caches and variants lose, by group; columns are ratios of bytes.
 

@@ -113,6 +113,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "gemma-peers": partial(peers, _GEMMA, _GEMMA_PEERS),
     "gemma-behind": partial(behind, _GEMMA, _GEMMA_PEERS),
+    "gemma-8k-recipes": partial(recipes, "lab-gemma3-270m-8k.json", ("ems", "snapkv", "h2o")),
+    "gemma-32k-recipes": partial(
+        recipes, "lab-gemma3-270m-32k.json", ("ems", "snapkv", "h2o"), ("last", "later")
+    ),
     "full-cache": partial(
         full_cache,
         {
