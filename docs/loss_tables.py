@@ -31,12 +31,13 @@ _PRESSES = {
     "criticaladakv_snapkv": "CriticalAdaKV over SnapKV",
     "keydiff": "KeyDiff",
     "kvzip": "KVzip (reads twice)",
+    "kvzip_equal": "KVzip, equal heads",
     "pyramidkv": "PyramidKV",
     "snapkv": "SnapKV",
     "tova": "TOVA",
 }
 # Those that read a prompt once, as a server does.
-ONE_READING = _PRESSES.keys() - {"kvzip"}
+ONE_READING = _PRESSES.keys() - {"kvzip", "kvzip_equal"}
 
 
 def recipes(
@@ -123,7 +124,8 @@ def behind(
             low, high = f"{gap.low:+.{digits}f}", f"{gap.high:+.{digits}f}"
             name = f"{best}: " if len(presses) > 1 else ""
             cells.append(f"{name}{gap.value:+.{digits}f} ({low} to {high})")
-        rows.append([_percent(budget), *cells])
+        if any(cells):
+            rows.append([_percent(budget), *cells])
     return _table(["", *_titles(groups)], rows)
 
 

@@ -95,6 +95,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "smollm2-peers": partial(peers, _SMOLLM2, _SMOLLM2_PEERS),
     "smollm2-behind": partial(behind, _SMOLLM2, _SMOLLM2_PEERS),
     "smollm2-kvzip": partial(behind, _SMOLLM2, _SMOLLM2_PEERS, ("kvzip",)),
+    "smollm2-kvzip-equal": partial(
+        behind,
+        _SMOLLM2,
+        "kvpress-smollm2-kvzip-equal.json",
+        ("kvzip_equal",),
+        ("first", "later", "continuation"),
+    ),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
