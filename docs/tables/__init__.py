@@ -11,7 +11,9 @@ import re
 from collections.abc import Callable
 from functools import partial
 
-from loss_tables import Column, ablation, behind, equal_bytes, full_cache, peers, recipes
+from tables.answers import full_cache, scores
+from tables.peers import behind, change, peers
+from tables.recipes import Column, ablation, equal_bytes, recipes
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -133,7 +135,12 @@ TABLES: dict[str, Callable[[], str]] = {
             "Gemma 2,048": _GEMMA,
         },
     ),
+    "smollm2-server": partial(scores, "eval-smollm2-vllm.json"),
     "equal-bytes": partial(equal_bytes, "equal-bytes-smollm2.json"),
+    "all-queries": partial(change, _SMOLLM2, "lab-smollm2-all-queries.json"),
+    "all-queries-4k": partial(
+        change, _SMOLLM2_4K, "lab-smollm2-4k-all-queries.json", ("first", "later")
+    ),
     "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
         ablation, _MERGE_WEIGHTS, _by_merger("lab-smollm2-merge-weights.json")

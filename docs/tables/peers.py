@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""EMS beside other methods, prompt by prompt: results of `python -m ems_vllm.eval.lab`, and answers
+of other engines as `python -m ems_vllm.eval.lab.answers` counts them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from ems_vllm.eval.report.stats import Interval, bootstrap, difference
+from tables.markdown import FOCUS, GROUPS, digits_of, percent, read, signed, table, titles
+
+_PRESSES = {
+    "adakv_expected_attention": "Expected Attention with AdaKV",
+    "adakv_snapkv": "AdaKV over SnapKV",
+    "chunkkv_snapkv": "ChunkKV over SnapKV",
+    "compactor": "Compactor",
+    "criticaladakv_snapkv": "CriticalAdaKV over SnapKV",
+    "keydiff": "KeyDiff",
+    "kvzip": "KVzip (reads twice)",
+    "kvzip_equal": "KVzip, equal heads",
+    "pyramidkv": "PyramidKV",
+    "snapkv": "SnapKV",
+    "tova": "TOVA",
+}
+# Those that read a prompt once, as a server does.
+ONE_READING = _PRESSES.keys() - {"kvzip", "kvzip_equal"}
+
+
+def peers(result: str, answers: str, groups: Sequence[str] = GROUPS) -> str:
+    """EMS beside another engine's methods on the same prompts, in the order of the first group."""
+    lab, losses = read(result), read(answers)["losses"]
+    rows = []
+    for budget in lab["budgets"]:
+        of_budget = [["**ems**", *_means(_ours(lab, FOCUS, budget), groups)]]
+        for press, label in _PRESSES.items():
+            of_press = losses.get(f"{press}-{budget}")
+            if of_press:
+                of_budget.append([label, *_means(of_press, groups)])
+        rows += [
+            [percent(budget), label, *map(signed, cells, groups)]
+            for label, *cells in sorted(of_budget, key=lambda row: row[1])
+        ]
+    return table(["", "", *titles(groups)], rows)
+
+
+def behind(
+    result: str,
+    answers: str,
+    presses: Collection[str] = ONE_READING,
+    groups: Sequence[str] = GROUPS,
+) -> str:
+    """By budget and group: the best of some presses, and what EMS loses more than it."""
+    lab, losses = read(result), read(answers)["losses"]
+    rows = []
+    for budget in lab["budgets"]:
+        ours = _ours(lab, FOCUS, budget)
+        cells = []
+        for group in groups:
+            of_group = {
+                label: losses[f"{press}-{budget}"][group]
+                for press, label in _PRESSES.items()
+                if press in presses and group in losses.get(f"{press}-{budget}", {})
+            }
+            if not of_group or group not in ours:
+                cells.append("")
+                continue
+            best = min(of_group, key=lambda label: mean(of_group[label].values()))
+            digits = digits_of(group)
+            gap = _interval(ours[group], of_group[best])
+            low, high = f"{gap.low:+.{digits}f}", f"{gap.high:+.{digits}f}"
+            name = f"{best}: " if len(presses) > 1 else ""
+            cells.append(f"{name}{gap.value:+.{digits}f} ({low} to {high})")
+        if any(cells):
+            rows.append([percent(budget), *cells])
+    return table(["", *titles(groups)], rows)
+
+
+def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
+    """What EMS loses in one result and in another, and the difference, on prompts of both."""
+    old, new = read(before), read(after)
+    rows = []
+    for budget in new["budgets"]:
+        ours, others = _ours(old, FOCUS, budget), _ours(new, FOCUS, budget)
+        cells = []
+        for group in groups:
+            if group not in others:
+                cells.append("")
+                continue
+            both = ours[group].keys() & others[group].keys()
+            gap = _interval(others[group], ours[group])
+            first, second = (
+                signed(mean(losses[group][name] for name in both), group)
+                for losses in (ours, others)
+            )
+            digits = digits_of(group)
+            interval = f"{gap.low:+.{digits}f} to {gap.high:+.{digits}f}"
+            cells.append(f"{first}, {second} ({interval})")
+        rows.append([percent(budget), *cells])
+    return table(["", *titles(groups)], rows)
+
+
+def _ours(lab: dict[str, Any], variant: str, budget: str) -> dict[str, dict[str, float]]:
+    """Losses above the full cache's by group and prompt, as AnswerLosses has them."""
+    found: dict[str, dict[str, float]] = {}
+    for prompt in lab["prompts"]:
+        measured = prompt["measured"].get(budget, {}).get(variant)
+        if measured:
+            name = f"{prompt['task']}/{prompt['seed']}/{prompt['index']}"
+            loss = measured["loss"] - prompt["full"]["loss"]
+            found.setdefault(prompt["group"], {})[name] = loss
+    return found
+
+
+def _means(losses: dict[str, dict[str, float]], groups: Iterable[str]) -> list[float]:
+    return [mean(losses[group].values()) if losses.get(group) else np.nan for group in groups]
+
+
+def _interval(ours: dict[str, float], theirs: dict[str, float]) -> Interval:
+    """Of ours - theirs, in pairs; prompts that both have."""
+    both = sorted(ours.keys() & theirs.keys())
+    return bootstrap([np.array([[ours[name], theirs[name]] for name in both])], difference)
