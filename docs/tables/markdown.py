@@ -46,9 +46,9 @@ def percent(budget: str) -> str:
 
 def signed(loss: float, group: str) -> str:
     """A loss above another; empty where there is none."""
-    return "" if math.isnan(loss) else f"{loss:+.{digits_of(group)}f}"
+    return "" if math.isnan(loss) else f"{loss:+.{_digits(group)}f}"
 
 
-def digits_of(group: str) -> int:
+def _digits(group: str) -> int:
     """Text is many tokens, and differs less."""
     return 2 if group in ASKED else 3

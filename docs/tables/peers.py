@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ems_vllm.eval.report.stats import Interval, bootstrap, difference
-from tables.markdown import FOCUS, GROUPS, digits_of, percent, read, signed, table, titles
+from tables.markdown import FOCUS, GROUPS, percent, read, signed, table, titles
 
 _PRESSES = {
     "adakv_expected_attention": "Expected Attention with AdaKV",
@@ -70,11 +70,9 @@ def behind(
                 cells.append("")
                 continue
             best = min(of_group, key=lambda label: mean(of_group[label].values()))
-            digits = digits_of(group)
             gap = _interval(ours[group], of_group[best])
-            low, high = f"{gap.low:+.{digits}f}", f"{gap.high:+.{digits}f}"
             name = f"{best}: " if len(presses) > 1 else ""
-            cells.append(f"{name}{gap.value:+.{digits}f} ({low} to {high})")
+            cells.append(f"{name}{signed(gap.value, group)} {_bounds(gap, group)}")
         if any(cells):
             rows.append([percent(budget), *cells])
     return table(["", *titles(groups)], rows)
@@ -97,9 +95,7 @@ def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
                 signed(mean(losses[group][name] for name in both), group)
                 for losses in (ours, others)
             )
-            digits = digits_of(group)
-            interval = f"{gap.low:+.{digits}f} to {gap.high:+.{digits}f}"
-            cells.append(f"{first}, {second} ({interval})")
+            cells.append(f"{first}, {second} {_bounds(gap, group)}")
         rows.append([percent(budget), *cells])
     return table(["", *titles(groups)], rows)
 
@@ -124,3 +120,7 @@ def _interval(ours: dict[str, float], theirs: dict[str, float]) -> Interval:
     """Of ours - theirs, in pairs; prompts that both have."""
     both = sorted(ours.keys() & theirs.keys())
     return bootstrap([np.array([[ours[name], theirs[name]] for name in both])], difference)
+
+
+def _bounds(gap: Interval, group: str) -> str:
+    return f"({signed(gap.low, group)} to {signed(gap.high, group)})"

@@ -41,7 +41,7 @@ class Column(NamedTuple):
 
 def ablation(labels: Mapping[str, str], columns: Sequence[Column]) -> str:
     """Variants in rows, under their labels."""
-    titles = [
+    head = [
         column.title or f"{percent(column.budget)}: {TITLES.get(column.group, column.group)}"
         for column in columns
     ]
@@ -49,7 +49,7 @@ def ablation(labels: Mapping[str, str], columns: Sequence[Column]) -> str:
         [label, *(_cell(variant, column) for column in columns)]
         for variant, label in labels.items()
     ]
-    return table(["", *titles], rows)
+    return table(["", *head], rows)
 
 
 def equal_bytes(result: str, groups: Sequence[str] = GROUPS) -> str:
