@@ -28,6 +28,7 @@ PEERS = {
     "chunkkv_snapkv": ("kvpress: ChunkKV", "#56B4E9"),
     "compactor": ("kvpress: Compactor", "#332288"),
     "keydiff": ("kvpress: KeyDiff", "#CC79A7"),
+    "kvzip": ("kvpress: KVzip, reads twice", "#999999"),
 }
 PANELS = {
     "last": "question at the end of the prompt",

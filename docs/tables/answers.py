@@ -34,7 +34,8 @@ def scores(report: str) -> str:
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for method in read(report)["methods"]:
         fraction = method["budget_fraction"]
-        label = method["method"] if fraction is None else percent(fraction)
+        budget = "" if fraction is None else f" {percent(fraction)}"
+        label = method["method"] + budget
         for sample in method["samples"]:
             by_protocol = found.setdefault(sample["task"], {}).setdefault(sample["protocol"], {})
             by_protocol.setdefault(label, []).append(sample["score"])

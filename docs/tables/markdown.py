@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ ASKED = ("last", "first", "later")
 GROUPS = (*ASKED, "continuation")
 
 
+@cache
 def read(name: str) -> dict[str, Any]:
     """A file of benchmarks/results/."""
     found: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
@@ -39,7 +41,7 @@ def titles(groups: Iterable[str]) -> list[str]:
     return [TITLES.get(group, group) for group in groups]
 
 
-def percent(budget: str) -> str:
+def percent(budget: str | float) -> str:
     """Of a budget that is a fraction."""
     return f"{100 * float(budget):g} %"
 

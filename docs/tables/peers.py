@@ -36,7 +36,7 @@ def peers(result: str, answers: str, groups: Sequence[str] = GROUPS) -> str:
     lab, losses = read(result), read(answers)["losses"]
     rows = []
     for budget in lab["budgets"]:
-        of_budget = [["**ems**", *_means(_ours(lab, FOCUS, budget), groups)]]
+        of_budget = [["**ems**", *_means(_ours(lab, budget), groups)]]
         for press, label in _PRESSES.items():
             of_press = losses.get(f"{press}-{budget}")
             if of_press:
@@ -58,7 +58,7 @@ def behind(
     lab, losses = read(result), read(answers)["losses"]
     rows = []
     for budget in lab["budgets"]:
-        ours = _ours(lab, FOCUS, budget)
+        ours = _ours(lab, budget)
         cells = []
         for group in groups:
             of_group = {
@@ -83,7 +83,7 @@ def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
     old, new = read(before), read(after)
     rows = []
     for budget in new["budgets"]:
-        ours, others = _ours(old, FOCUS, budget), _ours(new, FOCUS, budget)
+        ours, others = _ours(old, budget), _ours(new, budget)
         cells = []
         for group in groups:
             if group not in others:
@@ -100,11 +100,11 @@ def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
     return table(["", *titles(groups)], rows)
 
 
-def _ours(lab: dict[str, Any], variant: str, budget: str) -> dict[str, dict[str, float]]:
-    """Losses above the full cache's by group and prompt, as AnswerLosses has them."""
+def _ours(lab: dict[str, Any], budget: str) -> dict[str, dict[str, float]]:
+    """What EMS loses above the full cache, by group and prompt, as AnswerLosses has them."""
     found: dict[str, dict[str, float]] = {}
     for prompt in lab["prompts"]:
-        measured = prompt["measured"].get(budget, {}).get(variant)
+        measured = prompt["measured"].get(budget, {}).get(FOCUS)
         if measured:
             name = f"{prompt['task']}/{prompt['seed']}/{prompt['index']}"
             loss = measured["loss"] - prompt["full"]["loss"]

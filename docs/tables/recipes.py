@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 from tables.markdown import ASKED, FOCUS, GROUPS, TITLES, percent, read, signed, table, titles
 
 
-def recipes(
-    result: str, variants: Sequence[str], groups: Sequence[str] = GROUPS, focus: str = FOCUS
-) -> str:
+def recipes(result: str, variants: Sequence[str], groups: Sequence[str] = GROUPS) -> str:
     """Losses above the full cache's, and answers right, of variants at all budgets."""
     lab = read(result)
     found = {(one["budget"], one["variant"], one["group"]): one for one in lab["summaries"]}
@@ -20,7 +18,7 @@ def recipes(
         for variant in variants:
             cells = [_summary(found.get((budget, variant, group)), group) for group in groups]
             if any(cells):
-                label = f"**{variant}**" if variant == focus else variant
+                label = f"**{variant}**" if variant == FOCUS else variant
                 rows.append([percent(budget), label, *cells])
     return table(["", "", *titles(groups)], rows)
 
