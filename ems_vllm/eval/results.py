@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ems_vllm.eval.following import Followed
 from ems_vllm.eval.protocol import LAST, Protocol
+from ems_vllm.eval.readable_json import readable
 
 SCHEMA: Literal[1] = 1
 
@@ -112,4 +114,4 @@ class EvalResult(_Record):
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
     def write(self, path: Path) -> None:
-        path.write_text(self.model_dump_json(by_alias=True, indent=1) + "\n", encoding="utf-8")
+        path.write_text(readable(json.loads(self.model_dump_json(by_alias=True))), encoding="utf-8")

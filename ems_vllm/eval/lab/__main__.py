@@ -10,6 +10,7 @@ tokens. A run that was interrupted goes on where it stopped, from a journal besi
 
 from __future__ import annotations
 
+import json
 import sys
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -25,6 +26,7 @@ from ems_vllm.config.errors import shown
 from ems_vllm.eval import environment
 from ems_vllm.eval.lab.sizes import parse_sizes
 from ems_vllm.eval.lab.variants import configured, described, names, read_variants
+from ems_vllm.eval.readable_json import readable
 from ems_vllm.eval.reference.files import read_prompts
 
 # Where output is no terminal, as in a log.
@@ -119,7 +121,7 @@ def main(
         left_out=len(asked) - len(forced),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(result.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    out.write_text(readable(json.loads(result.model_dump_json())), encoding="utf-8")
     console.print(table(result))
     if result.left_out:
         console.print(f"{result.left_out:,} prompts have no right answer to force: left out.")

@@ -10,7 +10,6 @@ that what engines round differently does not count.
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -22,6 +21,7 @@ import typer
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.exchange import AnswerLine, PromptLine, read
 from ems_vllm.eval.lab.forcing import Forced, group
+from ems_vllm.eval.readable_json import readable
 from ems_vllm.eval.reference.files import read_prompts
 from ems_vllm.eval.sample import Key
 
@@ -130,7 +130,7 @@ def main(
         for name, of_group in of_full.items()
     }
     result = AnswerLosses(model=model, engine=engine, full=rounded, losses=found)
-    out.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
+    out.write_text(readable(asdict(result)), encoding="utf-8")
     typer.echo(f"{len(found)} methods, {sum(map(len, of_full.values()))} prompts: {out}")
 
 
