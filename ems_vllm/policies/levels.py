@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 from ems_vllm.layer_shares import LayerShares
 
@@ -29,7 +30,7 @@ def in_levels(
     order = sorted(fractions, key=lambda layer: (-share(layer), layer))
     count = min(num_levels, len(order))
     edges = [len(order) * level // count for level in range(count + 1)]
-    levels = [tuple(sorted(order[a:b])) for a, b in zip(edges, edges[1:], strict=False)]
+    levels = [tuple(sorted(order[a:b])) for a, b in pairwise(edges)]
     return LayerShares(
         levels=tuple(levels),
         ratios=tuple(ratios),

@@ -31,7 +31,7 @@ def build_group(worker):
     """The group of the running model, built again."""
     (group,) = worker.compression.groups
     layers = worker._attention_layers()
-    return worker._build_group(0, group.tensors.spec, group.layer_names, layers)
+    return worker._build_group(0, group.tensors.spec, group.layer_names, layers, None)
 
 
 class TestQueryHeads:

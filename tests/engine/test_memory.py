@@ -36,7 +36,7 @@ def footprint(
         score_tokens=score_tokens(None, max_model_len, 8192) if policy.scorer.uses_global else None,
         ring_rows=config.query_ring_rows,
     )
-    settings = policy.allocator.settings(config.plan_settings)
+    settings = config.plan_settings_of(layers)
     spec = CompressedAttentionSpec.compress(plain, settings, observation)
     names = [f"layer {index}" for index in range(layers)]
     return Footprint(

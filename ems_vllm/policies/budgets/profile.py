@@ -74,7 +74,7 @@ class ProfileBudget(BudgetAllocator):
     """What `ems-vllm profile` measured: the name of a profile that ships, the path of a YAML file,
     or its content."""
 
-    uniform_share: Annotated[float, Field(ge=0, le=1)] = 0.2
+    uniform_share: Annotated[float, Field(ge=0, le=1)] = 0.4
     """Part of the budget that all layers share equally, as the safeguard of Ada-KV (Feng et al.
     2024, arXiv:2407.11550) does among heads."""
 
