@@ -122,8 +122,13 @@ def test_errors_are_those_of_the_projection_s_output(reference):
     keys, values = reference.request(prefilled, config, options).entries()
     assert errors.mean(keys, values, 5) == pytest.approx(0, abs=1e-5)
     # Twice the prompt is the same shares of it, and fewer of the new tokens.
-    assert errors.mean(keys.repeat(1, 1, 2, 1), values.repeat(1, 1, 2, 1), 5) < 0.1
-    assert errors.mean(keys, 10 * values, 5) == pytest.approx(9, rel=0.1)
+    twice_keys, twice_values = (
+        [of_layer.repeat(1, 2, 1) for of_layer in entries] for entries in (keys, values)
+    )
+    assert errors.mean(twice_keys, twice_values, 5) < 0.1
+    # Layers need not hold equally many entries.
+    assert errors.mean([*twice_keys[:1], *keys[1:]], [*twice_values[:1], *values[1:]], 5) < 0.1
+    assert errors.mean(keys, [10 * of_layer for of_layer in values], 5) == pytest.approx(9, rel=0.1)
 
 
 def test_what_is_measured_again(monkeypatch):
