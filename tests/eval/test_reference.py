@@ -115,8 +115,9 @@ def reference_runs(model: ReferenceModel, config: KVCompressionConfig) -> list[R
     runs = []
     for prompt in PROMPTS:
         run = Run()
-        plan = model.plan(len(prompt), config, RequestOptions())
-        prefilled = model.prefill(prompt, config.obs_window, [plan.first_scored_query])
+        first = model.first_query(len(prompt), config, RequestOptions())
+        firsts = [] if first is None else [first]
+        prefilled = model.prefill(prompt, config.obs_window, firsts)
         request = model.request(prefilled, config, RequestOptions())
         with recorded(run), reference_operators():
             run.token_ids = list(islice(generated(prefilled.logits, request.step), MAX_TOKENS))
