@@ -7,8 +7,11 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from ems_vllm.config import recipes
-from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.config.errors import ConfigError, from_pydantic, shown
+from ems_vllm.policies.budgets.profile import LayerProfile
 
 
 def _folder() -> Any:
@@ -17,10 +20,11 @@ def _folder() -> Any:
 
 def names() -> list[str]:
     """Names of the profiles that ship with the package: those of their models."""
+    folder = _folder()
+    # An installation has no folder where no profile ships.
+    entries = folder.iterdir() if folder.is_dir() else ()
     return sorted(
-        entry.name.removesuffix(".yaml")
-        for entry in _folder().iterdir()
-        if entry.name.endswith(".yaml")
+        entry.name.removesuffix(".yaml") for entry in entries if entry.name.endswith(".yaml")
     )
 
 
@@ -39,9 +43,10 @@ def load(profile: str, key: str) -> dict[str, Any]:
             return recipes.read_file(path, key)
     if Path(profile).suffix in (".yaml", ".yml"):
         return recipes.read_file(Path(profile), key)
+    shipped = f"{', '.join(names())}, or " if names() else ""
     raise ConfigError(
-        f"{key}={shown(profile)} is not a profile: use {', '.join(names())}, or the path of a "
-        ".yaml file that `ems-vllm profile` wrote."
+        f"{key}={shown(profile)} is not a profile: use {shipped}the path of a .yaml file that "
+        "`ems-vllm profile` wrote."
     )
 
 
@@ -51,9 +56,36 @@ def resolved(component: Any, key: str) -> Any:
     The settings travel to every process and node of an engine, which need not find the file.
 
     Args:
-        component: As an operator wrote it; whatever names no profile stays as it is.
+        component: As an operator wrote it; whatever takes no profile stays as it is.
         key: Of the component.
+
+    Raises:
+        ConfigError: there is no such profile, or it is none.
     """
-    if not isinstance(component, dict) or not isinstance(component.get("profile"), str):
+    if not isinstance(component, dict) or component.get("name") != "profile":
         return component
-    return {**component, "profile": load(component["profile"], f"{key}.profile")}
+    if component.get("profile") is None:
+        raise ConfigError(
+            f"{key}.profile is missing: give the path of a .yaml file that `ems-vllm profile` wrote"
+            f"{''.join(f', or {name}' for name in names())}."
+        )
+    return {**component, "profile": _checked(component["profile"], f"{key}.profile")}
+
+
+def _checked(profile: Any, key: str) -> LayerProfile:
+    """The content of a profile; mistakes in a file are answered with its name."""
+    source = f"{key}."
+    if isinstance(profile, str):
+        source = f"{key}={shown(profile)}: "
+        profile = load(profile, key)
+    if isinstance(profile, LayerProfile):
+        return profile
+    if not isinstance(profile, dict):
+        raise ConfigError(
+            f"{key}={shown(profile)} is not allowed: give the path of a .yaml file that "
+            "`ems-vllm profile` wrote."
+        )
+    try:
+        return LayerProfile.model_validate(profile)
+    except ValidationError as error:
+        raise from_pydantic(error, source, LayerProfile.model_fields) from None

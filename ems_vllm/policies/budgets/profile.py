@@ -47,15 +47,15 @@ class LayerProfile(BaseModel):
                 )
             if any(low > high for low, high in pairwise(fractions)):
                 raise ValueError(
-                    f"layer {layer} keeps less of a prompt where layers keep more on the mean; "
-                    "measure the profile again"
+                    f"layer {layer} keeps less of a prompt at a larger ratio; measure the profile "
+                    "again"
                 )
         for at, ratio in enumerate(self.ratios):
             mean = sum(of_layer[at] for of_layer in self.fractions.values()) / len(self.fractions)
             if abs(mean - ratio) > _TOLERANCE:
                 raise ValueError(
-                    f"the layers keep {mean:.4f} of a prompt on the mean, not {ratio}; measure the "
-                    "profile again"
+                    f"at the ratio {ratio} the layers keep {mean:.4f} of a prompt on the mean; the "
+                    "two must be equal, so measure the profile again"
                 )
         return self
 
@@ -86,8 +86,9 @@ class ProfileBudget(BudgetAllocator):
         profile, equal = self.profile, self.uniform_share
         if max(profile.fractions) >= num_layers:
             raise ValueError(
-                f"profile of layer {max(profile.fractions)} is of another model than this one of "
-                f"{num_layers} layers; measure one with `ems-vllm profile`"
+                f"its profile has a layer {max(profile.fractions)}, but the model has {num_layers} "
+                "layers, counted from 0; give a profile of this model, or measure one with "
+                "`ems-vllm profile`"
             )
         fractions = {
             layer: [
