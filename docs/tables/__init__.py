@@ -25,6 +25,7 @@ def fill(page: str) -> str:
 
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
+_ALLOCATORS = "lab-smollm2-allocators.json"
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
 _SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
@@ -103,6 +104,19 @@ TABLES: dict[str, Callable[[], str]] = {
         "kvpress-smollm2-kvzip-equal.json",
         ("kvzip_equal",),
         ("first", "later", "continuation"),
+    ),
+    "allocators": partial(
+        recipes,
+        _ALLOCATORS,
+        tuple(
+            f"{recipe}{allocator}"
+            for recipe in ("ems", "snapkv pooled forward over 13", "h2o")
+            for allocator in ("", ", profile", ", pyramid")
+        ),
+    ),
+    "profile": partial(change, _ALLOCATORS, _ALLOCATORS, variant="ems, profile"),
+    "profile-kvzip": partial(
+        behind, _ALLOCATORS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile"
     ),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
