@@ -168,3 +168,20 @@ def test_many_requests_at_once(levels, count, longest, num_blocks):
         name = alone.add(prompts[index], 40)
         alone.drain()
         assert alone.answers[name] == simulator.answers[names[index]]
+
+
+def test_columns_generated_beside_compressed_ones_are_not_shared():
+    """A level that was never compressed attended, through the others, to what was."""
+    settings = {**SETTINGS, **LEVELS["one whole"], "min_blocks_saved": 4, "recompress_interval": 4}
+    simulator = Simulator(settings, num_blocks=200)
+    prompt = BASE[:24]
+    first = simulator.add(prompt, 22)
+    simulator.drain()
+    # The level that keeps least was compressed after 40 tokens, the other one would be after 48.
+    assert simulator.worker.num_late_compactions == [0, 1]
+    longer = [*prompt, *simulator.answers[first][:20], *range(100, 110)]
+    for _ in range(2):
+        # The second one finds more in the cache than the first request could leave.
+        simulator.add(longer, 4, {"kv_compression": "off"})
+        simulator.drain()
+    assert list(simulator.worker.first_hits.values()) == [0, 36, 52]
