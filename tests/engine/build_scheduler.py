@@ -34,17 +34,21 @@ def scheduler_for(
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.structured_output import StructuredOutputManager
 
-    specs = _specs(compression)
+    specs = specs_of(compression)
     # An engine wants pages for the longest prompt; here, for the longest of the test.
     settings = {k: v for k, v in (compression or {}).items() if k != "prefix_score_tokens"}
     additional = {} if compression is None else {"kv_compression": settings}
     arguments = EngineArgs(
         model=LLAMA,
-        max_model_len=(num_blocks - 1) // len(specs) * BLOCK_SIZE,
         block_size=BLOCK_SIZE,
         async_scheduling=async_scheduling,
         additional_config=additional,
-        **{"max_num_seqs": 8, "max_num_batched_tokens": 32, **options},
+        **{
+            "max_model_len": (num_blocks - 1) // len(specs) * BLOCK_SIZE,
+            "max_num_seqs": 8,
+            "max_num_batched_tokens": 32,
+            **options,
+        },
     )
     # Drafts are made up here; no kernel is needed.
     with mock.patch("ems_vllm.platform.cpu._require_drafting"):
@@ -68,12 +72,8 @@ def scheduler_for(
     )
 
 
-def num_groups(compression: dict[str, Any] | None) -> int:
-    """KV-cache groups of a scheduler with these settings."""
-    return len(_specs(compression))
-
-
-def _specs(compression: dict[str, Any] | None) -> list[Any]:
+def specs_of(compression: dict[str, Any] | None) -> list[Any]:
+    """KV-cache specs of the groups of a scheduler with these settings."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     plain = FullAttentionSpec(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engine.build_scheduler import num_groups
+from engine.build_scheduler import specs_of
 from engine.levels import LEVELS
 from engine.simulator import Simulator
 
@@ -28,7 +28,7 @@ MODES: tuple[dict[str, Any], ...] = ({}, {"async_scheduling": True}, {"num_draft
 def busy_run(levels: str, global_queries: int | str = "all", **options: Any) -> Simulator:
     """Hits, preemptions, recompressions, and late ones where levels differ."""
     settings = {**SETTINGS, "global_queries": global_queries, **LEVELS[levels]}
-    groups = num_groups(settings)
+    groups = len(specs_of(settings))
     simulator = Simulator(settings, num_blocks=40 * groups, **options)
     for round_ in range(6):
         for index in range(5):

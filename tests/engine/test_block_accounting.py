@@ -2,7 +2,7 @@
 """I3 by simulation: no leak, no double free, no shared write, no block handed out too early."""
 
 import pytest
-from engine.build_scheduler import num_groups
+from engine.build_scheduler import specs_of
 from engine.busy_run import BASE, MODES, SETTINGS, busy_run
 from engine.levels import LEVELS
 from engine.simulator import Simulator
@@ -48,7 +48,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         self.options = {"max_num_batched_tokens": max_num_batched_tokens}
         self.simulator = Simulator(
             self.compression,
-            num_blocks=num_blocks * num_groups(self.compression),
+            num_blocks=num_blocks * len(specs_of(self.compression)),
             async_scheduling=mode == "async",
             num_drafts=3 if mode == "drafts" else 0,
             **self.options,
@@ -104,7 +104,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         answers = self.simulator.answers
         for req_id, (prompt, max_tokens, extra_args) in self.asked.items():
             assert len(answers[req_id]) == max_tokens
-            num_blocks = 80 * num_groups(self.compression)
+            num_blocks = 80 * len(specs_of(self.compression))
             alone = Simulator(self.compression, num_blocks=num_blocks, **self.options)
             name = alone.add(prompt, max_tokens, extra_args)
             alone.drain()
