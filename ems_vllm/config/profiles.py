@@ -43,11 +43,13 @@ def load(profile: str, key: str) -> dict[str, Any]:
             return recipes.read_file(path, key)
     if Path(profile).suffix in (".yaml", ".yml"):
         return recipes.read_file(Path(profile), key)
-    shipped = f"{', '.join(names())}, or " if names() else ""
-    raise ConfigError(
-        f"{key}={shown(profile)} is not a profile: use {shipped}the path of a .yaml file that "
-        "`ems-vllm profile` wrote."
-    )
+    raise ConfigError(f"{key}={shown(profile)} is not a profile: give {_choices()}.")
+
+
+def _choices() -> str:
+    """What names a profile."""
+    file = "the path of a .yaml file that `ems-vllm profile` wrote"
+    return f"{', '.join(names())}, or {file}" if names() else file
 
 
 def resolved(component: Any, key: str) -> Any:
@@ -65,10 +67,7 @@ def resolved(component: Any, key: str) -> Any:
     if not isinstance(component, dict) or component.get("name") != "profile":
         return component
     if component.get("profile") is None:
-        raise ConfigError(
-            f"{key}.profile is missing: give the path of a .yaml file that `ems-vllm profile` wrote"
-            f"{''.join(f', or {name}' for name in names())}."
-        )
+        raise ConfigError(f"{key}.profile is missing: give {_choices()}.")
     return {**component, "profile": _checked(component["profile"], f"{key}.profile")}
 
 
@@ -81,10 +80,7 @@ def _checked(profile: Any, key: str) -> LayerProfile:
     if isinstance(profile, LayerProfile):
         return profile
     if not isinstance(profile, dict):
-        raise ConfigError(
-            f"{key}={shown(profile)} is not allowed: give the path of a .yaml file that "
-            "`ems-vllm profile` wrote."
-        )
+        raise ConfigError(f"{key}={shown(profile)} is not allowed: give {_choices()}.")
     try:
         return LayerProfile.model_validate(profile)
     except ValidationError as error:

@@ -8,7 +8,14 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.config import ConfigError, KVCompressionConfig, load_config, parse_overrides, recipes
+from ems_vllm.config import (
+    ConfigError,
+    KVCompressionConfig,
+    load_config,
+    parse_overrides,
+    profiles,
+    recipes,
+)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -96,7 +103,8 @@ def test_mistake_is_answered_with_key_value_and_remedy(value, parts):
 
 
 PROFILE = {"ratios": [0.25, 0.5], "fractions": {0: [0.4, 0.6], 1: [0.1, 0.4]}}
-_MEASURED = "the path of a .yaml file that `ems-vllm profile` wrote."
+_FILE = "the path of a .yaml file that `ems-vllm profile` wrote."
+_CHOICES = f"{', '.join(profiles.names())}, or {_FILE}"
 
 
 def with_profile(profile, **options):
@@ -114,17 +122,31 @@ def test_a_profile_is_read_from_a_file_and_travels_with_the_settings(tmp_path):
     assert config.plan_settings.shares is None
 
 
+@pytest.mark.parametrize("name", profiles.names())
+def test_a_profile_that_ships_is_found_by_its_name(name):
+    config = load_config(with_profile(name, num_levels=3))
+    fractions = config.allocator.profile.fractions
+    shares = config.plan_settings_of(len(fractions)).shares
+    assert sorted(sum(shares.levels, ())) == sorted(fractions)
+
+
+def test_where_no_profile_ships_a_name_is_answered(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiles, "_folder", lambda: tmp_path / "profiles")
+    with pytest.raises(ConfigError, match=f"='smol' is not a profile: give {_FILE}"):
+        load_config(with_profile("smol"))
+
+
 @pytest.mark.parametrize(
     ("profile", "sentence"),
     [
-        ("smol", f"='smol' is not a profile: use {_MEASURED}"),
+        ("smol", f"='smol' is not a profile: give {_CHOICES}"),
         (
             "/no/such.yaml",
             "='/no/such.yaml' cannot be read (No such file or directory): give the path of a YAML "
             "file.",
         ),
-        (None, f" is missing: give {_MEASURED}"),
-        (5, f"=5 is not allowed: give {_MEASURED}"),
+        (None, f" is missing: give {_CHOICES}"),
+        (5, f"=5 is not allowed: give {_CHOICES}"),
         (
             PROFILE | {"ratios": [0.5, 0.25]},
             ": ratios [0.5, 0.25] do not ascend; put them in order.",
