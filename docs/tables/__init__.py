@@ -56,6 +56,18 @@ _MERGE_WEIGHTS = {
     "keys too, no mass": "keys and values, without mass",
     "keys too, no mass, un-rotated": "the same, keys before RoPE",
 }
+_PROFILES = {
+    "uniform": "`uniform`",
+    "profile, share 0": "`profile`, nothing shared equally",
+    "profile, share 0.2": "0.2 of the budget shared equally",
+    "profile": "**0.4, 3 levels (default)**",
+    "profile, share 0.6": "0.6",
+    "profile, 2 levels": "0.4, 2 levels",
+    "profile, 6 levels": "0.4, 6 levels",
+    "profile, 30 levels": "0.4, a level for each of the 30 layers",
+    "pyramid": "`pyramid`, 3 levels",
+    "pyramid, 30 levels": "`pyramid`, 30 levels",
+}
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
     "ems, not merged": "no merging",
@@ -158,6 +170,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
         ablation, _MERGE_WEIGHTS, _by_merger("lab-smollm2-merge-weights.json")
+    ),
+    "profiles": partial(
+        ablation,
+        _PROFILES,
+        [
+            Column("tuning-smollm2-allocators.json", budget, group)
+            for budget, groups in (
+                ("0.06", ("last", "first", "later", "continuation")),
+                ("0.25", ("first", "later", "continuation")),
+            )
+            for group in groups
+        ],
     ),
     "recompressed": partial(ablation, _RECOMPRESSED, _by_interval()),
 }
