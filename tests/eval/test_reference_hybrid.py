@@ -130,7 +130,7 @@ def test_layers_of_a_profile_keep_other_numbers_of_entries(reference):
         ),
         (
             {**PROFILE, "profile": {"ratios": [0.25], "fractions": {6: [0.25]}}},
-            r"profile of layer 6 is of another model",
+            r"its profile has a layer 6, but the model has 6 layers",
         ),
     ],
     ids=["sliding", "missing", "other model"],
