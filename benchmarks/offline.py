@@ -10,11 +10,14 @@ BLOCK_SIZE = 16
 
 
 @contextmanager
-def engine(model: str, *, dtype: str, longest: int, **arguments: Any) -> Iterator[Any]:
-    """An `LLM` for one request at a time, which can prescribe answers; ended with the block.
+def engine(
+    model: str, *, dtype: str, longest: int, max_num_seqs: int = 1, **arguments: Any
+) -> Iterator[Any]:
+    """An `LLM` that can prescribe answers; ended with the block.
 
     Args:
         longest: Tokens of the longest request, its answer included.
+        max_num_seqs: Requests at a time.
         arguments: More of LLM's.
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -26,7 +29,7 @@ def engine(model: str, *, dtype: str, longest: int, **arguments: Any) -> Iterato
         model,
         dtype=dtype,
         max_model_len=longest,
-        max_num_seqs=1,
+        max_num_seqs=max_num_seqs,
         block_size=BLOCK_SIZE,
         logits_processors=["ems_vllm.engine.forced_tokens:ForcedTokens"],
         **arguments,

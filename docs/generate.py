@@ -159,7 +159,8 @@ def configuration() -> str:
             cls = registry.get(name)
             summary = (cls.__doc__ or "").strip().splitlines()[0]
             options = ", ".join(
-                f"`{option}` ({field.default})" for option, field in cls.model_fields.items()
+                f"`{option}` ({'required' if field.is_required() else field.default})"
+                for option, field in cls.model_fields.items()
             )
             lines.append(f"* `{name}`: {summary}" + (f" Options: {options}." if options else ""))
         lines.append("")

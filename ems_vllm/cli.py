@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,8 @@ from ems_vllm.config import ConfigError, RequestOptions, load_config, recipes
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
+from ems_vllm.plan import PlanSettings
+from ems_vllm.policies.budgets.uniform import UniformBudget
 
 app = typer.Typer(
     name="ems-vllm",
@@ -51,7 +54,9 @@ def plan(
     config = load_config({"recipe": recipe, **given})
     if config is None:
         raise ConfigError(f"recipe={recipe!r} compresses nothing: name a recipe.")
-    column_bytes = CacheShape.read(model).column_bytes(block_size) if model else None
+    shape = CacheShape.read(model) if model else None
+    settings = _settings(config, shape)
+    column_bytes = shape.column_bytes(block_size) if shape else None
     size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
     table = Table(
         title=f"Columns of {block_size} tokens: {recipe}, {size}, {output_len} generated tokens"
@@ -62,41 +67,75 @@ def plan(
         for name in ("dense MiB", "at most MiB"):
             table.add_column(name, justify="right")
     for length in prompt_len:
-        table.add_row(*_plan_row(config, length, output_len, block_size, column_bytes))
+        table.add_row(*_plan_row(settings, length, output_len, block_size, column_bytes))
     Console().print(table)
+    if settings.shares is not None:
+        Console().print(_levels_table(settings, prompt_len, block_size))
     Console().print(
         "'at most' is reached between two compressions; the prompt itself is processed dense.",
         style="dim",
     )
 
 
+def _settings(config: KVCompressionConfig, shape: CacheShape | None) -> PlanSettings:
+    """Settings of the plan; those of an allocator that deals to layers need the model."""
+    if shape is not None:
+        return config.plan_settings_of(shape.num_layers)
+    if not isinstance(config.allocator, UniformBudget):
+        raise ConfigError(
+            f"allocator={config.allocator.name()!r} shares a budget among the layers of a model: "
+            "give --model."
+        )
+    return config.plan_settings
+
+
 def _plan_row(
-    config: KVCompressionConfig,
+    settings: PlanSettings,
     prompt_len: int,
     output_len: int,
     block_size: int,
     column_bytes: int | None,
 ) -> list[str]:
-    settings = config.allocator.settings(config.plan_settings)
-    plan = settings.plan(prompt_len, block_size, RequestOptions())
+    """What a layer holds, on the mean over the levels."""
     end = prompt_len + output_len
     dense = -(-end // block_size)
-    after_prompt = -(-(prompt_len + 1) // block_size) - plan.columns(prompt_len)[0]
-    at_end = dense - plan.columns(end)[0]
     # One step after the prompt, its columns have been given back.
     decoding = range(min(prompt_len + 2, end), end + 1)
-    at_most = min(dense, max((plan.max_live_columns(n) for n in decoding), default=dense))
+    after_prompt = at_end = at_most = 0.0
+    num_layers = sum(count for count, _ in settings.levels())
+    for count, of_level in settings.levels():
+        plan, part = of_level.plan(prompt_len, block_size, RequestOptions()), count / num_layers
+        after_prompt += part * (-(-(prompt_len + 1) // block_size) - plan.columns(prompt_len)[0])
+        at_end += part * (dense - plan.columns(end)[0])
+        most = max((plan.max_live_columns(n) for n in decoding), default=dense)
+        at_most += part * min(dense, most)
     row = [
         f"{prompt_len:,}",
         f"{dense:,}",
-        f"{after_prompt:,}",
-        f"{at_end:,}",
-        f"{at_most:,}",
+        *(_columns(columns) for columns in (after_prompt, at_end, at_most)),
         f"{1 - at_most / dense:.0%}",
     ]
     if column_bytes:
         row += [f"{columns * column_bytes / 2**20:,.1f}" for columns in (dense, at_most)]
     return row
+
+
+def _columns(mean: float) -> str:
+    return f"{mean:,.1f}".removesuffix(".0")
+
+
+def _levels_table(settings: PlanSettings, prompt_len: Sequence[int], block_size: int) -> Table:
+    """What each level keeps of each prompt."""
+    assert settings.shares is not None
+    table = Table(title="Entries kept per kv_head, beside the recent window", show_lines=False)
+    table.add_column("layers")
+    for length in prompt_len:
+        table.add_column(f"of {length:,}", justify="right")
+    for layers, (_, of_level) in zip(settings.shares.levels, settings.levels(), strict=True):
+        plans = (of_level.plan(length, block_size, RequestOptions()) for length in prompt_len)
+        kept = (min(plan.budget_blocks * block_size, plan.prompt_len) for plan in plans)
+        table.add_row(", ".join(map(str, layers)), *(f"{entries:,}" for entries in kept))
+    return table
 
 
 @app.command("recipes")

@@ -2,8 +2,11 @@
 """From settings and a prompt length to the CompressionPlan that the scheduler follows."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
+
+from ems_vllm.layer_shares import LayerShares
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
@@ -28,6 +31,8 @@ class PlanSettings:
 
     Attributes: see KVCompressionConfig. Exactly one of `budget` and `ratio` is set;
         `global_queries` is None for all.
+        shares: How the layers share the budget; None where all have the same.
+        level: Of the layers that these settings are for, where there are shares.
     """
 
     budget: int | None
@@ -38,6 +43,22 @@ class PlanSettings:
     global_queries: int | None = None
     allow_off: bool = True
     max_budget: int | None = None
+    shares: LayerShares | None = None
+    level: int = 0
+
+    def levels(self) -> "Iterator[tuple[int, PlanSettings]]":
+        """Number of layers and settings of each level; without shares one level, counted as 1."""
+        if self.shares is None:
+            yield 1, self
+            return
+        for level, layers in enumerate(self.shares.levels):
+            yield len(layers), replace(self, level=level)
+
+    def for_layer(self, layer: int) -> "PlanSettings":
+        """Settings of a layer; KeyError where it has no share."""
+        if self.shares is None:
+            return self
+        return replace(self, level=self.shares.level_of(layer))
 
     def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
         """The plan of one request.
@@ -69,7 +90,11 @@ class PlanSettings:
         if request.budget is not None or request.ratio is not None:
             ceiling = max(entries, self.max_budget or 0)
             entries = min(ceiling, _entries(request.budget, request.ratio, prompt_len))
-        return max(1, -(-entries // block_size))
+        blocks = max(1, -(-entries // block_size))
+        if self.shares is None:
+            return blocks
+        prompt_blocks = max(0, prompt_len - self.recent_window) // block_size
+        return self.shares.blocks(blocks, prompt_blocks)[self.level]
 
 
 def _entries(budget: int | None, ratio: float | None, prompt_len: int) -> int:

@@ -47,6 +47,38 @@ def test_plan_shows_columns_and_bytes(tmp_path):
     assert at_most_mib == f"{37 / 8:.1f}"
 
 
+def test_plan_shows_what_levels_of_layers_keep(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    recipe = tmp_path / "pyramid.yaml"
+    recipe.write_text(
+        "budget: 256\nscorer: ems\nallocator: {name: pyramid, num_levels: 2}\nselector: top_k\n"
+        "merger: ems\n"
+    )
+    result = run(
+        "plan", "--prompt-len", "4000", "--prompt-len", "100", "--recipe", str(recipe),
+        "--model", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    columns, levels = result.output.split("Entries kept per kv_head")
+    # As many columns on the mean as with the same budget in every layer.
+    assert row_of(columns, "4,000")[4] == str(16 + (64 + 256) // 16 + 1)
+    # 26 and 6 blocks; a prompt below the budget is kept in all layers.
+    assert row_of(levels, "0, 1") == ["0, 1", "416", "100"]
+    assert row_of(levels, "2, 3") == ["2, 3", "96", "100"]
+
+
+def test_plan_of_levels_without_a_model_is_refused(tmp_path):
+    recipe = tmp_path / "pyramid.yaml"
+    recipe.write_text(
+        "budget: 256\nscorer: ems\nallocator: pyramid\nselector: top_k\nmerger: ems\n"
+    )
+    refusal = run("plan", "--prompt-len", "4000", "--recipe", str(recipe)).exception
+    assert isinstance(refusal, ConfigError)
+    assert str(refusal) == (
+        "allocator='pyramid' shares a budget among the layers of a model: give --model."
+    )
+
+
 def test_recipes_are_listed_and_shown():
     listed = run("recipes").output
     for name in recipes.names():

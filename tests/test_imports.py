@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # Each layer may import itself and the ones before it.
 LAYERS = (
     ("_version", "keys", "registry"),
+    ("layer_shares",),
     ("_C", "plan"),
     ("ops",),
     ("policies",),

@@ -25,6 +25,7 @@ def fill(page: str) -> str:
 
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
+_ALLOCATORS = "lab-smollm2-allocators.json"
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
 _SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
@@ -54,6 +55,18 @@ _MERGE_WEIGHTS = {
     "classes by un-rotated keys": "default, classes by keys before RoPE",
     "keys too, no mass": "keys and values, without mass",
     "keys too, no mass, un-rotated": "the same, keys before RoPE",
+}
+_PROFILES = {
+    "uniform": "`uniform`",
+    "profile, share 0": "`profile`, nothing shared equally",
+    "profile, share 0.2": "0.2 of the budget shared equally",
+    "profile": "**0.4, 3 levels (default)**",
+    "profile, share 0.6": "0.6",
+    "profile, 2 levels": "0.4, 2 levels",
+    "profile, 6 levels": "0.4, 6 levels",
+    "profile, 30 levels": "0.4, a level for each of the 30 layers",
+    "pyramid": "`pyramid`, 3 levels",
+    "pyramid, 30 levels": "`pyramid`, 30 levels",
 }
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
@@ -104,6 +117,19 @@ TABLES: dict[str, Callable[[], str]] = {
         ("kvzip_equal",),
         ("first", "later", "continuation"),
     ),
+    "allocators": partial(
+        recipes,
+        _ALLOCATORS,
+        tuple(
+            f"{recipe}{allocator}"
+            for recipe in ("ems", "snapkv pooled forward over 13", "h2o")
+            for allocator in ("", ", profile", ", pyramid")
+        ),
+    ),
+    "profile": partial(change, _ALLOCATORS, _ALLOCATORS, variant="ems, profile"),
+    "profile-kvzip": partial(
+        behind, _ALLOCATORS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile"
+    ),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
@@ -144,6 +170,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
         ablation, _MERGE_WEIGHTS, _by_merger("lab-smollm2-merge-weights.json")
+    ),
+    "profiles": partial(
+        ablation,
+        _PROFILES,
+        [
+            Column("tuning-smollm2-allocators.json", budget, group)
+            for budget, groups in (
+                ("0.06", ("last", "first", "later", "continuation")),
+                ("0.25", ("first", "later", "continuation")),
+            )
+            for group in groups
+        ],
     ),
     "recompressed": partial(ablation, _RECOMPRESSED, _by_interval()),
 }

@@ -53,12 +53,13 @@ def behind(
     answers: str,
     presses: Collection[str] = ONE_READING,
     groups: Sequence[str] = GROUPS,
+    variant: str = FOCUS,
 ) -> str:
-    """By budget and group: the best of some presses, and what EMS loses more than it."""
+    """By budget and group: the best of some presses, and what a variant loses more than it."""
     lab, losses = read(result), read(answers)["losses"]
     rows = []
     for budget in lab["budgets"]:
-        ours = _ours(lab, budget)
+        ours = _ours(lab, budget, variant)
         cells = []
         for group in groups:
             of_group = {
@@ -78,12 +79,12 @@ def behind(
     return table(["", *titles(groups)], rows)
 
 
-def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
-    """What EMS loses in one result and in another, and the difference, on prompts of both."""
+def change(before: str, after: str, groups: Sequence[str] = GROUPS, variant: str = FOCUS) -> str:
+    """What EMS loses in one result and a variant in another, and the difference, in pairs."""
     old, new = read(before), read(after)
     rows = []
     for budget in new["budgets"]:
-        ours, others = _ours(old, budget), _ours(new, budget)
+        ours, others = _ours(old, budget), _ours(new, budget, variant)
         cells = []
         for group in groups:
             if group not in others:
@@ -100,11 +101,11 @@ def change(before: str, after: str, groups: Sequence[str] = GROUPS) -> str:
     return table(["", *titles(groups)], rows)
 
 
-def _ours(lab: dict[str, Any], budget: str) -> dict[str, dict[str, float]]:
-    """What EMS loses above the full cache, by group and prompt, as AnswerLosses has them."""
+def _ours(lab: dict[str, Any], budget: str, variant: str = FOCUS) -> dict[str, dict[str, float]]:
+    """What a variant loses above the full cache, by group and prompt, as AnswerLosses has them."""
     found: dict[str, dict[str, float]] = {}
     for prompt in lab["prompts"]:
-        measured = prompt["measured"].get(budget, {}).get(FOCUS)
+        measured = prompt["measured"].get(budget, {}).get(variant)
         if measured:
             name = f"{prompt['task']}/{prompt['seed']}/{prompt['index']}"
             loss = measured["loss"] - prompt["full"]["loss"]

@@ -31,13 +31,16 @@ def unknown_key(prefix: str, key: Any, value: Any, allowed: Iterable[str]) -> Co
     allowed = sorted(allowed)
     near = difflib.get_close_matches(str(key), allowed, n=1)
     remedy = f"use {near[0]!r}" if near else f"use one of {', '.join(allowed)}"
+    if not allowed:
+        remedy = "drop it"
     return ConfigError(f"{prefix}{shown_key(key)}={shown(value)} is not a setting: {remedy}.")
 
 
 def from_pydantic(error: ValidationError, prefix: str, allowed: Iterable[str]) -> ConfigError:
     """The first failure of a pydantic validation as a ConfigError."""
     first = error.errors(include_url=False)[0]
-    path = [shown_key(part) for part in first["loc"]]
+    # pydantic says so where the key of a mapping is what is wrong.
+    path = [shown_key(part) for part in first["loc"] if part != "[key]"]
     if first["type"] == "extra_forbidden":
         at = ".".join(path[:-1])
         inner = f"{prefix}{at}." if at else prefix
@@ -47,7 +50,9 @@ def from_pydantic(error: ValidationError, prefix: str, allowed: Iterable[str]) -
         return cause
     message = first["msg"].removeprefix("Value error, ")
     if not path:
-        return ConfigError(f"{prefix.rstrip('.')}: {message}.")
+        return ConfigError(f"{prefix.rstrip('.: ')}: {message}.")
+    if first["type"] == "missing":
+        return ConfigError(f"{prefix}{'.'.join(path)} is missing: give it.")
     value = shown(first["input"])
     return ConfigError(f"{prefix}{'.'.join(path)}={value} is not allowed: {_lower(message)}.")
 

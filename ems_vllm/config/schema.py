@@ -4,6 +4,7 @@
 Every default here is ours; the EMS paper's constants are not public in full.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -15,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from ems_vllm.config import profiles
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown, unknown_key
 from ems_vllm.config.recipes import OFF
 from ems_vllm.plan import PlanSettings
@@ -160,7 +162,9 @@ class KVCompressionConfig(BaseModel):
     @field_validator("allocator", mode="before")
     @classmethod
     def _allocator(cls, value: Any) -> Any:
-        return _component(ALLOCATORS, "allocator", value)
+        return _component(
+            ALLOCATORS, "allocator", profiles.resolved(value, f"{KEY_PREFIX}allocator")
+        )
 
     @field_validator("selector", mode="before")
     @classmethod
@@ -205,7 +209,7 @@ class KVCompressionConfig(BaseModel):
 
     @property
     def plan_settings(self) -> PlanSettings:
-        """What scheduler and worker need to compute a request's CompressionPlan."""
+        """What a request's CompressionPlan depends on, but the shares of the layers."""
         return PlanSettings(
             budget=self.budget,
             ratio=self.ratio,
@@ -216,6 +220,22 @@ class KVCompressionConfig(BaseModel):
             allow_off=self.allow_off,
             max_budget=self.max_budget,
         )
+
+    def plan_settings_of(self, num_layers: int) -> PlanSettings:
+        """`plan_settings` with the shares of a model's layers.
+
+        Args:
+            num_layers: Of the model.
+
+        Raises:
+            ConfigError: the allocator does not deal to a model of so many layers.
+        """
+        try:
+            shares = self.allocator.shares(num_layers)
+        except ValueError as error:
+            name = self.allocator.name()
+            raise ConfigError(f"{KEY_PREFIX}allocator={name!r} is not allowed: {error}.") from None
+        return replace(self.plan_settings, shares=shares)
 
     @property
     def is_neutral_to_hits(self) -> bool:

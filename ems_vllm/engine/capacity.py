@@ -37,7 +37,7 @@ def request_columns(settings: PlanSettings, block_size: int, num_tokens: int) ->
     """Columns of a request whose prompt is all but one of `num_tokens`.
 
     Args:
-        settings: Of the server.
+        settings: Of the group.
         block_size: Tokens per block.
         num_tokens: Length of the request, for example max_model_len.
     """
@@ -94,6 +94,7 @@ def log_start(
         len(specs),
         choose_layers(others, layers, config.scorer).describe_kept(),
     )
+    _log_levels(logger, kv_cache_config, max_model_len)
     blocks = kv_cache_config.num_blocks
     logger.info(
         "KV-cache compression: beside the cache %.1f MiB of scores, %.1f MiB of recorded queries "
@@ -102,10 +103,12 @@ def log_start(
         footprint.ring_bytes(blocks) / 2**20,
         footprint.workspace_bytes / 2**20,
     )
-    if len(kv_cache_config.kv_cache_groups) > 1 or not compressed:
+    if len(compressed) < len(specs):
         return
-    spec = next(iter(compressed.values()))
-    columns = request_columns(spec.settings, spec.block_size, max_model_len)
+    # A column of each group is a block.
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    of_groups = [request_columns(spec.settings, spec.block_size, max_model_len) for spec in groups]
+    columns = Columns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
     # Block 0 is vLLM's null block.
     num_blocks = kv_cache_config.num_blocks - 1
     logger.info(
@@ -116,4 +119,28 @@ def log_start(
         columns.dense,
         num_blocks / columns.compressed,
         columns.compressed,
+    )
+
+
+def _log_levels(logger: Logger, kv_cache_config: KVCacheConfig, max_model_len: int) -> None:
+    """Say how layers share the budget, where they do, and what equal groups of them cost."""
+    groups = [
+        (group.kv_cache_spec, len(group.layer_names))
+        for group in kv_cache_config.kv_cache_groups
+        if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+    ]
+    if not groups or groups[0][0].settings.shares is None:
+        return
+    kept = []
+    for spec, num_layers in groups:
+        plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+        kept.append(f"{plan.budget_blocks * spec.block_size} in {num_layers} layers")
+    most = max(num_layers for _, num_layers in groups)
+    padding = 1 - sum(num_layers for _, num_layers in groups) / (most * len(groups))
+    logger.info(
+        "KV-cache compression: entries per kv_head by level, of a prompt of %d tokens: %s; "
+        "%.1f%% of the cache is padding between levels.",
+        max_model_len,
+        ", ".join(kept),
+        100 * padding,
     )

@@ -24,17 +24,24 @@ class CompactionLedger:
         plan: Of the request in this group.
         first, tail: Columns [first, tail) hold the kept entries in the latest step that was
             scheduled; 0, 0 before the first compaction.
+        accumulated_until: Tokens whose queries need no representation at the next compaction:
+            those before the last one, or of the prompt where its queries score.
     """
 
     plan: CompressionPlan
     first: int = 0
     tail: int = 0
+    accumulated_until: int = field(init=False)
     _in_flight: deque[tuple[int, int]] = field(default_factory=deque)
     _first_processed: int = 0
+
+    def __post_init__(self) -> None:
+        self.restart()
 
     def restart(self) -> None:
         """The request gave its blocks back; whatever comes begins anew."""
         self.first = self.tail = self._first_processed = 0
+        self.accumulated_until = self.plan.prompt_len if self.plan.compresses_prompt else 0
         self._in_flight.clear()
 
     def step_scheduled(self, start: int) -> bool:

@@ -118,6 +118,16 @@ def _private_scores_for_part_of_a_prompt(config: VllmConfig) -> int | None:
     return tokens
 
 
+def _one_group_of_layers_with_shares(config: VllmConfig) -> bool | None:
+    if not config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return None
+    settings = active_config(config)
+    if settings is None:
+        return None
+    num_layers = config.model_config.get_total_num_hidden_layers()
+    return None if settings.plan_settings_of(num_layers).shares is None else True
+
+
 def _device_without_kernels(config: VllmConfig) -> str | None:
     import ems_vllm
 
@@ -379,6 +389,12 @@ RULES = (
         _device_without_kernels,
     ),
     Rule(
+        "disable_hybrid_kv_cache_manager",
+        "layers that share a budget unequally need block tables of their own",
+        "drop the flag, or choose the allocator uniform",
+        _one_group_of_layers_with_shares,
+    ),
+    Rule(
         "device",
         "this build of ems-vllm holds no CUDA kernels for this GPU",
         "rebuild it with the GPU's compute capability in TORCH_CUDA_ARCH_LIST",
@@ -419,6 +435,11 @@ HEAD_SCALES = Refusal(
     "its checkpoint scales each kv_head of the fp8 cache on its own ({name})",
     "start with --kv-cache-dtype {dtype}, or serve a checkpoint with one scale per layer",
 )
+LAYER_SHARES = Refusal(
+    "kv_compression_config.allocator",
+    "it deals to other layers than are compressed ({reason})",
+    "choose the allocator uniform, or a profile of this very model",
+)
 MIXED_GROUP = Refusal(
     "model",
     "compressed layers need block tables of their own, but vLLM put {name} into one KV-cache "
@@ -427,6 +448,7 @@ MIXED_GROUP = Refusal(
 )
 LAYER_REFUSALS = (
     NO_FULL_ATTENTION,
+    LAYER_SHARES,
     MIXED_GROUP,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
@@ -442,6 +464,8 @@ def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) ->
     Raises:
         ConfigError: one sentence with the setting, its value, the reason and the remedy.
     """
+    # Whether the allocator knows a model of so many layers.
+    config.plan_settings_of(vllm_config.model_config.get_total_num_hidden_layers())
     for rule in RULES:
         if rule.only_with_queries and not config.scorer.reads_queries:
             continue

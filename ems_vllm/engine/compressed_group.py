@@ -74,9 +74,10 @@ class GroupTensors:
         max_num_seqs: int,
         query_dtype: torch.dtype,
         rotations: Sequence[Rotation | None],
+        scores: torch.Tensor | None,
         pool: AbstractContextManager[Any],
     ) -> GroupTensors:
-        """Allocate scores and ring beside the caches of a group.
+        """Allocate a ring beside the caches of a group.
 
         Args:
             caches: One per layer, in layer order, each [num_blocks, ...].
@@ -85,20 +86,14 @@ class GroupTensors:
             layer_scales: One per layer.
             query_dtype: dtype of the model, in which queries are recorded.
             rotations: One per layer.
-            pool: Where scores and ring are allocated; their content may get lost between requests.
+            scores: What the group has of the worker's ScoreStore, if anything.
+            pool: Where the ring is allocated; its content may get lost between requests.
         """
         device, num_blocks = caches[0].device, caches[0].shape[0]
-        scores = ring = None
-        with pool:
-            if policy.scorer.uses_global:
-                num_pages = num_blocks + spec.num_score_pages
-                scores = torch.zeros(
-                    (len(caches), num_pages, spec.num_kv_heads, spec.block_size),
-                    dtype=torch.float32,
-                    device=device,
-                )
-            if policy.scorer.uses_window:
-                num_rows = spec.num_ring_rows(num_blocks, max_num_seqs)
+        ring = None
+        if policy.scorer.uses_window:
+            num_rows = spec.num_ring_rows(num_blocks, max_num_seqs)
+            with pool:
                 ring = torch.zeros(
                     (len(caches), num_rows, obs_window, num_heads, spec.head_size),
                     dtype=query_dtype,

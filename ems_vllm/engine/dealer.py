@@ -37,7 +37,12 @@ class Dealer:
         self._block_sizes = [spec.block_size for spec in specs]
         # One row serves a request in all groups.
         self.rows = Pool(0, min(spec.num_ring_rows(num_blocks, max_num_seqs) for spec in specs))
-        self.pages = [Pool(num_blocks, spec.num_score_pages) for spec in specs]
+        # Groups share the tensor of their scores, so no two have the same page.
+        first = num_blocks
+        self.pages = []
+        for spec in specs:
+            self.pages.append(Pool(first, spec.num_score_pages))
+            first += spec.num_score_pages
         # What was dealt in the step that is being scheduled: to whom, and how to undo it.
         self._dealt: list[tuple[TrackedRequest, Callable[[TrackedRequest], None]]] = []
 
@@ -46,8 +51,11 @@ class Dealer:
         if tracked.score_pages is not None:
             return True
         dealt: list[list[int]] = []
-        for block_size, pool in zip(self._block_sizes, self.pages, strict=True):
-            pages = pool.take(tracked.num_cached // block_size)
+        for block_size, pool, ledger in zip(
+            self._block_sizes, self.pages, tracked.ledgers, strict=True
+        ):
+            scores = ledger.plan.compresses_prompt
+            pages = pool.take(tracked.num_cached // block_size if scores else 0)
             if pages is None:
                 for earlier, its_pages in zip(self.pages, dealt, strict=False):
                     earlier.give_back(its_pages)

@@ -135,8 +135,9 @@ class CompressedAttentionManager(FullAttentionManager):
         """Share the generated columns of a request that was never compressed, as vLLM would."""
         if tracked.max_shared_tokens is None or tracked.compresses_prompt:
             return
-        # A compaction that is still in flight writes into columns that would be hashed here.
-        if not tracked.ledgers[self._index].is_untouched:
+        # A compaction that is still in flight writes into columns that would be hashed here; and
+        # what came after one of another group was computed from what that one left.
+        if not all(ledger.is_untouched for ledger in tracked.ledgers):
             return
         request = tracked.request
         num_processed = request.num_computed_tokens - request.num_in_flight_tokens

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.score_store import score_bytes
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -53,10 +54,7 @@ class Footprint:
 
     def score_bytes(self, num_blocks: int) -> int:
         """Of the score pages: one for every block, and the private ones."""
-        return sum(
-            (num_blocks + spec.num_score_pages) * spec.score_page_bytes
-            for spec in self._compressed.values()
-        )
+        return score_bytes(self._compressed.values(), num_blocks)
 
     def ring_bytes(self, num_blocks: int) -> int:
         """Of the query rings."""

@@ -66,6 +66,8 @@ class ObservationSettings:
         if interval == 0:
             return 0.0
         entries = (settings.budget or _TYPICAL_BUDGET) + settings.recent_window + interval
+        # With levels, a column takes a block of each, and holds the entries of one.
+        entries *= sum(1 for _ in settings.levels())
         recording = min(1.0, _SPARE * self.obs_window / interval)
         return recording * block_size / entries
 

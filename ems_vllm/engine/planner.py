@@ -195,7 +195,6 @@ class Planner:
         due = tracked.next_compaction(start)
         is_recorded = self._obs_window > 0 and end > due - self._obs_window
         if self._compact(tracked, start, orders):
-            tracked.accumulated_until = start
             self._dealer.take_back_pages(tracked)
             if not is_recorded:
                 self._dealer.take_back_row(tracked)
@@ -228,6 +227,7 @@ class Planner:
             before = (ledger.first, ledger.tail)
             if ledger.step_scheduled(start):
                 orders.compactions.append(self._compaction(tracked, index, start, before))
+                ledger.accumulated_until = start
                 compacted = True
         return compacted
 
@@ -251,7 +251,7 @@ class Planner:
             block_ids=manager.block_ids(tracked.request.request_id, first_before, start),
             score_pages=[] if tracked.score_pages is None else tracked.score_pages[index],
             num_scored=num_scored,
-            num_represented=start - tracked.accumulated_until,
+            num_represented=start - ledger.accumulated_until,
             ring_row=-1 if tracked.ring_row is None else tracked.ring_row,
             num_queries=min(self._obs_window, start - tracked.num_cached),
         )

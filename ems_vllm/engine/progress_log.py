@@ -33,10 +33,12 @@ class ProgressLog:
 
     def update(self) -> None:
         """Called once per step."""
+        counters = [group.counters for group in self._groups]
+        layers = [len(group.layer_names) for group in self._groups]
         total = (
-            sum(group.counters.num_compactions for group in self._groups),
-            sum(group.counters.num_entries_in for group in self._groups),
-            sum(group.counters.num_entries_kept for group in self._groups),
+            max((of_group.num_compactions for of_group in counters), default=0),
+            _mean([of_group.num_entries_in for of_group in counters], layers),
+            _mean([of_group.num_entries_kept for of_group in counters], layers),
         )
         if total == self._logged or time.monotonic() < self._next_at:
             return
@@ -53,3 +55,9 @@ class ProgressLog:
         )
         self._logged = total
         self._next_at = time.monotonic() + self._interval_s
+
+
+def _mean(entries: Sequence[int], num_layers: Sequence[int]) -> int:
+    """Over all layers; groups of one model may keep different numbers."""
+    weighted = (count * layers for count, layers in zip(entries, num_layers, strict=True))
+    return sum(weighted) // max(1, sum(num_layers))

@@ -26,8 +26,6 @@ class TrackedRequest:
         is_new: Whether no step has been scheduled since it was last admitted.
         num_cached: Tokens that came from the prefix cache at the latest admission.
         quiet_until: A step that ends here or before has nothing to compact, score or record.
-        accumulated_until: Tokens whose queries need no representation at the next compaction:
-            those before the last one, or of the prompt where its queries score.
         ring_row: Its row of the query ring; None while it needs none.
         score_pages: By compressed group, its private score pages; None while it needs none.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
@@ -39,7 +37,6 @@ class TrackedRequest:
     is_new: bool = True
     num_cached: int = 0
     quiet_until: int = 0
-    accumulated_until: int = 0
     ring_row: int | None = None
     score_pages: list[list[int]] | None = None
     prompt_len: int = field(init=False)
@@ -53,7 +50,10 @@ class TrackedRequest:
         self.compresses_prompt = any(plan.compresses_prompt for plan in plans)
         shared = (plan.max_shared_tokens for plan in plans)
         self.max_shared_tokens = min((limit for limit in shared if limit is not None), default=None)
-        self._first_scored_query = min(plan.first_scored_query for plan in plans)
+        # Queries score for all groups alike, so for the one that keeps most of the prompt.
+        self._first_scored_query = min(
+            (plan.first_scored_query for plan in plans if plan.compresses_prompt), default=0
+        )
         self.restart()
 
     def restart(self) -> None:
@@ -62,7 +62,6 @@ class TrackedRequest:
             ledger.restart()
         self.is_new = True
         self.num_cached = self.quiet_until = 0
-        self.accumulated_until = self.prompt_len if self.compresses_prompt else 0
 
     def next_compaction(self, num_processed: int) -> int:
         """Tokens processed when the next compaction of any group falls due; NEVER for none."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `ems-vllm eval`, `score` and `report`."""
+"""The commands `ems-vllm eval`, `score`, `report` and `profile`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.profiling.command import profile
 from ems_vllm.eval.results import EvalResult, MethodResult
 
 _T = TypeVar("_T")
@@ -165,6 +166,7 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     app.command()(score)
     app.command()(report)
+    app.command()(profile)
 
 
 def _write_report(results: list[EvalResult], output: Path, console: Console) -> None:

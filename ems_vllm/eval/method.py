@@ -75,10 +75,13 @@ def compression_overrides(total: int, server: ServerSettings) -> dict[str, Any]:
 def blocks_held(
     config: KVCompressionConfig | None, prompt_len: int, budget: int | None, block_size: int
 ) -> int:
-    """Blocks of a request once its prompt is processed, by the plan; see `ems-vllm plan`."""
+    """Blocks of a request once its prompt is processed, by the plan; see `ems-vllm plan`.
+
+    A mean over the layers: where they share a budget unequally, it is what each would hold of equal
+    shares, up to what is rounded down to whole blocks.
+    """
     dense = -(-(prompt_len + 1) // block_size)
     if config is None or budget is None:
         return dense
-    settings = config.allocator.settings(config.plan_settings)
-    plan: Any = settings.plan(prompt_len, block_size, RequestOptions(budget=budget))
+    plan: Any = config.plan_settings.plan(prompt_len, block_size, RequestOptions(budget=budget))
     return dense - int(plan.columns(prompt_len)[0])

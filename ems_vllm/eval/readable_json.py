@@ -11,16 +11,17 @@ from typing import Any
 _WIDTH = 100
 
 
-def readable(value: Any) -> str:
+def readable(value: Any, digits: int | None = None) -> str:
     """JSON text in which a list or object of plain values, or a short one, takes one line.
 
     Args:
         value: Of what JSON has: dictionaries with text as keys, lists, numbers, text, None.
+        digits: Significant digits of numbers that are not whole; None for all.
 
     Returns:
         The text, of lines that end with one of their own.
     """
-    return "".join(_pieces(value, "")) + "\n"
+    return "".join(_pieces(value if digits is None else _rounded(value, digits), "")) + "\n"
 
 
 def _pieces(value: Any, indent: str) -> Iterator[str]:
@@ -43,3 +44,11 @@ def _pieces(value: Any, indent: str) -> Iterator[str]:
 def _is_flat(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return not any(isinstance(item, dict | list) for item in items)
+
+
+def _rounded(value: Any, digits: int) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item, digits) for key, item in value.items()}
+    return [_rounded(item, digits) for item in value] if isinstance(value, list) else value

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ems_vllm.plan import PlanSettings
 from ems_vllm.registry import Registry
 
 if TYPE_CHECKING:
     import torch
 
+    from ems_vllm.layer_shares import LayerShares
     from ems_vllm.policies.context import CompactionContext
 
 
@@ -116,16 +116,22 @@ class Scorer(Component):
 
 
 class BudgetAllocator(Component):
-    """Turns the server's budget into the budget of a group of layers."""
+    """Deals the server's budget to the layers."""
 
     registry: ClassVar[Registry] = Registry("allocator")
 
     @abstractmethod
-    def settings(self, settings: PlanSettings) -> PlanSettings:
-        """The plan settings of a KV-cache group, from those of the server.
+    def shares(self, num_layers: int) -> LayerShares | None:
+        """How the layers share a budget; None where all have the same.
 
-        Layers that get different settings end up in different KV-cache groups, each with its own
-        block table, because the settings are part of the layer's KV-cache spec.
+        Layers of different levels end up in different KV-cache groups, each with its own block
+        table, because the settings of the plan are part of a layer's KV-cache spec.
+
+        Args:
+            num_layers: Of the model.
+
+        Raises:
+            ConfigError: a model of so many layers is not dealt to.
         """
 
 

@@ -4,10 +4,18 @@
 import json
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.config import ConfigError, KVCompressionConfig, load_config, parse_overrides, recipes
+from ems_vllm.config import (
+    ConfigError,
+    KVCompressionConfig,
+    load_config,
+    parse_overrides,
+    profiles,
+    recipes,
+)
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -92,6 +100,121 @@ def test_mistake_is_answered_with_key_value_and_remedy(value, parts):
         assert part in message, message
     assert message.endswith(".")
     assert "\n" not in message
+
+
+PROFILE = {"ratios": [0.25, 0.5], "fractions": {0: [0.4, 0.6], 1: [0.1, 0.4]}}
+_FILE = "the path of a .yaml file that `ems-vllm profile` wrote."
+_CHOICES = f"{', '.join(profiles.names())}, or {_FILE}"
+
+
+def with_profile(profile, **options):
+    return {"recipe": "ems", "allocator": {"name": "profile", "profile": profile, **options}}
+
+
+def test_a_profile_is_read_from_a_file_and_travels_with_the_settings(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({"model": "mine", **PROFILE}))
+    config = load_config(with_profile(str(path), uniform_share=0.5, num_levels=2))
+    assert config.allocator.profile.model == "mine"
+    path.unlink()
+    assert load_config(json.loads(json.dumps(config.to_dict()))) == config
+    assert config.plan_settings_of(2).shares.levels == ((0,), (1,))
+    assert config.plan_settings.shares is None
+
+
+@pytest.mark.parametrize("name", profiles.names())
+def test_a_profile_that_ships_is_found_by_its_name(name):
+    config = load_config(with_profile(name, num_levels=3))
+    fractions = config.allocator.profile.fractions
+    shares = config.plan_settings_of(len(fractions)).shares
+    assert sorted(sum(shares.levels, ())) == sorted(fractions)
+
+
+def test_where_no_profile_ships_a_name_is_answered(monkeypatch, tmp_path):
+    monkeypatch.setattr(profiles, "_folder", lambda: tmp_path / "profiles")
+    with pytest.raises(ConfigError, match=f"='smol' is not a profile: give {_FILE}"):
+        load_config(with_profile("smol"))
+
+
+@pytest.mark.parametrize(
+    ("profile", "sentence"),
+    [
+        ("smol", f"='smol' is not a profile: give {_CHOICES}"),
+        (
+            "/no/such.yaml",
+            "='/no/such.yaml' cannot be read (No such file or directory): give the path of a YAML "
+            "file.",
+        ),
+        (None, f" is missing: give {_CHOICES}"),
+        (5, f"=5 is not allowed: give {_CHOICES}"),
+        (
+            PROFILE | {"ratios": [0.5, 0.25]},
+            ": ratios [0.5, 0.25] do not ascend; put them in order.",
+        ),
+        (
+            PROFILE | {"ratios": [0.5, 0.5]},
+            ": ratios [0.5, 0.5] do not ascend; put them in order.",
+        ),
+        (
+            PROFILE | {"fractions": {0: [0.4, 0.6], 1: [0.1]}},
+            ": layer 1 has 1 fractions for 2 ratios; give one for each.",
+        ),
+        (
+            PROFILE | {"fractions": {0: [0.4, 0.6], 1: [0.4, 0.4]}},
+            ": at the ratio 0.25 the layers keep 0.4000 of a prompt on the mean; the two must be "
+            "equal, so measure the profile again.",
+        ),
+        (
+            PROFILE | {"fractions": {0: [0.4, 0.2], 1: [0.1, 0.8]}},
+            ": layer 0 keeps less of a prompt at a larger ratio; measure the profile again.",
+        ),
+        (
+            PROFILE | {"fractions": {0: [0.4, 1.6], 1: [0.1, 0.4]}},
+            ".fractions.0.1=1.6 is not allowed: input should be less than or equal to 1.",
+        ),
+        (
+            PROFILE | {"fractions": {-1: [0.4, 0.6], 1: [0.1, 0.4]}},
+            ".fractions.-1=-1 is not allowed: input should be greater than or equal to 0.",
+        ),
+        (
+            {"fractions": PROFILE["fractions"]},
+            ".ratios is missing: give it.",
+        ),
+        (PROFILE | {"modell": "x"}, ".modell='x' is not a setting: use 'model'."),
+    ],
+)
+def test_a_mistake_in_a_profile_is_answered(profile, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(with_profile(profile))
+    assert str(error.value) == f"kv_compression_config.allocator.profile{sentence}"
+
+
+def test_a_mistake_in_the_file_of_a_profile_names_the_file(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("ratios: [0.5]\nfractions: {0: [0.6], 1: [0.1]}\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(with_profile(str(path)))
+    assert str(error.value) == (
+        f"kv_compression_config.allocator.profile='{path}': at the ratio 0.5 the layers keep "
+        "0.3500 of a prompt on the mean; the two must be equal, so measure the profile again."
+    )
+
+
+@pytest.mark.parametrize(
+    ("allocator", "sentence"),
+    [
+        ({"name": "pyramid", "beta": 1}, "beta=1 is not allowed: input should be greater than 1."),
+        (
+            {"name": "pyramid", "num_levels": 0},
+            "num_levels=0 is not allowed: input should be greater than or equal to 1.",
+        ),
+        ({"name": "uniform", "profile": "smol"}, "profile='smol' is not a setting: drop it."),
+    ],
+)
+def test_a_mistake_in_an_allocator_is_answered(allocator, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config({"recipe": "ems", "allocator": allocator})
+    assert str(error.value) == f"kv_compression_config.allocator.{sentence}"
 
 
 @pytest.mark.parametrize("text", ["{", '{"budget": }', "{'budget': 1}", "no/such/file.yaml"])

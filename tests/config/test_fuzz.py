@@ -23,7 +23,12 @@ from ems_vllm.config import (
 
 FIELDS = sorted(KVCompressionConfig.model_fields)
 OPTIONS = ["name", "num_sink_tokens", "similarity_threshold", "relevant_mass", "kernel_size"]
-COMPONENTS = ["ems", "snapkv", "h2o", "knorm", "top_k", "uniform", "none"]
+OPTIONS += ["profile", "uniform_share", "num_levels", "beta", "ratios", "fractions"]
+COMPONENTS = ["ems", "snapkv", "h2o", "knorm", "top_k", "uniform", "pyramid", "profile", "none"]
+ALLOCATORS = [
+    "pyramid",
+    {"name": "profile", "profile": {"ratios": [0.5], "fractions": {0: [0.25], 1: [0.75]}}},
+]
 PROMPT_LENS = (1, 500, 100_000)
 
 numbers = (
@@ -68,6 +73,7 @@ plausible = st.fixed_dictionaries(
         "query_ring_rows": numbers | st.none(),
         "workspace_mib": numbers,
         "scorer": st.sampled_from(COMPONENTS) | mappings(st.sampled_from(OPTIONS), 2),
+        "allocator": st.sampled_from(ALLOCATORS) | mappings(st.sampled_from(OPTIONS), 2),
         "selector": st.fixed_dictionaries({}, optional={"num_sink_tokens": numbers}),
         "merger": st.sampled_from(COMPONENTS) | mappings(st.sampled_from(OPTIONS), 2),
     },
@@ -92,7 +98,8 @@ def assert_works(config: KVCompressionConfig | None) -> None:
         return
     assert load_config(json.loads(json.dumps(config.to_dict()))) == config
     for prompt_len in PROMPT_LENS:
-        config.plan_settings.plan(prompt_len, 16, RequestOptions())
+        for _, settings in config.plan_settings_of(4).levels():
+            settings.plan(prompt_len, 16, RequestOptions())
 
 
 def check_settings(settings: Any) -> None:

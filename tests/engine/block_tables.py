@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass
 class Request:
-    """A request that holds blocks of the only group.
+    """A request that holds blocks.
 
     Attributes:
-        block_ids: Block of every column ever allocated; those that the scheduler has freed keep
-            their stale id.
+        tables: By KV-cache group: block of every column ever allocated; those that the scheduler
+            has freed keep their stale id.
         num_cached: Tokens that came from the prefix cache at the latest admission.
         num_computed: Tokens processed before the current step.
         num_scheduled: Tokens of the current step; 0 when it is not part of it.
@@ -21,10 +21,21 @@ class Request:
 
     req_id: str
     prompt_len: int
-    block_ids: list[int]
+    tables: list[list[int]]
     num_cached: int
     num_computed: int
     num_scheduled: int = 0
+
+    @property
+    def block_ids(self) -> list[int]:
+        """The table of the only group."""
+        (table,) = self.tables
+        return table
+
+    @property
+    def end(self) -> int:
+        """Tokens processed after the current step."""
+        return self.num_computed + self.num_scheduled
 
 
 class BlockTables:
@@ -57,7 +68,8 @@ class BlockTables:
             request = self._running[req_id]
             request.num_computed = num_computed
             if block_ids is not None:
-                request.block_ids.extend(block_ids[0])
+                for table, new_ids in zip(request.tables, block_ids, strict=True):
+                    table.extend(new_ids)
         scheduled = []
         for req_id, num_scheduled in output.num_scheduled_tokens.items():
             self._running[req_id].num_scheduled = num_scheduled
@@ -65,7 +77,12 @@ class BlockTables:
         return admitted, scheduled
 
     def _admit(self, req_id: str, block_ids: tuple[list[int], ...], num_computed: int) -> Request:
-        prompt_len = self._prompt_lens[req_id]
-        request = Request(req_id, prompt_len, list(block_ids[0]), num_computed, num_computed)
+        request = Request(
+            req_id,
+            self._prompt_lens[req_id],
+            list(map(list, block_ids)),
+            num_computed,
+            num_computed,
+        )
         self._running[req_id] = request
         return request

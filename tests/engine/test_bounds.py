@@ -2,7 +2,10 @@
 """I4: the live columns of a request never exceed its plan, in prefill and in long generations."""
 
 import pytest
+from engine.busy_run import SETTINGS
 from engine.harness import BLOCK_SIZE, engine, tokens
+from engine.levels import LEVELS
+from engine.simulator import Simulator
 
 from ems_vllm.config import RequestOptions, load_config
 
@@ -60,3 +63,31 @@ def test_pool_is_empty_afterwards(probe):
 
 def test_short_prompt_is_compressed_once_it_has_grown(probe):
     assert probe.stats()["num_compactions"] > 3 * (300 // 64)
+
+
+@pytest.mark.parametrize("lag", [0, 1], ids=["sync", "async"])
+@pytest.mark.parametrize("levels", ["pyramid of 3", "one whole"])
+def test_live_columns_of_each_level_never_exceed_its_plan(levels, lag):
+    settings = {**SETTINGS, **LEVELS[levels], "query_ring_rows": 8}
+    simulator = Simulator(settings, num_blocks=1000, async_scheduling=lag == 1)
+    prompts = [[1000 * length + token for token in range(length)] for length in (5, 18, 30, 90)]
+    by_request = {simulator.add(prompt, 100): len(prompt) for prompt in prompts}
+    most = [0] * len(simulator.managers)
+    while simulator.unfinished:
+        simulator.step()
+        for req_id, request in simulator.scheduler.requests.items():
+            start = request.num_computed_tokens - 1
+            if start < by_request[req_id]:
+                continue
+            for group_id, manager in enumerate(simulator.managers):
+                plan = manager.kv_cache_spec.settings.plan(
+                    by_request[req_id], manager.block_size, RequestOptions()
+                )
+                live = sum(not block.is_null for block in manager.req_to_blocks[req_id])
+                bound = max(plan.max_live_columns(n) for n in range(start - lag, start + 1)) + lag
+                assert live <= bound, (req_id, group_id, live, start, bound)
+                if start > by_request[req_id] + BLOCK_SIZE:
+                    most[group_id] = max(most[group_id], live)
+    assert not simulator.num_preemptions
+    # The first level keeps most.
+    assert most[0] > most[-1] + 4

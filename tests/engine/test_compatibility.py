@@ -116,10 +116,17 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
+    (
+        "disable_hybrid_kv_cache_manager",
+        {
+            "": {"additional_config": {CONFIG_KEY: {"recipe": "ems", "allocator": "pyramid"}}},
+            "scheduler_config": {"disable_hybrid_kv_cache_manager": True},
+        },
+    ),
     ("device", {"device_config": {"device_type": "cuda"}}),
 ]
 # Architectures that the extension was built for, by index in TRIPS; the GPU is an 8.9.
-BUILDS = {len(TRIPS) - 2: (), len(TRIPS) - 1: ("9.0a", "10.0")}
+BUILDS = {len(TRIPS) - 3: (), len(TRIPS) - 1: ("9.0a", "10.0")}
 
 
 def test_every_rule_has_a_case():
@@ -218,6 +225,33 @@ def test_nothing_else_is_refused(vllm_config):
         check_compatibility(vllm_config, CONFIG)
 
 
+@pytest.mark.parametrize(
+    ("allocator", "is_disabled"), [("uniform", True), ("pyramid", False), ("pyramid", None)]
+)
+def test_one_manager_for_all_layers_is_fine_where_they_share_equally(
+    vllm_config, allocator, is_disabled
+):
+    settings = {"recipe": "ems", "allocator": allocator}
+    changes = {
+        "": {"additional_config": {CONFIG_KEY: settings}},
+        "scheduler_config": {"disable_hybrid_kv_cache_manager": is_disabled},
+    }
+    with changed(vllm_config, changes):
+        check_compatibility(vllm_config, load_config(settings))
+
+
+def test_a_profile_of_another_model_is_refused(vllm_config):
+    profile = {"ratios": [0.5], "fractions": {layer: [0.5] for layer in range(30)}}
+    config = load_config({"recipe": "ems", "allocator": {"name": "profile", "profile": profile}})
+    with pytest.raises(ConfigError) as refusal:
+        check_compatibility(vllm_config, config)
+    assert str(refusal.value) == (
+        "kv_compression_config.allocator='profile' is not allowed: its profile has a layer 29, but "
+        "the model has 4 layers, counted from 0; give a profile of this model, or measure one with "
+        "`ems-vllm profile`."
+    )
+
+
 def test_refusals_of_layers_name_key_value_and_remedy():
     details = {
         "layers": "2 layers: sliding window",
@@ -228,6 +262,7 @@ def test_refusals_of_layers_name_key_value_and_remedy():
         "dtype": "float16",
         "heads": [4, 8],
         "choice": "one of them",
+        "reason": "a share to layers.0",
     }
     for refusal in LAYER_REFUSALS:
         sentence = str(refusal.error("VALUE", "ems", **details))

@@ -180,6 +180,38 @@ def test_layers_that_vllm_would_put_into_one_group_are_refused(folder):
 
 
 @pytest.mark.usefixtures("refused_start")
+def test_a_share_of_a_layer_that_is_not_compressed_is_refused(folder):
+    message = (
+        r"kv_compression_config.allocator='pyramid' cannot be combined with .*: it deals to other "
+        r"layers than are compressed \(a share to model\.layers\.0\.self_attn\.attn, which is not "
+        r"compressed\); choose the allocator uniform, or a profile of this very model, or set "
+        r"kv_compression to off\.$"
+    )
+    with (
+        pytest.raises(ConfigError, match=message),
+        engine(settings(64, "knorm", allocator="pyramid"), folder("gemma3"), **OPTIONS),
+    ):
+        pass
+
+
+def test_full_attention_layers_share_a_budget_by_a_profile_of_them(folder):
+    profile = {"ratios": [0.5], "fractions": {2: [0.8], 5: [0.2]}}
+    allocator = {"name": "profile", "profile": profile, "uniform_share": 0}
+    with engine(settings(64, allocator=allocator), folder("gemma3"), **OPTIONS) as probe:
+        answers = probe.generate(PROMPTS, MAX_TOKENS)
+        first, second = probe.llm.collective_rpc("kv_compression_stats")[0]
+        assert first["num_compactions"] == second["num_compactions"] == 2
+        # Of 64 entries on the mean: 6.4 and 1.6 of 4 blocks a layer.
+        assert first["num_entries_kept"] == 2 * 96
+        assert second["num_entries_kept"] == 2 * 32
+        # Hits in the prefix cache of all kinds of layers.
+        outputs = probe.generate_outputs(PROMPTS, MAX_TOKENS)
+        assert outputs[-1].num_cached_tokens >= 256
+        assert [list(output.outputs[0].token_ids) for output in outputs] == answers
+        probe.assert_pool_is_empty()
+
+
+@pytest.mark.usefixtures("refused_start")
 def test_soft_capped_logits_are_refused_where_queries_are_scored(folder):
     with (
         pytest.raises(ConfigError, match="soft-capped attention logits"),

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine import capacity
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.layer_settings import LayersDiffer, by_layer
 from ems_vllm.engine.observation import ObservationSettings
 from ems_vllm.policies.policy import Policy
 
@@ -31,7 +32,7 @@ def build_group(worker):
     """The group of the running model, built again."""
     (group,) = worker.compression.groups
     layers = worker._attention_layers()
-    return worker._build_group(0, group.tensors.spec, group.layer_names, layers)
+    return worker._build_group(0, group.tensors.spec, group.layer_names, layers, None)
 
 
 class TestQueryHeads:
@@ -64,6 +65,39 @@ def test_backends_that_cannot_be_observed(worker, monkeypatch, backend, remedy):
     monkeypatch.setattr(layer, "attn_backend", SimpleNamespace(get_name=lambda: backend))
     with pytest.raises(ConfigError, match=f"attention_backend='{backend}' .*{remedy}"):
         build_group(worker)
+
+
+class TestShares:
+    """An allocator deals to exactly the layers that are compressed."""
+
+    NAMES = tuple(f"model.layers.{index}.self_attn.attn" for index in range(4))
+
+    @staticmethod
+    def settings(num_layers):
+        config = load_config({"recipe": "ems", "budget": 64, "allocator": "pyramid"})
+        return config.plan_settings_of(num_layers)
+
+    def test_each_layer_has_the_settings_of_its_level(self):
+        settings = self.settings(4)
+        found = by_layer(settings, self.NAMES, set(self.NAMES))
+        assert [found[name].level for name in self.NAMES] == [0, 1, 2, 2]
+        # A stage of a pipeline has some of them.
+        assert by_layer(settings, self.NAMES[2:], set(self.NAMES[2:])).keys() == {*self.NAMES[2:]}
+
+    def test_without_shares_all_are_alike_whatever_else_there_is(self):
+        found = by_layer(CONFIG.plan_settings_of(4), self.NAMES, set(self.NAMES[:2]))
+        assert found == dict.fromkeys(self.NAMES[:2], CONFIG.plan_settings)
+
+    @pytest.mark.parametrize(
+        ("num_layers", "num_compressed", "message"),
+        [
+            (4, 3, "a share to model.layers.3.self_attn.attn, which is not compressed"),
+            (3, 4, "nothing to model.layers.3.self_attn.attn, which is compressed"),
+        ],
+    )
+    def test_others_are_refused(self, num_layers, num_compressed, message):
+        with pytest.raises(LayersDiffer, match=message):
+            by_layer(self.settings(num_layers), self.NAMES, set(self.NAMES[:num_compressed]))
 
 
 def spec(cls=FullAttentionSpec, **fields):

@@ -1,17 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is kept free beside the cache, by arithmetic."""
 
+from collections import Counter
+from contextlib import nullcontext
+
 import pytest
 import torch
+from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.config import load_config, recipes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
+from ems_vllm.engine.score_store import ScoreStore
 from ems_vllm.policies.policy import Policy
 
 GIB = 1 << 30
+# By the number of levels.
+ALLOCATORS = {1: "uniform", 4: {"name": "pyramid", "num_levels": 4}}
 # Layers, query heads and kv_heads of a rank, head size, and what is left for the cache beside the
 # weights (bfloat16, 90 % of the card).
 MODELS = {
@@ -36,9 +43,12 @@ def footprint(
         score_tokens=score_tokens(None, max_model_len, 8192) if policy.scorer.uses_global else None,
         ring_rows=config.query_ring_rows,
     )
-    settings = policy.allocator.settings(config.plan_settings)
-    spec = CompressedAttentionSpec.compress(plain, settings, observation)
+    settings = config.plan_settings_of(layers)
     names = [f"layer {index}" for index in range(layers)]
+    specs = {
+        name: CompressedAttentionSpec.compress(plain, settings.for_layer(index), observation)
+        for index, name in enumerate(names)
+    }
     return Footprint(
         config=config,
         policy=policy,
@@ -47,8 +57,17 @@ def footprint(
         max_num_seqs=1024,
         query_itemsize=2,
         num_heads=dict.fromkeys(names, heads),
-        specs=dict.fromkeys(names, spec),
+        specs=specs,
     )
+
+
+def page_bytes(sizes):
+    """Bytes of a block: those of the layers of a group, where all have as many."""
+    pages = Counter()
+    for spec in sizes.specs.values():
+        pages[spec] += spec.page_size_bytes
+    (page,) = set(pages.values())
+    return page
 
 
 def workspace(recipe, max_model_len, kv_heads=8):
@@ -65,13 +84,14 @@ def test_the_workspace_has_room_for_a_layer_of_the_longest_request(recipe):
     assert workspace(recipe, 131_072, kv_heads=1) == 64 << 20
 
 
+@pytest.mark.parametrize("levels", [1, 4])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_query_ring_is_a_small_share_of_the_cache(name):
+def test_the_query_ring_is_a_small_share_of_the_cache(name, levels):
     *shape, gib = MODELS[name]
-    sizes = footprint("ems", *shape)
+    sizes = footprint("ems", *shape, allocator=ALLOCATORS[levels])
     available = int(gib * GIB)
     cache = sizes.reduce(available)
-    page = sum(spec.page_size_bytes for spec in sizes.specs.values())
+    page = page_bytes(sizes)
     num_blocks = cache // page
     # Everything fits, and not a block more would.
     assert cache + sizes.total_bytes(num_blocks) <= available
@@ -79,8 +99,44 @@ def test_the_query_ring_is_a_small_share_of_the_cache(name):
     assert sizes.ring_bytes(num_blocks) < 0.01 * cache
     # Half as many again may record at a time as decoding requests do on average.
     (spec, *_) = sizes.specs.values()
-    held = num_blocks * 16 / (1024 + 64 + 256)
+    held = num_blocks / levels * 16 / (1024 + 64 + 256)
     assert spec.num_ring_rows(num_blocks, 1024) >= 1.5 * held * 16 / 256
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_levels_take_no_more_beside_the_same_cache(name):
+    """A block id belongs to one group at a time, so the scores of groups share their bytes."""
+    *shape, gib = MODELS[name]
+    alike, levels = (footprint("ems", *shape, allocator=ALLOCATORS[n]) for n in (1, 4))
+    assert page_bytes(alike) == 4 * page_bytes(levels)
+    num_blocks = int(gib * GIB) // page_bytes(alike)
+    assert levels.score_bytes(4 * num_blocks) <= alike.score_bytes(num_blocks)
+    assert levels.ring_bytes(4 * num_blocks) <= 1.01 * alike.ring_bytes(num_blocks)
+    assert levels.reduce(int(gib * GIB)) >= 0.999 * alike.reduce(int(gib * GIB))
+
+
+# 32 = 4 x 8; 30 = 7 + 8 + 7 + 8, which vLLM pads; 11 = 2 + 3 + 3 + 3, which it splits.
+@pytest.mark.parametrize("layers", [32, 30, 11])
+def test_scores_take_what_is_set_aside_for_them(layers):
+    """Also where levels differ in size, and a block has the bytes of the smallest or largest."""
+    sizes = footprint("ems", layers, allocator=ALLOCATORS[4])
+    groups = _get_kv_cache_groups_uniform_page_size(sizes.specs)
+    # A block of each group for every 16 tokens of the longest prompt.
+    num_blocks = len(groups) * 131_072 // 16
+    with torch.device("meta"):
+        store = ScoreStore(
+            [group.kv_cache_spec for group in groups],
+            [len(group.layer_names) for group in groups],
+            num_blocks,
+            torch.device("meta"),
+            nullcontext(),
+        )
+    held = sum(scores.nbytes for scores in store._scores.values())
+    assert held <= sizes.score_bytes(num_blocks)
+    # What a block takes in vLLM is at least what the size of the cache was found with.
+    largest = max(len(group.layer_names) for group in groups)
+    most = Counter(sizes.specs.values()).most_common()
+    assert largest >= most[-1][1]
 
 
 def test_rows_can_be_set():

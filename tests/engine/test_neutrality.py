@@ -18,7 +18,8 @@ from ems_vllm.config import load_config, recipes
 
 PREFIX = tokens(640, seed=99)
 PROMPT = PREFIX + tokens(260, seed=5)
-PRIMER = PREFIX + tokens(120, seed=8)
+# So long that even the level of layers that keeps most leaves the whole prefix to others.
+PRIMER = PREFIX + tokens(200, seed=8)
 # Long enough for two recompressions.
 MAX_TOKENS = 140
 

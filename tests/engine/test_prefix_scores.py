@@ -20,7 +20,8 @@ from ems_vllm import ops
 
 PREFIX = tokens(640, seed=99)
 PROMPTS = [PREFIX + tokens(length, seed=length) for length in (100, 260)]
-PRIMER = PREFIX + tokens(120, seed=8)
+# Long enough for every level to leave the whole prefix to others.
+PRIMER = PREFIX + tokens(200, seed=8)
 CHUNK = 320
 
 
@@ -90,12 +91,17 @@ def test_accumulated_scores_lack_the_queries_of_the_hit_and_nothing_else(recipe)
         probe.assert_pool_is_empty()
 
 
-@pytest.mark.parametrize("recipe", ["ems", "h2o"])
-def test_hits_are_scored_in_private(recipe):
+PYRAMID = {"allocator": {"name": "pyramid", "num_levels": 2}}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "levels"), [("ems", {}), ("h2o", {}), ("ems", PYRAMID)], ids=["ems", "h2o", "levels"]
+)
+def test_hits_are_scored_in_private(recipe, levels):
     """A request's result must not depend on who shares its prefix at the same time."""
     prompt = PROMPTS[1]
     others = [PREFIX + tokens(length, seed=length) for length in (333, 150)]
-    with engine(settings(recipe)) as probe:
+    with engine(settings(recipe, **levels)) as probe:
         answer(probe, PRIMER, 0, max_tokens=4)
         alone = answer(probe, prompt, len(PREFIX))
         assert probe.llm.reset_prefix_cache()

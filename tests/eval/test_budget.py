@@ -5,8 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.config import ConfigError, RequestOptions
+from ems_vllm.config import ConfigError, RequestOptions, load_config
 from ems_vllm.eval.budget import Budget, kv_budget, largest_kv_budget, smallest_total
+from ems_vllm.eval.method import blocks_held
 from ems_vllm.plan import PlanSettings
 
 
@@ -64,3 +65,18 @@ def test_total_of_a_budget(text, total):
 def test_no_budget(text):
     with pytest.raises(ConfigError, match=r"^budgets=.* is not a budget: give entries .*\.$"):
         Budget.parse(text)
+
+
+@pytest.mark.parametrize("budget", [64, 256, 4096])
+def test_blocks_held_are_the_mean_of_layers_that_share_a_budget_unequally(budget):
+    config = load_config({"recipe": "ems", "budget": 4096, "allocator": "pyramid"})
+    request = RequestOptions(budget=budget)
+    by_level = [
+        (num_layers, settings.plan(2000, 16, request).columns(2000)[0])
+        for num_layers, settings in config.plan_settings_of(30).levels()
+    ]
+    assert len({freed for _, freed in by_level}) == (1 if budget == 4096 else 3)
+    held = sum(num_layers * (126 - freed) for num_layers, freed in by_level) / 30
+    # Rounding down to whole blocks may leave a level of ten layers one block less.
+    assert blocks_held(config, 2000, budget, 16) - 10 / 30 < held
+    assert held <= blocks_held(config, 2000, budget, 16)

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m ems_vllm.eval.lab`: one processed prompt for many variants."""
 
+import inspect
 import json
+from importlib import resources
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +15,11 @@ from typer.testing import CliRunner
 
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval.budget import Budget
+from ems_vllm.eval.budget import Budget, kv_budget
 from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.lab import variants as sets
 from ems_vllm.eval.lab.__main__ import main
-from ems_vllm.eval.lab.cells import _code, cells
+from ems_vllm.eval.lab.cells import _COMPRESSION, _FORCING, _code, cells
 from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder
 from ems_vllm.eval.lab.forcing import Forced
 from ems_vllm.eval.lab.result import LabResult
@@ -28,6 +31,10 @@ from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel
 from ems_vllm.eval.reference.quantised import FORMATS
 from ems_vllm.eval.reference.runner import Runner
+from ems_vllm.layer_shares import LayerShares
+from ems_vllm.plan import PlanSettings
+from ems_vllm.policies.levels import in_levels
+from ems_vllm.policies.policy import Policy
 
 app = typer.Typer()
 app.command()(main)
@@ -64,6 +71,20 @@ def test_a_budget_for_the_whole_prompt_is_the_full_cache(reference):
     assert part.loss != pytest.approx(full.loss, abs=1e-3)
     assert part.kl > 1e-3
     assert part.attention_error > 0.01
+
+
+def test_layers_that_share_a_budget_unequally_take_as_many_bytes(reference):
+    pyramid = {"allocator": {"name": "pyramid", "num_levels": 2}}
+    variants = [Variant(name="ems"), Variant(name="pyramid", settings=pyramid)]
+    _, (even, uneven) = measure(reference, prompt_line(), variants, 96)
+    assert uneven.kv_bytes == even.kv_bytes
+    assert uneven.attention_error > 0.01
+    assert uneven.attention_error != pytest.approx(even.attention_error, rel=1e-3)
+    assert uneven.loss != pytest.approx(even.loss, abs=1e-4)
+    # Where all of it fits, shares are no matter.
+    full, (everything,) = measure(reference, prompt_line(), variants[1:], 256)
+    assert everything.kv_bytes == full.kv_bytes
+    assert everything.attention_error == pytest.approx(0, abs=1e-5)
 
 
 def test_right_is_what_would_have_been_written(reference):
@@ -122,8 +143,13 @@ def test_errors_are_those_of_the_projection_s_output(reference):
     keys, values = reference.request(prefilled, config, options).entries()
     assert errors.mean(keys, values, 5) == pytest.approx(0, abs=1e-5)
     # Twice the prompt is the same shares of it, and fewer of the new tokens.
-    assert errors.mean(keys.repeat(1, 1, 2, 1), values.repeat(1, 1, 2, 1), 5) < 0.1
-    assert errors.mean(keys, 10 * values, 5) == pytest.approx(9, rel=0.1)
+    twice_keys, twice_values = (
+        [of_layer.repeat(1, 2, 1) for of_layer in entries] for entries in (keys, values)
+    )
+    assert errors.mean(twice_keys, twice_values, 5) < 0.1
+    # Layers need not hold equally many entries.
+    assert errors.mean([*twice_keys[:1], *keys[1:]], [*twice_values[:1], *values[1:]], 5) < 0.1
+    assert errors.mean(keys, [10 * of_layer for of_layer in values], 5) == pytest.approx(9, rel=0.1)
 
 
 def test_what_is_measured_again(monkeypatch):
@@ -151,6 +177,15 @@ def test_what_is_measured_again(monkeypatch):
     assert digest(recipe="full", dtype="fp8") == full
     monkeypatch.setattr(code, lambda *paths: "changed")
     assert digest(recipe="full", dtype="fp8") != full
+
+
+def test_measurements_depend_on_all_that_computes_them():
+    package = Path(str(resources.files("ems_vllm")))
+    patterns = (*_FORCING, *_COMPRESSION)
+    assert all(any(package.glob(pattern)) for pattern in patterns)
+    covered = {file for pattern in patterns for file in package.glob(pattern)}
+    for computes in (Lab, ReferenceModel, kv_budget, Policy, PlanSettings, LayerShares, in_levels):
+        assert Path(inspect.getfile(computes)) in covered
 
 
 def test_a_share_of_the_bytes_is_so_many_entries():

@@ -21,3 +21,8 @@ def test_a_measurement_is_a_line():
     rows = [{"name": f"row {index}", "loss": 0.5, "interval": [0.25, 0.75]} for index in range(9)]
     lines = readable({"rows": rows}).splitlines()
     assert [json.loads(line.strip().rstrip(",")) for line in lines[2:-2]] == rows
+
+
+def test_numbers_have_as_many_digits_as_asked():
+    value = {"loss": [1 / 3, 12345.678], "count": 12345678, "right": True}
+    assert json.loads(readable(value, 4)) == {**value, "loss": [0.3333, 12350.0]}

@@ -93,6 +93,57 @@ def test_many_tokens_at_once_are_the_same_as_one_after_the_other(reference, budg
     assert (fast.num_live < 100) == (budget == 32)
 
 
+# The full-attention layers are 2 and 5; the first one keeps less.
+PROFILE = {
+    "name": "profile",
+    "profile": {"ratios": [0.25], "fractions": {2: [0.1], 5: [0.4]}},
+    "num_levels": 2,
+    "uniform_share": 0,
+}
+
+
+def test_layers_of_a_profile_keep_other_numbers_of_entries(reference):
+    continuation = tokens(150, seed=1)
+    slow, _ = start(reference, PROMPTS[1], budget=64, allocator=PROFILE)
+    fast, _ = start(reference, PROMPTS[1], budget=64, allocator=PROFILE)
+    with reference_operators():
+        expected = torch.stack([slow.step(token) for token in continuation])
+        actual = torch.cat([fast.extend(continuation[:37]), fast.extend(continuation[37:])])
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+    less, more = (of_layer.shape[1] for of_layer in fast.entries()[0])
+    # Of 17 blocks that are compressed, 2 and 6.
+    assert more - less == (6 - 2) * 16
+    assert fast.num_live == (less + more) / 2
+
+
+@pytest.mark.parametrize(
+    ("allocator", "message"),
+    [
+        (
+            "pyramid",
+            r"allocator='pyramid' is not allowed: it deals to layer 0, which is not compressed "
+            r"\(sliding_attention\); use allocator uniform, or a profile of this model\.$",
+        ),
+        (
+            {**PROFILE, "profile": {"ratios": [0.25], "fractions": {2: [0.25]}}},
+            r"allocator='profile' is not allowed: it deals nothing to layer 5, which is compressed",
+        ),
+        (
+            {**PROFILE, "profile": {"ratios": [0.25], "fractions": {6: [0.25]}}},
+            r"its profile has a layer 6, but the model has 6 layers",
+        ),
+    ],
+    ids=["sliding", "missing", "other model"],
+)
+def test_shares_of_other_layers_than_are_compressed_are_refused(reference, allocator, message):
+    config = load_config({**SETTINGS, "allocator": allocator})
+    for options in (RequestOptions(), RequestOptions(enabled=False)):
+        with pytest.raises(ConfigError, match=message):
+            reference.first_query(300, config, options)
+        with pytest.raises(ConfigError, match=message):
+            reference.plans(300, config, options)
+
+
 def test_requests_that_share_a_prompt_do_not_disturb_each_other(reference):
     config = load_config({**SETTINGS, "global_queries": "all"})
     prefilled = reference.prefill(PROMPTS[2], config.obs_window)

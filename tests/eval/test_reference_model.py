@@ -62,8 +62,9 @@ def plain_answer(llama, prompt, count):
 def answer(reference, compression, prompt=PROMPT, count=40, **options):
     config = load_config({"recipe": "ems", "min_blocks_saved": 1, **compression})
     asked = RequestOptions(**options)
-    first = reference.plan(len(prompt), config, asked).first_scored_query
-    prefilled = reference.prefill(prompt, config.obs_window, [first])
+    first = reference.first_query(len(prompt), config, asked)
+    firsts = [] if first is None else [first]
+    prefilled = reference.prefill(prompt, config.obs_window, firsts)
     request = reference.request(prefilled, config, asked)
     with reference_operators():
         token_ids = list(islice(generated(prefilled.logits, request.step), count))

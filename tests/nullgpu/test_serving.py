@@ -58,6 +58,8 @@ SLEEPING = Run(
     LARGE,
     sleeps=True,
 )
+# Half of the layers keep much, half little: two KV-cache groups.
+LEVELS = Run(COMPRESSION | {"allocator": {"name": "pyramid", "num_levels": 2}}, FLASH)
 FLASH_RUNS = (DENSE, EMS, *BY_GRAPHS.values(), SHORT_CHUNKS, TOGETHER)
 OTHER_BACKENDS = {
     name: Run(arguments={"attention_backend": name}) for name in ("TRITON_ATTN", "FLEX_ATTENTION")
@@ -215,6 +217,25 @@ def test_our_kernels_run_on_the_stream_of_the_model(runner, run):
     for step in with_flash(runner, run).steps:
         model = {event.stream for event in step.events if event.name == "cublasGemmEx"}
         assert {event.stream for event in step.events if event.is_ours} <= model
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
+    (found,) = serve(runner, LEVELS)
+    assert_served(found)
+    assert_captures_are_sound(found)
+    assert_scored(found)
+    for step in full_decodes(found)[4:]:
+        assert step.count(name="ems::record_queries_kernel", how="replayed") == NUM_LAYERS
+        assert step.count(name="ems::plan_metadata_kernel") == 2
+        assert step.count(is_ours=True) == NUM_LAYERS + 2
+    # A prompt of both requests and their generated tokens.
+    compacting = [step for step in found.steps if step.num_compactions]
+    assert compacting
+    for step in compacting:
+        launched = {event.name: n for event, n in step.events.items() if event.is_ours}
+        num_groups = {launched.get(name) for name in COMPACTION_KERNELS}
+        assert num_groups == {2}
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -22,6 +22,7 @@ from ems_vllm.engine.backends import (
 from ems_vllm.engine.cache_scales import has_scales_per_head, layer_scales
 from ems_vllm.engine.compatibility import (
     HEAD_SCALES,
+    LAYER_SHARES,
     MIXED_GROUP,
     MIXED_QUERY_HEADS,
     MIXED_SCALES,
@@ -33,11 +34,13 @@ from ems_vllm.engine.compatibility import (
 from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.layer_choice import LayerChoice, choose_layers, mixed_layer
+from ems_vllm.engine.layer_settings import LayersDiffer, by_layer
 from ems_vllm.engine.memory import Footprint
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.rope import rotations
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
+from ems_vllm.engine.score_store import ScoreStore
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 
     # For type checkers; the real base is the worker that this is mixed into.
     from vllm.v1.worker.gpu_worker import Worker as _Base
+
+    from ems_vllm.plan import PlanSettings
 else:
     _Base = object
 
@@ -79,11 +84,23 @@ class CompressionWorkerMixin(_Base):
         # A stage of a pipeline may have none while others have; see initialize_from_config.
         if not choice.compressed and not self.parallel_config.pipeline_parallel_size > 1:
             raise self._nothing_to_compress(choice)
-        settings = self._policy.allocator.settings(self._compression_config.plan_settings)
+        settings = self._layer_settings(specs, choice)
         return {
-            name: self._compressed_spec(spec, settings) if name in choice.compressed else spec
+            name: self._compressed_spec(spec, settings[name]) if name in settings else spec
             for name, spec in specs.items()
         }
+
+    def _layer_settings(
+        self, specs: dict[str, KVCacheSpec], choice: LayerChoice
+    ) -> dict[str, PlanSettings]:
+        """Settings of the plan, by compressed layer."""
+        config = self._compression_config
+        num_layers = self.model_config.get_total_num_hidden_layers()
+        settings = config.plan_settings_of(num_layers)
+        try:
+            return by_layer(settings, specs, choice.compressed)
+        except LayersDiffer as error:
+            raise LAYER_SHARES.error(config.allocator.name(), config.recipe, reason=error) from None
 
     def _nothing_to_compress(self, choice: LayerChoice) -> ConfigError:
         return NO_FULL_ATTENTION.error(
@@ -138,8 +155,9 @@ class CompressionWorkerMixin(_Base):
         ):
             specs = super().get_kv_cache_spec()
             raise self._nothing_to_compress(choose_layers(specs, layers, self._policy.scorer))
+        scores = self._score_store(kv_cache_config, layers)
         groups = [
-            self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers)
+            self._build_group(group_id, group.kv_cache_spec, group.layer_names, layers, scores)
             for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
             # A pipeline stage may have no layer of a group.
             if group.layer_names and isinstance(group.kv_cache_spec, CompressedAttentionSpec)
@@ -164,15 +182,39 @@ class CompressionWorkerMixin(_Base):
                 self._footprint(),
             )
 
+    def _score_store(
+        self, kv_cache_config: KVCacheConfig, layers: dict[str, Attention]
+    ) -> ScoreStore | None:
+        """Where all compressed groups keep accumulated scores; None if there are none."""
+        if not self._policy.scorer.uses_global:
+            return None
+        groups = [
+            group
+            for group in kv_cache_config.kv_cache_groups
+            if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+        ]
+        owners = [_owners(group.layer_names, layers) for group in groups]
+        caches = [layers[name].kv_cache for names in owners for name in names]
+        if not caches:
+            return None
+        return ScoreStore(
+            [group.kv_cache_spec for group in groups],
+            [len(names) for names in owners],
+            caches[0].shape[0],
+            caches[0].device,
+            # Sleep mode frees what is in this pool, and discards it as it does the cache.
+            self._maybe_get_memory_pool_context("kv_cache"),
+        )
+
     def _build_group(
         self,
         group_id: int,
         spec: CompressedAttentionSpec,
         layer_names: list[str],
         layers: dict[str, Attention],
+        scores: ScoreStore | None,
     ) -> CompressedGroup:
-        # Layers that share another layer's cache are listed too; they own none.
-        owners = [name for name in layer_names if not layers[name].kv_sharing_target_layer_name]
+        owners = _owners(layer_names, layers)
         caches = [layers[name].kv_cache for name in owners]
         recipe = self._compression_config.recipe
         native = caches[0].shape[2]
@@ -210,7 +252,7 @@ class CompressionWorkerMixin(_Base):
             max_num_seqs=scheduler.max_num_seqs,
             query_dtype=self.model_config.dtype,
             rotations=rotations(self.model_runner.get_model(), [layers[name] for name in owners]),
-            # Sleep mode frees what is in this pool, and discards it as it does the cache.
+            scores=None if scores is None else scores.of(spec, len(owners)),
             pool=self._maybe_get_memory_pool_context("kv_cache"),
         )
         return CompressedGroup(
@@ -303,6 +345,11 @@ class CompressionWorkerMixin(_Base):
     def shutdown(self) -> None:
         restore_backends()
         super().shutdown()
+
+
+def _owners(layer_names: list[str], layers: dict[str, Attention]) -> list[str]:
+    """Layers of a group but those that share another one's cache, which are listed too."""
+    return [name for name in layer_names if not layers[name].kv_sharing_target_layer_name]
 
 
 def _aligned_columns(columns: int, block_size: int) -> int:

@@ -33,6 +33,10 @@ from ems_vllm.eval.reference.files import read_prompts
 _WIDTH = 220
 
 
+# More than bfloat16 knows.
+_DIGITS = 7
+
+
 def main(
     model: Annotated[str, typer.Option(help="Model folder.")],
     prompts: Annotated[Path, typer.Option(help="What `eval --export-prompts` wrote.")],
@@ -121,7 +125,7 @@ def main(
         left_out=len(asked) - len(forced),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(readable(json.loads(result.model_dump_json())), encoding="utf-8")
+    out.write_text(readable(json.loads(result.model_dump_json()), _DIGITS), encoding="utf-8")
     console.print(table(result))
     if result.left_out:
         console.print(f"{result.left_out:,} prompts have no right answer to force: left out.")

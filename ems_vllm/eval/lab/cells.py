@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 # What every measurement depends on, and what those of a compressed cache do.
 _FORCING = ("eval/reference/**/*.py", "eval/lab/**/*.py")
-_COMPRESSION = ("plan.py", "eval/budget.py", "policies/**/*.py", "ops/**/*.py", "*.so")
+_COMPRESSION = (
+    "layer_shares.py",
+    "plan.py",
+    "eval/budget.py",
+    "policies/**/*.py",
+    "ops/**/*.py",
+    "*.so",
+)
 
 
 @dataclass(frozen=True)

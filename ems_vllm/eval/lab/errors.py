@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -58,25 +59,27 @@ class AttentionErrors:
         num_tokens = len(queries[0])
         keys, values = full.entries()
         # Copies, so that the prompt's entries can go.
-        self._new_keys = keys[:, :, -num_tokens:].clone()
-        self._new_values = values[:, :, -num_tokens:].clone()
+        self._new_keys = [of_layer[:, -num_tokens:].clone() for of_layer in keys]
+        self._new_values = [of_layer[:, -num_tokens:].clone() for of_layer in values]
         self.outputs = [
             self._output(layer, keys[layer], values[layer], num_tokens)
             for layer in range(len(queries))
         ]
 
     @torch.inference_mode()
-    def mean(self, keys: torch.Tensor, values: torch.Tensor, num_tokens: int) -> float:
+    def mean(
+        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], num_tokens: int
+    ) -> float:
         """Mean over layers and tokens of |output - full output| / |full output|.
 
         Args:
-            keys, values: [num_layers, num_kv_heads, num_entries, head_size] - of the prompt.
+            keys, values: By layer, [num_kv_heads, num_entries, head_size] - of the prompt.
             num_tokens: First tokens after the prompt to compare; later ones see another cache.
         """
         errors = []
         for layer, full in enumerate(self.outputs):
-            new_keys = self._new_keys[layer, :, :num_tokens]
-            new_values = self._new_values[layer, :, :num_tokens]
+            new_keys = self._new_keys[layer][:, :num_tokens]
+            new_values = self._new_values[layer][:, :num_tokens]
             output = self._output(
                 layer,
                 torch.cat([keys[layer], new_keys], dim=1),

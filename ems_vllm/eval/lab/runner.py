@@ -89,7 +89,7 @@ class Lab:
         firsts = {first for first in needed if first is not None}
         return self._reference.prefill(token_ids, num_queries, firsts, cache_format)
 
-    def _bytes(self, num_entries: int, cache_format: str) -> float:
+    def _bytes(self, num_entries: float, cache_format: str) -> float:
         return num_entries * FORMATS[cache_format].entry_bytes(self._reference.shape)
 
     def _full(
@@ -120,9 +120,8 @@ class Lab:
         kv_bytes = self._bytes(request.num_live, cell.cache_format.name)
         error = None
         if errors is not None:
-            plan = self._reference.plan(prefilled.num_tokens, cell.config, options)
-            # From the next compaction on, the entries are others.
-            due = plan.next_compaction(prefilled.num_tokens)
+            # From the next compaction on, of any level of layers, the entries are others.
+            due = request.next_compaction()
             num_compared = len(forced.fed)
             if due is not None:
                 num_compared = min(num_compared, due - prefilled.num_tokens)

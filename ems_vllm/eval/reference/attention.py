@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the attention layers of a transformers model see, handed to an observer."""
+"""Attention of a transformers model, observed; its layers may hold different numbers of entries."""
 
 from __future__ import annotations
 
@@ -44,7 +44,33 @@ def _attention(
     for observer in _OBSERVERS.get():
         layer: Any = module.layer_idx
         observer(int(layer), query[0].transpose(0, 1), key[0])
+    attention_mask = _mask_for(query.shape[2], key, attention_mask)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask_for(
+    num_queries: int, keys: torch.Tensor, mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The mask of a layer, given transformers' for the first layer of its kind.
+
+    transformers builds one mask for each kind of layer. Full-attention layers of another level hold
+    another number of entries, all of them before the queries; sliding layers all hold the same.
+
+    Args:
+        num_queries: The newest tokens, whose keys are the last ones.
+        keys: [1, num_kv_heads, num_entries, head_size].
+        mask: [1, 1, num_queries, entries of the first layer]; None where all is seen that came
+            before.
+
+    Returns:
+        [1, 1, num_queries, num_entries], or None.
+    """
+    num_entries = keys.shape[2]
+    num_masked = num_queries if mask is None else mask.shape[-1]
+    if (num_queries == 1 and mask is None) or num_masked == num_entries:
+        return mask
+    visible = torch.ones(num_queries, num_entries, dtype=torch.bool, device=keys.device)
+    return visible.tril(num_entries - num_queries)[None, None]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention)

@@ -82,6 +82,19 @@ def fork(cache: StoredCache, cache_format: CacheFormat) -> StoredCache:
     return forked
 
 
+def entries_of(
+    cache: DynamicCache, layers: Sequence[int]
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Keys and values of each of some layers, [num_kv_heads, num_entries, head_size]; not copied.
+
+    Args:
+        cache: Of one sequence; it writes new tensors and never into these.
+        layers: Indices of layers.
+    """
+    chosen: list[Any] = [cache.layers[index] for index in layers]
+    return [layer.keys[0] for layer in chosen], [layer.values[0] for layer in chosen]
+
+
 def read_entries(cache: DynamicCache, layers: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values of some layers, [num_layers, num_kv_heads, num_entries, head_size]; a copy.
 
@@ -89,23 +102,23 @@ def read_entries(cache: DynamicCache, layers: Sequence[int]) -> tuple[torch.Tens
         cache: Of one sequence.
         layers: Indices of layers that hold equally many entries.
     """
-    chosen: list[Any] = [cache.layers[index] for index in layers]
-    keys = torch.stack([layer.keys[0] for layer in chosen])
-    return keys, torch.stack([layer.values[0] for layer in chosen])
+    keys, values = entries_of(cache, layers)
+    return torch.stack(keys), torch.stack(values)
 
 
 def replace_entries(
     cache: StoredCache, layers: Sequence[int], keys: torch.Tensor, values: torch.Tensor
 ) -> None:
-    """Store other entries in all full-attention layers; sliding layers stay as they are.
+    """Store other entries in full-attention layers; the other layers stay as they are.
 
     transformers builds one mask for each kind of layer, from the first layer of that kind. A full
     layer counts the entries it holds, so its mask goes by their place in the cache; a sliding layer
-    counts the tokens it has seen, so its mask goes by position. Both are right.
+    counts the tokens it has seen, so its mask goes by position. Both are right, and full layers
+    that hold other numbers of entries than the first get masks of their own (see attention).
 
     Args:
         cache: Of one sequence; changed.
-        layers: Indices of its full-attention layers.
+        layers: Indices of full-attention layers.
         keys, values: [num_layers, num_kv_heads, num_entries, head_size]; not copied.
     """
     for index, layer_keys, layer_values in zip(layers, keys, values, strict=True):

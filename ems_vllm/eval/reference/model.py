@@ -16,15 +16,16 @@ from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.reference.answer import Vocabulary
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, layer_kinds
+from ems_vllm.eval.reference.level import CompactionSettings
+from ems_vllm.eval.reference.plans import LevelPlan, first_scored_query, level_settings
 from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
-from ems_vllm.eval.reference.request import ReferenceRequest, RequestSettings
+from ems_vllm.eval.reference.request import ReferenceRequest
 from ems_vllm.eval.reference.rope import rotation_of
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
 
 if TYPE_CHECKING:
-    from ems_vllm._C import CompressionPlan
     from ems_vllm.config import KVCompressionConfig, RequestOptions
 
 
@@ -104,20 +105,28 @@ class ReferenceModel:
         )
         return prefill(self.model, token_ids, observer, cache_format)
 
-    def plan(
+    def plans(
         self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
-    ) -> CompressionPlan:
-        """When a server with `config` would compress a prompt of `num_tokens` tokens."""
-        settings = config.allocator.settings(config.plan_settings)
-        return settings.plan(num_tokens, self.block_size, options)
+    ) -> list[LevelPlan]:
+        """When a server with `config` would compress a prompt of `num_tokens` tokens.
+
+        One plan for each level of layers that share the budget; one in all where all have the same.
+
+        Raises:
+            ConfigError: the allocator deals to other layers than are compressed.
+        """
+        return [
+            LevelPlan(layers, settings.plan(num_tokens, self.block_size, options))
+            for layers, settings in level_settings(config, layer_kinds(self.model.config))
+        ]
 
     def first_query(
         self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
     ) -> int | None:
         """Position of the first prompt query whose attention the request needs; None for none."""
-        plan = self.plan(num_tokens, config, options)
-        uses_scores = plan.compresses_prompt and Policy.from_config(config).scorer.uses_global
-        return plan.first_scored_query if uses_scores else None
+        # Before anything else: what is refused is refused before the prompt is processed.
+        plans = self.plans(num_tokens, config, options)
+        return first_scored_query(plans) if Policy.from_config(config).scorer.uses_global else None
 
     def request(
         self,
@@ -134,11 +143,11 @@ class ReferenceModel:
             options: The request's.
             cache_format: Of the server's cache; None for the one of the prompt.
         """
-        plan = self.plan(prompt.num_tokens, config, options)
+        levels = self.plans(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
-        settings = RequestSettings(plan, policy, config.obs_window, self.scale, self.rotation)
+        settings = CompactionSettings(policy, config.obs_window, self.scale, self.rotation)
         stored_as = cache_format or prompt.cache.cache_format
-        return ReferenceRequest(self.model, settings, prompt, stored_as)
+        return ReferenceRequest(self.model, settings, levels, prompt, stored_as)
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same budget everywhere."""
 
-from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator
 
 
@@ -9,5 +8,5 @@ from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator
 class UniformBudget(BudgetAllocator):
     """Every layer and every kv_head keeps the same number of entries (different ones)."""
 
-    def settings(self, settings: PlanSettings) -> PlanSettings:
-        return settings
+    def shares(self, num_layers: int) -> None:
+        return None

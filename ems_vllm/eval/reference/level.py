@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compressed layers of one level of a request: all hold equally many entries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ems_vllm.eval.reference.cache import read_entries, replace_entries
+from ems_vllm.eval.reference.paging import from_pages, to_pages
+from ems_vllm.policies.context import CompactionContext
+from ems_vllm.policies.policy import Policy
+
+if TYPE_CHECKING:
+    from ems_vllm.eval.reference.cache import StoredCache
+    from ems_vllm.eval.reference.plans import LevelPlan
+    from ems_vllm.eval.reference.prefill import Prefilled
+    from ems_vllm.policies.rotation import Rotation
+
+
+@dataclass(frozen=True)
+class CompactionSettings:
+    """How the levels of a request are compacted.
+
+    Attributes:
+        policy: Which entries stay.
+        obs_window: Last queries that score.
+        scale: Softmax scale of the model.
+        rotation: RoPE of the compressed layers; None for none.
+    """
+
+    policy: Policy
+    obs_window: int
+    scale: float
+    rotation: Rotation | None = None
+
+
+class CompressedLevel:
+    """Compacts the layers of a level whenever their plan says so.
+
+    Args:
+        settings: How.
+        level: Which layers, and when.
+        prompt: The processed prompt; not changed.
+        first_query: Position of the first of its queries that scored, for all levels; None where
+            none did.
+
+    Attributes:
+        layers, plan: Of the level.
+    """
+
+    def __init__(
+        self,
+        settings: CompactionSettings,
+        level: LevelPlan,
+        prompt: Prefilled,
+        first_query: int | None,
+    ) -> None:
+        self.layers, self.plan = level.layers, level.plan
+        self._settings = settings
+        # Of its layers among the compressed ones: queries and scores are of all of these.
+        self._places = [prompt.layers.index(layer) for layer in level.layers]
+        self._first = 0
+        # Tokens whose queries have been accumulated, by the prompt or by a compaction.
+        self._num_accumulated = prompt.num_tokens if self.plan.compresses_prompt else 0
+        # Scores of the leading entries; the others have none yet.
+        self._scores: torch.Tensor | None = None
+        if settings.policy.scorer.uses_global:
+            self._scores = self._prompt_scores(prompt, first_query)
+
+    def num_live(self, num_processed: int) -> int:
+        """Entries per kv_head that each layer holds of so many tokens."""
+        return num_processed - self._first * self.plan.block_size
+
+    def compress(self, cache: StoredCache, queries: torch.Tensor, num_processed: int) -> None:
+        """Compact the level where it is due.
+
+        Args:
+            cache: Of the request; changed.
+            queries: [num_compressed_layers, num_queries, num_heads, head_size] - of the last
+                tokens, of all compressed layers.
+            num_processed: Tokens that the request has processed.
+        """
+        first, tail = self.plan.columns(num_processed)
+        if first > self._first:
+            self._compact(cache, queries, num_processed, first, tail)
+
+    def _prompt_scores(self, prompt: Prefilled, first_query: int | None) -> torch.Tensor:
+        """Accumulated scores to begin with, [num_layers, num_kv_heads, num_scored]."""
+        if self.plan.compresses_prompt:
+            assert first_query is not None
+            return prompt.scores[first_query][self._places]
+        shape = (len(self.layers), prompt.num_kv_heads, 0)
+        return torch.zeros(shape, device=prompt.queries.device)
+
+    def _compact(
+        self,
+        cache: StoredCache,
+        queries: torch.Tensor,
+        num_processed: int,
+        first: int,
+        tail: int,
+    ) -> None:
+        """Replace entries [self._first, tail), in columns, by ones that fill [first, tail)."""
+        block_size = self.plan.block_size
+        entries = read_entries(cache, self.layers)
+        keys, values = (to_pages(tensor, block_size) for tensor in entries)
+        context = self._context(first, tail, keys, values, queries[self._places], num_processed)
+        self._settings.policy.compact(context)
+        start, stop = (first - self._first) * block_size, self.num_live(num_processed)
+        kept = (from_pages(pages, start, stop) for pages in (keys, values))
+        replace_entries(cache, self.layers, *kept)
+        if context.paged_scores is not None:
+            num_kept = (tail - first) * block_size
+            self._scores = from_pages(context.paged_scores, start, start + num_kept)
+        self._first = first
+        self._num_accumulated = num_processed
+
+    def _context(
+        self,
+        first: int,
+        tail: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        queries: torch.Tensor,
+        num_processed: int,
+    ) -> CompactionContext:
+        settings, block_size = self._settings, self.plan.block_size
+        num_live = self.num_live(num_processed)
+        device = keys.device
+        num_entries = (tail - self._first) * block_size
+        num_kept = (tail - first) * block_size
+        table = torch.arange(keys.shape[1], dtype=torch.int32, device=device)[None]
+
+        def row(value: int) -> torch.Tensor:
+            return torch.tensor([value], dtype=torch.int32, device=device)
+
+        num_sinks = min(settings.policy.selector.num_sink_tokens, num_kept)
+        num_scored = 0 if self._scores is None else min(self._scores.shape[2], num_entries)
+        queries = queries[:, -settings.obs_window :]
+        return CompactionContext(
+            key_cache=keys,
+            value_cache=values,
+            block_table=table,
+            num_entries=row(num_entries),
+            num_live=row(num_live),
+            num_scored=row(num_scored),
+            budgets=row(num_kept),
+            num_protected=row(num_sinks),
+            target_columns=row(first - self._first),
+            num_represented=row(num_processed - self._num_accumulated),
+            max_entries=num_entries,
+            max_budget=num_kept,
+            scale=settings.scale,
+            paged_scores=self._paged_scores(num_live),
+            score_table=table,
+            query_ring=_ring(queries, settings.obs_window, num_processed),
+            ring_rows=row(0),
+            num_queries=row(queries.shape[1]),
+            end_positions=row(num_processed),
+            is_untouched=row(self._first == 0).bool(),
+            rotations=[settings.rotation] * len(self.layers),
+        )
+
+    def _paged_scores(self, num_live: int) -> torch.Tensor | None:
+        if self._scores is None:
+            return None
+        scores = self._scores.new_zeros((*self._scores.shape[:2], num_live))
+        scores[:, :, : self._scores.shape[2]] = self._scores
+        return to_pages(scores, self.plan.block_size)
+
+
+def _ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:
+    """The last queries where ops.score_window looks for them.
+
+    Args:
+        queries: [num_layers, num_queries, num_heads, head_size], the newest last.
+        obs_window: Size of the ring.
+        end_position: One more than the position of the newest.
+
+    Returns:
+        [num_layers, 1, obs_window, num_heads, head_size].
+    """
+    num_layers, num_queries, *rest = queries.shape
+    ring = queries.new_zeros((num_layers, 1, obs_window, *rest))
+    positions = torch.arange(end_position - num_queries, end_position, device=queries.device)
+    ring[:, 0, positions % obs_window] = queries
+    return ring

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When a request is compressed, level by level of the layers that share a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from ems_vllm.config.errors import ConfigError
+from ems_vllm.config.schema import KEY_PREFIX
+from ems_vllm.eval.reference.cache import FULL
+
+if TYPE_CHECKING:
+    from ems_vllm._C import CompressionPlan
+    from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.plan import PlanSettings
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """A level of a request.
+
+    Attributes:
+        layers: Ascending indices of its layers, among all layers of the model.
+        plan: When they are compressed, and into which columns.
+    """
+
+    layers: tuple[int, ...]
+    plan: CompressionPlan
+
+
+def level_settings(
+    config: KVCompressionConfig, kinds: Sequence[str]
+) -> list[tuple[tuple[int, ...], PlanSettings]]:
+    """Layers and settings of each level; where all layers have the same, there is one.
+
+    Args:
+        config: The server's.
+        kinds: What each layer of the model attends to; see cache.layer_kinds.
+
+    Raises:
+        ConfigError: the allocator deals to other layers than are compressed.
+    """
+    settings = config.plan_settings_of(len(kinds))
+    compressed = tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+    shares = settings.shares
+    if shares is None:
+        return [(compressed, settings)]
+    dealt = {layer for layers in shares.levels for layer in layers}
+    if others := sorted(dealt.symmetric_difference(compressed)):
+        layer = others[0]
+        what = (
+            f"it deals to layer {layer}, which is not compressed ({kinds[layer]})"
+            if layer in dealt
+            else f"it deals nothing to layer {layer}, which is compressed"
+        )
+        raise ConfigError(
+            f"{KEY_PREFIX}allocator={config.allocator.name()!r} is not allowed: {what}; use "
+            "allocator uniform, or a profile of this model."
+        )
+    return [(layers, replace(settings, level=level)) for level, layers in enumerate(shares.levels)]
+
+
+def first_scored_query(levels: Iterable[LevelPlan]) -> int | None:
+    """Position of the first prompt query that scores, for all levels; None where none does.
+
+    Levels that keep the whole prompt need no scores of it.
+    """
+    return min(
+        (level.plan.first_scored_query for level in levels if level.plan.compresses_prompt),
+        default=None,
+    )

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker that computes with symbols, obeys real orders, and checks all that it reads.
+
+It acts in the most hostile order that vLLM allows: blocks are poisoned as soon as they are
+allocated, and a step runs as late as possible, just before its output is processed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from engine.block_tables import BlockTables, Request
+from engine.symbolic_cache import (
+    BLOCK_SIZE,
+    VOCABULARY,
+    State,
+    SymbolicCache,
+    next_token,
+    prefixes,
+)
+from engine.symbolic_ring import SymbolicRing
+from engine.symbolic_scores import SymbolicScores
+
+from ems_vllm.config import RequestOptions
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.orders import attached
+from ems_vllm.engine.residents import Residents
+
+
+class SymbolicWorker:
+    """Keeps the real record of what it holds.
+
+    Block tables are followed as a model runner follows them, from vLLM's own output, and compared
+    with what the orders name.
+
+    Args:
+        specs: Of the KV-cache groups; all compressed, or a single one that is not.
+        num_blocks: Size of the pool.
+        max_num_seqs: Most requests that run at a time.
+        num_drafts: Drafted tokens of a decoding request.
+    """
+
+    def __init__(
+        self, specs: Sequence[Any], num_blocks: int, max_num_seqs: int, num_drafts: int = 0
+    ) -> None:
+        self.cache = SymbolicCache(num_blocks)
+        self.table = BlockTables()
+        self.num_drafts = num_drafts
+        self.specs = [spec for spec in specs if isinstance(spec, CompressedAttentionSpec)]
+        assert len(self.specs) in (0, len(specs))
+        self.residents = Residents()
+        self.scores: SymbolicScores | None = None
+        self.ring = SymbolicRing(0, 0)
+        if self.specs:
+            if self.specs[0].observation.score_tokens is not None:
+                pages = num_blocks + sum(spec.num_score_pages for spec in self.specs)
+                self.scores = SymbolicScores(pages)
+            rows = min(spec.num_ring_rows(num_blocks, max_num_seqs) for spec in self.specs)
+            self.ring = SymbolicRing(rows, self.specs[0].observation.obs_window)
+        self.tokens: dict[str, list[int]] = {}
+        self.first_hits: dict[str, int] = {}
+        self.plans: dict[str, list[Any]] = {}
+        # By group, the first ones of prompts that were too short apart.
+        self.num_compactions = [0] * len(specs)
+        self.num_late_compactions = [0] * len(specs)
+        self.num_accepted_drafts = 0
+        self._nothing: State = ((0, 0),) * len(specs)
+        self._compacted: dict[str, State] = {}
+        # By request and group: tokens at the latest compaction since it was admitted.
+        self._compacted_at: dict[tuple[str, int], int] = {}
+        self._prefixes: dict[str, list[int]] = {}
+        self._states: dict[str, list[State]] = {}
+
+    def execute(self, output: Any) -> dict[str, list[int]]:
+        """Run one step; returns the sampled tokens by request."""
+        admitted, scheduled = self.table.update(output)
+        for new in output.scheduled_new_reqs:
+            self.tokens.setdefault(new.req_id, list(new.prompt_token_ids))
+            self._plan(new)
+        for req_id, tokens in output.scheduled_cached_reqs.all_token_ids.items():
+            # A resumed request: what it sampled in a step that was in flight may have been dropped.
+            self.tokens[req_id] = list(tokens)
+            self._prefixes.pop(req_id, None)
+        for request in admitted:
+            self.first_hits.setdefault(request.req_id, request.num_cached)
+            self._compacted.pop(request.req_id, None)
+            for group_id in range(len(self._nothing)):
+                self._compacted_at.pop((request.req_id, group_id), None)
+        self._poison_new_blocks(output)
+        orders = attached(output)
+        if self.specs:
+            self._obey(orders, output, {request.req_id: request for request in scheduled})
+        drafts = output.scheduled_spec_decode_tokens
+        for request in scheduled:
+            self._write(request, drafts.get(request.req_id, []))
+        if self.specs:
+            self._observe(orders, scheduled)
+        return {
+            request.req_id: self._sample(request, drafts.get(request.req_id, []))
+            for request in scheduled
+        }
+
+    def draft(self, req_id: str, length: int) -> list[int]:
+        """Drafts of a request's next tokens; the first ones are mostly right."""
+        state = self._state(req_id)
+        tokens = list(self.tokens[req_id])
+        drafts = []
+        for index in range(length):
+            token = next_token(prefixes(tokens)[-1], state)
+            wrong = len(tokens) % (index + 2) == 0
+            drafts.append((token + 1) % VOCABULARY if wrong else token)
+            tokens.append(drafts[-1])
+        return drafts
+
+    # -- what must hold ------------------------------------------------------------------------
+
+    def _plan(self, new: Any) -> None:
+        """From the settings; nothing of it is asked when orders are obeyed."""
+        if self.specs and new.req_id not in self.plans:
+            options = RequestOptions.parse(new.sampling_params.extra_args)
+            self.plans[new.req_id] = [
+                spec.settings.plan(new.prompt_len, BLOCK_SIZE, options) for spec in self.specs
+            ]
+
+    def _planned_states(self, req_id: str, num_tokens: int) -> list[State]:
+        """For every token, the state under which it must have been computed."""
+        plans = self.plans.get(req_id)
+        if plans is None:
+            return [self._nothing] * num_tokens
+        known = self._states.setdefault(req_id, [])
+        for position in range(len(known), num_tokens):
+            known.append(tuple(plan.columns(position) for plan in plans))
+        return known[:num_tokens]
+
+    def _scored_from(self, order: Any) -> int | None:
+        """The first prompt query that scores, in all groups the same; None where none does."""
+        plans = self.plans[order.req_id]
+        if not plans[order.group_id].compresses_prompt:
+            return None
+        earliest = min(plan.first_scored_query for plan in plans if plan.compresses_prompt)
+        return max(self.first_hits[order.req_id], earliest)
+
+    def _prefixes_of(self, request: Request, drafts: Sequence[int] = ()) -> list[int]:
+        """For every position of a request, a number that stands for the tokens up to it."""
+        known = self._prefixes.setdefault(request.req_id, [])
+        tokens = self.tokens[request.req_id]
+        known += prefixes(tokens[len(known) :], known[-1] if known else 0)
+        return known + prefixes(drafts, known[-1]) if drafts else known
+
+    def _state(self, req_id: str) -> State:
+        """What is compressed now."""
+        return self._compacted.get(req_id, self._nothing)
+
+    # -- a step --------------------------------------------------------------------------------
+
+    def _poison_new_blocks(self, output: Any) -> None:
+        for new in output.scheduled_new_reqs:
+            for ids in new.block_ids:
+                self.cache.poison(ids[new.num_computed_tokens // BLOCK_SIZE :])
+        cached = output.scheduled_cached_reqs
+        for req_id, computed, block_ids in zip(
+            cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
+        ):
+            resumed = req_id in cached.resumed_req_ids
+            for ids in block_ids or ():
+                self.cache.poison(ids[computed // BLOCK_SIZE if resumed else 0 :])
+
+    def _obey(self, orders: Any, output: Any, requests: dict[str, Request]) -> None:
+        self.residents.begin_step(orders)
+        starts = [request.num_computed for request in requests.values()]
+        assert orders.starts == starts, (orders.starts, starts)
+        self.residents.compact(orders.compactions)
+        for order in orders.compactions:
+            self._compact(order, requests[order.req_id])
+        self.residents.check_first_columns(output.num_scheduled_tokens, orders)
+        for chunk in orders.scored:
+            self.residents.scored(chunk)
+        for queries in orders.recorded:
+            self.residents.recorded(queries, requests[queries.req_id].end)
+
+    def _compact(self, order: Any, request: Request) -> None:
+        group_id, before = order.group_id, self._state(order.req_id)
+        columns = -(-order.num_computed // BLOCK_SIZE)
+        table = request.tables[group_id]
+        assert order.block_ids == table[order.first_before : columns], order
+        self._check(request, group_id, order.num_computed, self._prefixes_of(request))
+        self.ring.check(order)
+        self._check_represented(order, request)
+        if self.scores is not None:
+            self.scores.check(order, request, before[group_id], self._scored_from(order))
+            self.scores.carry(order, request)
+        after = (order.first, order.tail)
+        self.cache.compress(request, group_id, after)
+        self._compacted[order.req_id] = (*before[:group_id], after, *before[group_id + 1 :])
+        late = not order.first_before and not self.plans[order.req_id][group_id].compresses_prompt
+        counts = self.num_late_compactions if late else self.num_compactions
+        counts[group_id] += 1
+
+    def _check_represented(self, order: Any, request: Request) -> None:
+        """The recorded queries stand for all tokens whose queries were never scored."""
+        plan, key = self.plans[order.req_id][order.group_id], (order.req_id, order.group_id)
+        since = self._compacted_at.get(key, request.prompt_len if plan.compresses_prompt else 0)
+        assert order.num_represented == order.num_computed - since, (order, since)
+        self._compacted_at[key] = order.num_computed
+
+    def _write(self, request: Request, drafts: list[int]) -> None:
+        known = self._prefixes_of(request, drafts)
+        self.cache.write(request, known, self._state(request.req_id))
+        for group_id in range(len(request.tables)):
+            self._check(request, group_id, request.end, known)
+
+    def _check(
+        self, request: Request, group_id: int, num_tokens: int, known: Sequence[int]
+    ) -> None:
+        columns = self._state(request.req_id)[group_id]
+        states = self._planned_states(request.req_id, num_tokens)
+        self.cache.check(request, group_id, columns, known, states)
+
+    def _observe(self, orders: Any, requests: list[Request]) -> None:
+        """Queries that are recorded, and those that score."""
+        self.ring.record(orders, requests)
+        by_id = {request.req_id: request for request in requests}
+        for chunk in orders.scored:
+            request = by_id[chunk.req_id]
+            # A batch of nothing else would replay the CUDA graph of decoding, which scores none.
+            assert request.num_scheduled > self.num_drafts + 1, chunk
+            assert self.scores is not None
+            self.scores.score(chunk, request)
+
+    def _sample(self, request: Request, drafts: list[int]) -> list[int]:
+        tokens = self.tokens[request.req_id]
+        if request.end < len(tokens):
+            return []
+        assert request.end == len(tokens) + len(drafts)
+        state = self._state(request.req_id)
+        sampled: list[int] = []
+        while True:
+            sampled.append(next_token(self._prefixes_of(request)[-1], state))
+            tokens.append(sampled[-1])
+            if drafts[len(sampled) - 1 : len(sampled)] != sampled[-1:]:
+                return sampled
+            self.num_accepted_drafts += 1

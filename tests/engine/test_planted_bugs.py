@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A test of the test: the simulator notices each of these bugs."""
+
+import pytest
+from engine.busy_run import SETTINGS, busy_runs
+
+from ems_vllm.engine.compaction_ledger import CompactionLedger
+from ems_vllm.engine.dealer import Dealer
+from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.planner import Planner
+from ems_vllm.engine.pools import Pool
+from ems_vllm.engine.residents import Residents, StepRefused
+from ems_vllm.engine.tracked_request import TrackedRequest
+
+
+def _freed_one_step_early(monkeypatch):
+    # The obvious rule: what the plan says for the tokens processed so far. The step that compacts
+    # has not run then, it is just being scheduled.
+    monkeypatch.setattr(
+        CompactionLedger, "columns_to_free", lambda self, processed: self.plan.columns(processed)[0]
+    )
+
+
+def _hit_ends_a_block_too_late(monkeypatch):
+    admit = Planner.admit
+
+    def admit_more(self, request):
+        limit = admit(self, request)
+        return None if limit is None else limit + 4
+
+    monkeypatch.setattr(Planner, "admit", admit_more)
+    _compressed_columns_are_hashed(monkeypatch)
+
+
+def _compressed_columns_are_hashed(monkeypatch):
+    monkeypatch.setattr(
+        CompressedAttentionManager,
+        "cache_blocks",
+        super(CompressedAttentionManager, CompressedAttentionManager).cache_blocks,
+    )
+
+
+def _worker_state_survives_a_preemption(monkeypatch):
+    begin_step = Residents.begin_step
+
+    def forgetful(self, orders):
+        orders.ended.clear()
+        orders.admitted[:] = [r for r in orders.admitted if r not in self._residents]
+        return begin_step(self, orders)
+
+    monkeypatch.setattr(Residents, "begin_step", forgetful)
+
+
+def _chunk_runs_across_a_compaction(monkeypatch):
+    limit_chunk = Planner.limit_chunk
+    monkeypatch.setattr(
+        Planner,
+        "limit_chunk",
+        lambda self, request, start, wanted: limit_chunk(self, request, start, wanted) and wanted,
+    )
+
+
+def _message_edited(monkeypatch, edit):
+    """Lets `edit` change, or replace, the orders of every step."""
+    orders = Planner.orders
+    monkeypatch.setattr(
+        Planner, "orders", lambda self, output: edit(self, output, orders(self, output))
+    )
+
+
+def _scores_of_an_earlier_owner_are_added_to(monkeypatch):
+    def edit(planner, output, orders):
+        starts = dict(zip(output.num_scheduled_tokens, orders.starts, strict=True))
+        orders.scored[:] = [
+            chunk._replace(num_accumulated=starts[chunk.req_id]) for chunk in orders.scored
+        ]
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _preempted_request_hits_its_own_prompt(monkeypatch):
+    admit = Planner.admit
+
+    def forgetful(self, request):
+        if request.request_id in self.requests:
+            self.requests[request.request_id].first_hit = None
+        return admit(self, request)
+
+    monkeypatch.setattr(Planner, "admit", forgetful)
+
+
+def _preempted_request_scores_more_than_at_first(monkeypatch):
+    monkeypatch.setattr(
+        TrackedRequest,
+        "first_scored_query",
+        property(lambda self: max(self._first_scored_query, self.num_cached)),
+    )
+
+
+def _chunks_look_like_decoding(monkeypatch):
+    monkeypatch.setattr(Planner, "_unlike_decoding", lambda self, remaining, wanted: wanted)
+
+
+def _private_score_pages_are_shared(monkeypatch):
+    def deal_none(self, tracked):
+        tracked.score_pages = [[] for _ in tracked.ledgers]
+        return True
+
+    monkeypatch.setattr(Dealer, "deal_pages", deal_none)
+
+
+def _row_is_dealt_twice(monkeypatch):
+    take = Pool.take
+
+    def take_and_keep(self, count):
+        items = take(self, count)
+        # Rows are numbered from 0 on, pages behind the blocks.
+        if items and items[0] < SETTINGS["query_ring_rows"]:
+            self._free.append(items[0])
+        return items
+
+    monkeypatch.setattr(Pool, "take", take_and_keep)
+
+
+def _message_is_dropped(monkeypatch):
+    _message_edited(
+        monkeypatch, lambda planner, output, orders: None if orders.step == 30 else orders
+    )
+
+
+def _message_is_for_another_step(monkeypatch):
+    kept = {}
+
+    def edit(planner, output, orders):
+        kept[planner, orders.step] = orders
+        return kept[planner, 29] if orders.step == 30 else orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _compaction_is_lost(monkeypatch):
+    def edit(planner, output, orders):
+        if orders.step > 20:
+            orders.compactions.clear()
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _worker_compacts_twice(monkeypatch):
+    def edit(planner, output, orders):
+        orders.compactions.extend(orders.compactions[:1])
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _freed_by_the_first_column_of_another_group(monkeypatch):
+    def remove_skipped_blocks(self, request_id, processed, num_prompt_tokens=None):
+        tracked = self._requests.get(request_id)
+        if tracked is not None:
+            other = tracked.ledgers[self._index - 1]
+            self._remove_blocks_in_range(request_id, 0, other.columns_to_free(processed))
+
+    monkeypatch.setattr(CompressedAttentionManager, "remove_skipped_blocks", remove_skipped_blocks)
+
+
+def _groups_are_dealt_the_same_score_pages(monkeypatch):
+    init = Dealer.__init__
+
+    def init_alike(self, specs, num_blocks, max_num_seqs):
+        init(self, specs, num_blocks, max_num_seqs)
+        self.pages = [Pool(num_blocks, spec.num_score_pages) for spec in specs]
+
+    monkeypatch.setattr(Dealer, "__init__", init_alike)
+
+
+def _longest_shared(tracked):
+    """What may be shared of a request if the group that keeps least decides."""
+    limits = [ledger.plan.max_shared_tokens for ledger in tracked.ledgers]
+    return max((limit for limit in limits if limit is not None), default=None)
+
+
+def _hit_is_limited_by_the_group_that_keeps_least(monkeypatch):
+    admit = Planner.admit
+
+    def admit_more(self, request):
+        admit(self, request)
+        return _longest_shared(self.requests[request.request_id])
+
+    monkeypatch.setattr(Planner, "admit", admit_more)
+
+
+def _columns_are_hashed_up_to_the_group_that_keeps_least(monkeypatch):
+    cache_blocks = CompressedAttentionManager.cache_blocks
+
+    def cache_more(self, request, *args, **kwargs):
+        tracked = self._requests[request.request_id]
+        limit, tracked.max_shared_tokens = tracked.max_shared_tokens, _longest_shared(tracked)
+        cache_blocks(self, request, *args, **kwargs)
+        tracked.max_shared_tokens = limit
+
+    monkeypatch.setattr(CompressedAttentionManager, "cache_blocks", cache_more)
+
+
+def _queries_score_for_the_group_that_keeps_least(monkeypatch):
+    post_init = TrackedRequest.__post_init__
+
+    def post_init_late(self):
+        post_init(self)
+        plans = [ledger.plan for ledger in self.ledgers]
+        self._first_scored_query = max(plan.first_scored_query for plan in plans)
+
+    monkeypatch.setattr(TrackedRequest, "__post_init__", post_init_late)
+
+
+def _late_group_represents_the_generated_tokens_only(monkeypatch):
+    restart = CompactionLedger.restart
+
+    def restart_scored(self):
+        restart(self)
+        self.accumulated_until = self.plan.prompt_len
+
+    monkeypatch.setattr(CompactionLedger, "restart", restart_scored)
+
+
+PLANTS = [
+    _freed_one_step_early,
+    _hit_ends_a_block_too_late,
+    _compressed_columns_are_hashed,
+    _worker_state_survives_a_preemption,
+    _chunk_runs_across_a_compaction,
+    _scores_of_an_earlier_owner_are_added_to,
+    _preempted_request_hits_its_own_prompt,
+    _preempted_request_scores_more_than_at_first,
+    _chunks_look_like_decoding,
+    _private_score_pages_are_shared,
+    _row_is_dealt_twice,
+    _message_is_dropped,
+    _message_is_for_another_step,
+    _compaction_is_lost,
+    _worker_compacts_twice,
+]
+# These need levels that keep differently.
+PLANTS_OF_LEVELS = [
+    _freed_by_the_first_column_of_another_group,
+    _groups_are_dealt_the_same_score_pages,
+    _hit_is_limited_by_the_group_that_keeps_least,
+    _columns_are_hashed_up_to_the_group_that_keeps_least,
+    _queries_score_for_the_group_that_keeps_least,
+    _late_group_represents_the_generated_tokens_only,
+]
+
+
+@pytest.mark.parametrize("levels", ["alike", "one whole"])
+@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.__name__.strip("_"))
+def test_planted_bug_is_caught(plant, levels, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, StepRefused)):
+        busy_runs(levels)
+
+
+@pytest.mark.parametrize("levels", ["pyramid of 2", "one whole"])
+@pytest.mark.parametrize("plant", PLANTS_OF_LEVELS, ids=lambda plant: plant.__name__.strip("_"))
+def test_bug_planted_between_groups_is_caught(plant, levels, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, StepRefused)):
+        busy_runs(levels)
