@@ -38,7 +38,7 @@ def test_peaks_are_the_most_that_a_later_query_pays(monkeypatch):
     expected = softmax_peaks(queries, keys, 13, 0.5)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
     # A few rows at a time.
-    monkeypatch.setattr("ems_vllm.eval.profiling.reconstruction._MAX_LOGITS", 2 * 4 * 20)
+    monkeypatch.setattr("ems_vllm.eval.reference.weights._MAX_LOGITS", 2 * 4 * 20)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
 
 

@@ -11,7 +11,7 @@ from ems_vllm import ops
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference import prefill
+from ems_vllm.eval.reference import prefill, weights
 from ems_vllm.eval.reference.answer import Vocabulary, answer_together, answering, generated
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.methods import FULL, methods, server_config
@@ -141,7 +141,7 @@ def test_prompt_scores_and_queries(reference):
 def test_a_prompt_in_chunks_is_the_same_prompt(reference, monkeypatch):
     whole = reference.prefill(PROMPT, 16, [0, 250, 590])
     monkeypatch.setattr(prefill, "_CHUNK", 200)
-    monkeypatch.setattr(prefill, "_MAX_LOGITS", 4 * 600 * 7)
+    monkeypatch.setattr(weights, "_MAX_LOGITS", 4 * 600 * 7)
     chunked = reference.prefill(PROMPT, 16, [0, 250, 590])
     torch.testing.assert_close(chunked.logits, whole.logits)
     torch.testing.assert_close(chunked.queries, whole.queries)

@@ -10,12 +10,11 @@ import torch
 
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.cache import fork
+from ems_vllm.eval.reference.weights import attention_weights
 
 if TYPE_CHECKING:
     from ems_vllm.eval.reference.model import ReferenceModel
 
-# Attention logits that are in memory at a time.
-_MAX_LOGITS = 1 << 22
 # Tokens of a forward pass.
 _CHUNK = 1024
 
@@ -54,27 +53,15 @@ def peak_attention(
     Args:
         queries: [num_queries, num_heads, head_size] - of the last positions.
         keys: [num_kv_heads, num_keys, head_size].
-        num_entries: Leading columns that are wanted.
+        num_entries: Leading columns that are wanted; all of them lie before the queries.
         scale: Factor on the dot products.
 
     Returns:
         [num_kv_heads, num_entries], float32.
     """
-    num_kv_heads, num_keys, _ = keys.shape
-    num_queries, num_heads, _ = queries.shape
-    grouped = (scale * queries.float()).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    transposed = keys.float().mT
-    peaks = keys.new_zeros((num_kv_heads, num_entries), dtype=torch.float32)
-    num_rows = max(1, _MAX_LOGITS // (num_heads * num_keys))
-    for start in range(0, num_queries, num_rows):
-        rows = grouped[:, :, start : start + num_rows]
-        num_before = num_keys - num_queries + start
-        num_visible = num_before + rows.shape[2]
-        logits = rows @ transposed[:, None, :, :num_visible]
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=keys.device)
-        logits.masked_fill_(future.triu(num_before + 1), float("-inf"))
-        weights = logits.softmax(dim=-1)[..., :num_entries]
-        peaks = torch.maximum(peaks, weights.amax(dim=(1, 2)))
+    peaks = keys.new_zeros((keys.shape[0], num_entries), dtype=torch.float32)
+    for weights in attention_weights(queries, keys, scale):
+        peaks = torch.maximum(peaks, weights[..., :num_entries].amax(dim=(1, 2)))
     return peaks
 
 

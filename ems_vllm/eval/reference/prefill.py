@@ -12,6 +12,7 @@ import torch
 
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.cache import empty_cache
+from ems_vllm.eval.reference.weights import attention_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
 # Tokens of a forward pass: enough for most prompts, so that attention can be torch's fast causal
 # one; bounded, since behind the first chunk it takes a mask.
 _CHUNK = 4096
-# Attention logits that are in memory at a time while queries score.
-_MAX_LOGITS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -128,21 +127,10 @@ def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) 
         [num_kv_heads, num_entries], float32.
     """
     num_kv_heads, num_entries, _ = keys.shape
-    num_queries, num_heads, _ = queries.shape
-    grouped = (scale * queries.float()).transpose(0, 1).unflatten(0, (num_kv_heads, -1))
-    keys = keys.float().transpose(1, 2)
-    received = keys.new_zeros((num_kv_heads, num_entries))
-    # A few rows of the matrix at a time; together they see no more than the last of them.
-    num_rows = max(1, _MAX_LOGITS // (num_heads * num_entries))
-    for start in range(0, num_queries, num_rows):
-        rows = grouped[:, :, start : start + num_rows]
-        num_before = num_entries - num_queries + start
-        num_visible = num_before + rows.shape[2]
-        logits = rows @ keys[:, None, :, :num_visible]
-        future = torch.ones(logits.shape[-2:], dtype=torch.bool, device=keys.device)
-        logits.masked_fill_(future.triu(num_before + 1), float("-inf"))
-        received[:, :num_visible] += logits.softmax(dim=-1).sum(dim=(1, 2))
-    return received / (num_heads // num_kv_heads)
+    received = keys.new_zeros((num_kv_heads, num_entries), dtype=torch.float32)
+    for weights in attention_weights(queries, keys, scale):
+        received[:, : weights.shape[-1]] += weights.sum(dim=(1, 2))
+    return received / (queries.shape[1] // num_kv_heads)
 
 
 @torch.inference_mode()
