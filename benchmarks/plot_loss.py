@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Draws what is lost by budget, from a result of `python -m ems_vllm.eval.lab` and of peers.
 
-Usage: python benchmarks/plot_loss.py LAB.json --peers PEERS.json --out docs/figures/loss.svg
+Usage: python benchmarks/plot_loss.py LAB.json ... --peers PEERS.json --out docs/figures/loss.svg
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
@@ -20,6 +21,7 @@ from plot_serving import STYLE
 FOCUS = "ems"
 OURS = {
     FOCUS: ("EMS", "#D55E00"),
+    "ems, profile": ("EMS, profile of the layers", "#E69F00"),
     "snapkv": ("SnapKV", "#0072B2"),
     "h2o": ("H2O", "#009E73"),
     "streaming_llm": ("StreamingLLM", "#999933"),
@@ -37,21 +39,28 @@ PANELS = {
 }
 
 
-def draw(result: dict[str, Any], peers: dict[str, Any]) -> plt.Figure:
-    """Loss above the full cache's, one panel for each way to ask, one line for each method."""
+def draw(results: Sequence[dict[str, Any]], peers: dict[str, Any]) -> plt.Figure:
+    """Loss above the full cache's, one panel for each way to ask, one line for each method.
+
+    Args:
+        results: On the same prompts; budgets are the first one's.
+        peers: Losses by method, budget and prompt.
+    """
     figure, panels = plt.subplots(1, len(PANELS), figsize=(10.5, 3.4), layout="constrained")
-    budgets = [float(budget) for budget in result["budgets"]]
+    budgets = [float(budget) for budget in results[0]["budgets"]]
+    summaries = [summary for result in results for summary in result["summaries"]]
     for axes, (group, title) in zip(panels, PANELS.items(), strict=True):
         for variant, (label, color) in OURS.items():
             found = {
                 float(summary["budget"]): summary["loss_above_full"]
-                for summary in result["summaries"]
+                for summary in summaries
                 if summary["variant"] == variant and summary["group"] == group
             }
-            line = [found[budget] for budget in budgets]
-            focused = variant == FOCUS
+            at = [budget for budget in budgets if budget in found]
+            line = [found[budget] for budget in at]
+            focused = variant.startswith(FOCUS)
             axes.plot(
-                budgets, line, color=color, marker="o" if focused else None,
+                at, line, color=color, marker="o" if focused else None,
                 linewidth=2.5 if focused else 1.2, label=label, zorder=3 if focused else 2,
             )  # fmt: skip
         for press, (label, color) in PEERS.items():
@@ -81,12 +90,12 @@ def _label(axes: Axes, budgets: list[float], title: str) -> None:
 
 
 def main(
-    result: Annotated[Path, typer.Argument(help="Of the lab.")],
+    results: Annotated[list[Path], typer.Argument(help="Of the lab, on the same prompts.")],
     out: Annotated[Path, typer.Option(help="SVG or PNG file.")],
     peers: Annotated[Path | None, typer.Option(help="Losses of peers on the same prompts.")] = None,
 ) -> None:
     """Draw what is lost by budget."""
-    read = json.loads(result.read_text(encoding="utf-8"))
+    read = [json.loads(result.read_text(encoding="utf-8")) for result in results]
     losses = {} if peers is None else json.loads(peers.read_text(encoding="utf-8"))["losses"]
     with plt.rc_context(STYLE):
         figure = draw(read, losses)
