@@ -26,6 +26,7 @@ def fill(page: str) -> str:
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 _ALLOCATORS = "lab-smollm2-allocators.json"
+_ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
@@ -135,6 +136,7 @@ TABLES: dict[str, Callable[[], str]] = {
         ),
     ),
     "profile-4k": partial(change, _ALLOCATORS_4K, _ALLOCATORS_4K, variant="ems, profile"),
+    "profile-gemma": partial(change, _ALLOCATORS_GEMMA, _ALLOCATORS_GEMMA, variant="ems, profile"),
     "profile": partial(change, _ALLOCATORS, _ALLOCATORS, variant="ems, profile"),
     "profile-kvzip": partial(
         behind, _ALLOCATORS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile"
