@@ -125,7 +125,9 @@ def main(
         left_out=len(asked) - len(forced),
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(readable(json.loads(result.model_dump_json()), _DIGITS), encoding="utf-8")
+    out.write_text(
+        readable(json.loads(result.model_dump_json(exclude_none=True)), _DIGITS), encoding="utf-8"
+    )
     console.print(table(result))
     if result.left_out:
         console.print(f"{result.left_out:,} prompts have no right answer to force: left out.")

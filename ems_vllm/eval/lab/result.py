@@ -55,12 +55,12 @@ class Summary(_Part):
     budget: str
     group: str
     loss_above_full: float
-    low: float | None
-    high: float | None
+    low: float | None = None
+    high: float | None = None
     right: int
     of: int
     kl: float
-    attention_error: float | None
+    attention_error: float | None = None
     bytes_ratio: float
     n: int
 
