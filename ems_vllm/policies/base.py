@@ -131,7 +131,7 @@ class BudgetAllocator(Component):
             num_layers: Of the model.
 
         Raises:
-            ConfigError: a model of so many layers is not dealt to.
+            ValueError: a model of so many layers is not dealt to; settings name the key.
         """
 
 

@@ -229,7 +229,6 @@ def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
         assert step.count(name="ems::record_queries_kernel", how="replayed") == NUM_LAYERS
         assert step.count(name="ems::plan_metadata_kernel") == 2
         assert step.count(is_ours=True) == NUM_LAYERS + 2
-    # A prompt of both requests and their generated tokens.
     compacting = [step for step in found.steps if step.num_compactions]
     assert compacting
     for step in compacting:

@@ -24,7 +24,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="Write the profile here, YAML.")],
     text_path: Annotated[
-        Path | None, typer.Option(help="A text, or a folder of .txt files; else a short novel.")
+        Path | None, typer.Option(help="A text, or a folder of .txt files; else what ships.")
     ] = None,
     length: Annotated[int, typer.Option(min=64, help="Tokens of a passage.")] = 2048,
     samples: Annotated[int, typer.Option(min=1, help="Passages.")] = 8,

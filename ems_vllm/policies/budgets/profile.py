@@ -64,10 +64,10 @@ class LayerProfile(BaseModel):
 class ProfileBudget(BudgetAllocator):
     """Gives each layer what it was found to need, whatever the prompt is (ours).
 
-    What a layer needs of a prompt hardly depends on the prompt: with KVzip's scores (Kim et al.
-    2025, arXiv:2505.23416), which go by the attention that repeats a text, the same few layers get
-    most of the entries of any text. So that is measured once for a model (`ems-vllm profile`), and
-    requests are served with the result.
+    By KVzip's scores (Kim et al. 2025, arXiv:2505.23416), which go by the attention that repeats a
+    text, the same few layers get most of the entries of whatever text (measured on SmolLM2:
+    docs/budgets.md). So that is measured once for a model (`ems-vllm profile`), and requests are
+    served with the result.
     """
 
     profile: LayerProfile
