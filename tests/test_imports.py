@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # Each layer may import itself and the ones before it.
 LAYERS = (
     ("_version", "keys", "registry"),
-    ("layer_shares",),
+    ("layer_shares", "head_shares"),
     ("_C", "plan"),
     ("ops",),
     ("policies",),

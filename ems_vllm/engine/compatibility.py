@@ -128,6 +128,11 @@ def _one_group_of_layers_with_shares(config: VllmConfig) -> bool | None:
     return None if settings.plan_settings_of(num_layers).shares is None else True
 
 
+def _unequal_heads(config: VllmConfig) -> bool | None:
+    settings = active_config(config)
+    return None if settings is None or settings.allocator.head_shares() is None else True
+
+
 def _device_without_kernels(config: VllmConfig) -> str | None:
     import ems_vllm
 
@@ -393,6 +398,13 @@ RULES = (
         "layers that share a budget unequally need block tables of their own",
         "drop the flag, or choose the allocator uniform",
         _one_group_of_layers_with_shares,
+    ),
+    Rule(
+        "kv_compression_config.allocator.per_head",
+        "the engine attends to equally many entries of every kv_head; the lab and the reference on "
+        "transformers measure what unequal ones are worth",
+        "set it to false",
+        _unequal_heads,
     ),
     Rule(
         "device",

@@ -14,6 +14,7 @@ rest of the settings. They see plain tensors only and run on any device, without
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -24,6 +25,7 @@ from ems_vllm.registry import Registry
 if TYPE_CHECKING:
     import torch
 
+    from ems_vllm.head_shares import HeadShares
     from ems_vllm.layer_shares import LayerShares
     from ems_vllm.policies.context import CompactionContext
 
@@ -116,7 +118,7 @@ class Scorer(Component):
 
 
 class BudgetAllocator(Component):
-    """Deals the server's budget to the layers."""
+    """Deals the server's budget to the layers, and what a layer keeps to its kv_heads."""
 
     registry: ClassVar[Registry] = Registry("allocator")
 
@@ -133,6 +135,10 @@ class BudgetAllocator(Component):
         Raises:
             ValueError: a model of so many layers is not dealt to; settings name the key.
         """
+
+    def head_shares(self) -> Mapping[int, HeadShares] | None:
+        """By layer, how its kv_heads share what it keeps; None where all keep as much."""
+        return None
 
 
 class Selector(Component):

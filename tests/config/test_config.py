@@ -189,6 +189,61 @@ def test_a_mistake_in_a_profile_is_answered(profile, sentence):
     assert str(error.value) == f"kv_compression_config.allocator.profile{sentence}"
 
 
+HEADS = {0: [[0.5, 0.7], [0.3, 0.5]], 1: [[0.1, 0.4], [0.1, 0.4]]}
+
+
+def test_a_profile_of_kv_heads_is_dealt_by():
+    config = load_config(with_profile(PROFILE | {"head_fractions": HEADS}, uniform_share=0.5))
+    assert config.allocator.head_shares() is None
+    config = load_config(
+        with_profile(PROFILE | {"head_fractions": HEADS}, uniform_share=0.5, per_head=True)
+    )
+    of_layers = config.allocator.head_shares()
+    assert of_layers[0].ratios == (0.25, 0.5)
+    assert of_layers[0].fractions == ((0.375, 0.6), (0.275, 0.5))
+    again = load_config(config.to_dict())
+    assert again.allocator.head_shares() == of_layers
+
+
+@pytest.mark.parametrize(
+    ("heads", "sentence"),
+    [
+        ({0: HEADS[0]}, "head_fractions names other layers than fractions; measure it again."),
+        (
+            HEADS | {1: [[0.1, 0.4]]},
+            "head_fractions has more heads in one layer than in another; measure it again.",
+        ),
+        (
+            HEADS | {0: [[0.5, 0.7], [0.3]]},
+            "head_fractions of layer 0 must have 2 fractions for each kv_head, one for each ratio; "
+            "measure it again.",
+        ),
+        (
+            HEADS | {0: [[0.5, 0.7], [0.5, 0.5]]},
+            "at the ratio 0.25 the kv_heads of layer 0 do not keep what the layer does, on the "
+            "mean; measure it again.",
+        ),
+        (
+            HEADS | {1: [[0.2, 0.1], [0.0, 0.7]]},
+            "a kv_head of layer 1 keeps less of a prompt at a larger ratio; measure it again.",
+        ),
+    ],
+)
+def test_a_mistake_in_what_a_profile_says_of_kv_heads_is_answered(heads, sentence):
+    with pytest.raises(ConfigError) as error:
+        load_config(with_profile(PROFILE | {"head_fractions": heads}))
+    assert str(error.value) == f"kv_compression_config.allocator.profile: {sentence}"
+
+
+def test_a_profile_without_kv_heads_is_not_dealt_by_them():
+    with pytest.raises(ConfigError) as error:
+        load_config(with_profile(PROFILE, per_head=True))
+    assert str(error.value) == (
+        "kv_compression_config.allocator: per_head=True is not allowed: its profile says nothing "
+        "of kv_heads; measure one with `ems-vllm profile`, or set it to false."
+    )
+
+
 def test_a_mistake_in_the_file_of_a_profile_names_the_file(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("ratios: [0.5]\nfractions: {0: [0.6], 1: [0.1]}\n")

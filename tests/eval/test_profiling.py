@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from ems_vllm.cli import app
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.eval.profiling.command import passages
-from ems_vllm.eval.profiling.fractions import layer_fractions
+from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
 from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstruction_peaks
 from ems_vllm.eval.reference.attention import observed_by
 from ems_vllm.eval.reference.model import ReferenceModel
@@ -59,15 +59,17 @@ def test_a_repetition_is_what_follows_the_text(monkeypatch):
         assert found == pytest.approx(expected, abs=1e-5)
 
 
-def test_layers_compete_for_one_budget():
-    # Of the second layer everything matters more than of the first; sinks matter to no budget.
-    peaks = torch.stack([torch.linspace(0.0, 0.4, 40), torch.linspace(0.5, 0.9, 40)])[:, None]
+def test_heads_of_all_layers_compete_for_one_budget():
+    # Of the second layer everything matters more than of the first, and of a second head more than
+    # of a first one; sinks matter to no budget.
+    peaks = torch.linspace(0.0, 0.9, 4 * 40).view(2, 2, 40)
     peaks[0, 0, :8] = 1.0
-    fractions = layer_fractions([peaks], [0.25, 0.5, 0.75], num_sinks=8)
-    assert fractions == [[0.0, 0.0, 0.5], [0.5, 1.0, 1.0]]
+    of_heads = head_fractions([peaks], [0.25, 0.5, 0.75], num_sinks=8)
+    assert of_heads == [[[0, 0, 0], [0, 0, 1]], [[0, 1, 1], [1, 1, 1]]]
+    assert layer_fractions(of_heads) == [[0, 0, 0.5], [0.5, 1, 1]]
     # The mean over texts.
-    both = layer_fractions([peaks, peaks.flip(0)], [0.5], num_sinks=8)
-    assert both[0][0] + both[1][0] == pytest.approx(1.0)
+    both = head_fractions([peaks, peaks.flip(0)], [0.5], num_sinks=8)
+    assert both == [[[0.5], [0.5]], [[0.5], [0.5]]]
 
 
 def test_passages_lie_apart_and_are_whole():
@@ -91,6 +93,10 @@ def test_what_is_written_is_an_allocator_of_this_model(tmp_path):
     config = load_config({"recipe": "ems", "allocator": {"name": "profile", "profile": str(out)}})
     shares = config.plan_settings_of(len(written["fractions"])).shares
     assert sorted(layer for level in shares.levels for layer in level) == list(written["fractions"])
+    by_head = {"name": "profile", "profile": str(out), "per_head": True}
+    of_layers = load_config({"recipe": "ems", "allocator": by_head}).allocator.head_shares()
+    assert list(of_layers) == list(written["fractions"])
+    assert {of_layer.num_heads for of_layer in of_layers.values()} == {4}
 
 
 @pytest.mark.parametrize("ratios", ["0.5,0.2", "0", "1", "half", ""])

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # What every measurement depends on, and what those of a compressed cache do.
 _FORCING = ("eval/reference/**/*.py", "eval/lab/**/*.py")
 _COMPRESSION = (
+    "head_shares.py",
     "layer_shares.py",
     "plan.py",
     "eval/budget.py",

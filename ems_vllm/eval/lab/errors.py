@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.reference.attention import visible_behind
 
 if TYPE_CHECKING:
     from ems_vllm.eval.reference.model import ReferenceModel
@@ -68,13 +69,19 @@ class AttentionErrors:
 
     @torch.inference_mode()
     def mean(
-        self, keys: Sequence[torch.Tensor], values: Sequence[torch.Tensor], num_tokens: int
+        self,
+        keys: Sequence[torch.Tensor],
+        values: Sequence[torch.Tensor],
+        num_tokens: int,
+        gaps: Sequence[torch.Tensor | None] = (),
     ) -> float:
         """Mean over layers and tokens of |output - full output| / |full output|.
 
         Args:
             keys, values: By layer, [num_kv_heads, num_entries, head_size] - of the prompt.
             num_tokens: First tokens after the prompt to compare; later ones see another cache.
+            gaps: By layer, [num_kv_heads]: leading places of each head that hold no entry; None
+                for none; empty where no layer has any.
         """
         errors = []
         for layer, full in enumerate(self.outputs):
@@ -85,6 +92,7 @@ class AttentionErrors:
                 torch.cat([keys[layer], new_keys], dim=1),
                 torch.cat([values[layer], new_values], dim=1),
                 num_tokens,
+                gaps[layer] if gaps else None,
             )
             full = full[:num_tokens]
             norms = full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
@@ -93,17 +101,25 @@ class AttentionErrors:
 
     @torch.inference_mode()
     def _output(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, num_tokens: int
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        num_tokens: int,
+        gaps: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """[num_tokens, hidden_size], float32 - of queries at the end of some entries."""
         queries = self._queries[layer][:num_tokens].float().transpose(0, 1)
-        num_entries = keys.shape[1]
-        visible = torch.ones(num_tokens, num_entries, dtype=torch.bool, device=keys.device)
+        if gaps is None:
+            gaps = torch.zeros(1, dtype=torch.int64)
+        visible = visible_behind(gaps.to(keys.device), num_tokens, keys.shape[1])
+        # A mask of one head is that of all.
+        visible = visible.repeat_interleave(queries.shape[0] // len(visible), dim=0)
         attended = functional.scaled_dot_product_attention(
             queries[None],
             keys[None].float(),
             values[None].float(),
-            attn_mask=visible.tril(num_entries - num_tokens),
+            attn_mask=visible[None],
             scale=self._scale,
             enable_gqa=True,
         )

@@ -125,7 +125,9 @@ class Lab:
             num_compared = len(forced.fed)
             if due is not None:
                 num_compared = min(num_compared, due - prefilled.num_tokens)
-            error = errors.mean(*request.entries(), num_compared)
+            found = request.gaps()
+            gaps = [found.get(layer) for layer in self._reference.compressed_layers]
+            error = errors.mean(*request.entries(), num_compared, gaps)
         logprobs = forced.logprobs(request.extend(forced.fed))
         measurement = forced.measure(prefilled.logits, logprobs, full)
         return measurement.model_copy(update={"attention_error": error, "kv_bytes": kv_bytes})

@@ -34,11 +34,11 @@ def profile(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16")] = "auto",
 ) -> None:
-    """Measure what each layer of a model needs, for the allocator `profile`."""
+    """Measure what each layer and kv_head of a model needs, for the allocator `profile`."""
     asked = _ratios(ratios)
     texts = read_texts(text_path)
     # Imported here: mistakes above must not take the seconds that transformers takes.
-    from ems_vllm.eval.profiling.fractions import layer_fractions
+    from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
     from ems_vllm.eval.profiling.reconstruction import reconstruction_peaks
     from ems_vllm.eval.reference.model import ReferenceModel
     from ems_vllm.eval.tokenizer import HubTokenizer
@@ -54,15 +54,17 @@ def profile(
         reconstruction_peaks(reference, [*special, *part], instruction).cpu()
         for part in track(parts, "passages", console=console)
     )
-    fractions = layer_fractions(peaks, asked, _NUM_SINKS)
+    of_heads = head_fractions(peaks, asked, _NUM_SINKS)
+    layers = reference.compressed_layers
     measured = {
         "model": Path(model).name,
         "ratios": asked,
-        "fractions": dict(zip(reference.compressed_layers, fractions, strict=True)),
+        "fractions": dict(zip(layers, layer_fractions(of_heads), strict=True)),
+        "head_fractions": dict(zip(layers, of_heads, strict=True)),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(yaml.safe_dump(measured, sort_keys=False, default_flow_style=None), "utf-8")
-    console.print(f"{len(fractions)} layers, {len(parts)} passages of {length:,} tokens: {out}")
+    console.print(f"{len(layers)} layers, {len(parts)} passages of {length:,} tokens: {out}")
 
 
 def passages(texts: list[list[int]], count: int, length: int) -> list[list[int]]:

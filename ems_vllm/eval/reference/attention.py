@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ Observer = Callable[[int, torch.Tensor, torch.Tensor], None]
 [num_tokens, num_heads, head_size], and all its keys [num_kv_heads, num_entries, head_size]."""
 
 _OBSERVERS: ContextVar[tuple[Observer, ...]] = ContextVar("ems_attention_observers", default=())
+_GAPS: ContextVar[Mapping[int, torch.Tensor]] = ContextVar(
+    "ems_attention_gaps", default=MappingProxyType({})
+)
 
 
 @contextmanager
@@ -33,6 +37,20 @@ def observed_by(observer: Observer) -> Iterator[None]:
         _OBSERVERS.reset(token)
 
 
+@contextmanager
+def masked_by(gaps: Mapping[int, torch.Tensor]) -> Iterator[None]:
+    """Leave out places that hold no entry, in this thread and block.
+
+    Args:
+        gaps: By layer, [num_kv_heads]: so many places at the start of each head.
+    """
+    token = _GAPS.set(gaps)
+    try:
+        yield
+    finally:
+        _GAPS.reset(token)
+
+
 def _attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -41,11 +59,33 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
+    any_layer: Any = module.layer_idx
+    layer = int(any_layer)
     for observer in _OBSERVERS.get():
-        layer: Any = module.layer_idx
-        observer(int(layer), query[0].transpose(0, 1), key[0])
-    attention_mask = _mask_for(query.shape[2], key, attention_mask)
+        observer(layer, query[0].transpose(0, 1), key[0])
+    gaps = _GAPS.get().get(layer)
+    if gaps is None:
+        attention_mask = _mask_for(query.shape[2], key, attention_mask)
+    else:
+        visible = visible_behind(gaps.to(key.device), query.shape[2], key.shape[2])
+        attention_mask = visible.repeat_interleave(query.shape[1] // key.shape[1], dim=0)[None]
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def visible_behind(gaps: torch.Tensor, num_queries: int, num_places: int) -> torch.Tensor:
+    """What the newest tokens see of heads that start with places without an entry.
+
+    Args:
+        gaps: [num_kv_heads].
+        num_queries: The newest tokens, whose keys are the last ones.
+        num_places: Of each head.
+
+    Returns:
+        [num_kv_heads, num_queries, num_places], bool.
+    """
+    visible = torch.ones(num_queries, num_places, dtype=torch.bool, device=gaps.device)
+    is_entry = torch.arange(num_places, device=gaps.device) >= gaps[:, None]
+    return visible.tril(num_places - num_queries) & is_entry[:, None]
 
 
 def _mask_for(

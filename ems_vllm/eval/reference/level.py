@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,22 @@ class CompactionSettings:
     obs_window: int
     scale: float
     rotation: Rotation | None = None
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Entries of the rows of a compaction; see CompactionContext.
+
+    Attributes:
+        num_live, num_entries, num_scored, num_kept: Of each row.
+        target_column: Where what is kept goes, in the table of every row.
+    """
+
+    num_live: Sequence[int]
+    num_entries: Sequence[int]
+    num_scored: Sequence[int]
+    num_kept: Sequence[int]
+    target_column: int
 
 
 class CompressedLevel:
@@ -74,6 +91,10 @@ class CompressedLevel:
         """Entries per kv_head that each layer holds of so many tokens."""
         return num_processed - self._first * self.plan.block_size
 
+    def gaps(self, layer: int) -> torch.Tensor | None:
+        """[num_kv_heads]: leading places of a layer's heads that hold no entry; None for none."""
+        return None
+
     def compress(self, cache: StoredCache, queries: torch.Tensor, num_processed: int) -> None:
         """Compact the level where it is due.
 
@@ -86,6 +107,8 @@ class CompressedLevel:
         first, tail = self.plan.columns(num_processed)
         if first > self._first:
             self._compact(cache, queries, num_processed, first, tail)
+            self._first = first
+            self._num_accumulated = num_processed
 
     def _prompt_scores(self, prompt: Prefilled, first_query: int | None) -> torch.Tensor:
         """Accumulated scores to begin with, [num_layers, num_kv_heads, num_scored]."""
@@ -115,8 +138,6 @@ class CompressedLevel:
         if context.paged_scores is not None:
             num_kept = (tail - first) * block_size
             self._scores = from_pages(context.paged_scores, start, start + num_kept)
-        self._first = first
-        self._num_accumulated = num_processed
 
     def _context(
         self,
@@ -127,41 +148,75 @@ class CompressedLevel:
         queries: torch.Tensor,
         num_processed: int,
     ) -> CompactionContext:
-        settings, block_size = self._settings, self.plan.block_size
-        num_live = self.num_live(num_processed)
-        device = keys.device
+        block_size, num_live = self.plan.block_size, self.num_live(num_processed)
         num_entries = (tail - self._first) * block_size
-        num_kept = (tail - first) * block_size
-        table = torch.arange(keys.shape[1], dtype=torch.int32, device=device)[None]
+        scores = self._scores
+        return self._context_of(
+            keys,
+            values,
+            torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[None],
+            ring(
+                queries[:, -self._settings.obs_window :], self._settings.obs_window, num_processed
+            ),
+            Counts(
+                num_live=[num_live],
+                num_entries=[num_entries],
+                num_scored=[0 if scores is None else min(scores.shape[2], num_entries)],
+                num_kept=[(tail - first) * block_size],
+                target_column=first - self._first,
+            ),
+            self._paged_scores(num_live),
+            num_processed,
+        )
 
-        def row(value: int) -> torch.Tensor:
-            return torch.tensor([value], dtype=torch.int32, device=device)
+    def _context_of(
+        self,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        table: torch.Tensor,
+        ring: torch.Tensor,
+        counts: Counts,
+        paged_scores: torch.Tensor | None,
+        num_processed: int,
+    ) -> CompactionContext:
+        """What the policy sees of rows that are compacted after so many tokens.
 
-        num_sinks = min(settings.policy.selector.num_sink_tokens, num_kept)
-        num_scored = 0 if self._scores is None else min(self._scores.shape[2], num_entries)
-        queries = queries[:, -settings.obs_window :]
+        Args:
+            keys, values: [num_layers, num_pages, num_kv_heads, block_size, head_size].
+            table: [num_rows, num_columns], int32.
+            ring: [num_layers, num_rows, obs_window, num_heads, head_size].
+            counts: Of the rows.
+            paged_scores: [num_layers, num_pages, num_kv_heads, block_size], or None.
+        """
+        settings, num_rows = self._settings, len(table)
+        num_sinks = settings.policy.selector.num_sink_tokens
+        num_recorded = min(num_processed, settings.obs_window)
+
+        def ints(values: Sequence[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=keys.device)
+
         return CompactionContext(
             key_cache=keys,
             value_cache=values,
             block_table=table,
-            num_entries=row(num_entries),
-            num_live=row(num_live),
-            num_scored=row(num_scored),
-            budgets=row(num_kept),
-            num_protected=row(num_sinks),
-            target_columns=row(first - self._first),
-            num_represented=row(num_processed - self._num_accumulated),
-            max_entries=num_entries,
-            max_budget=num_kept,
+            num_entries=ints(counts.num_entries),
+            num_live=ints(counts.num_live),
+            num_scored=ints(counts.num_scored),
+            budgets=ints(counts.num_kept),
+            num_protected=ints([min(num_sinks, kept) for kept in counts.num_kept]),
+            target_columns=ints([counts.target_column] * num_rows),
+            num_represented=ints([num_processed - self._num_accumulated] * num_rows),
+            max_entries=max(counts.num_entries),
+            max_budget=max(counts.num_kept),
             scale=settings.scale,
-            paged_scores=self._paged_scores(num_live),
+            paged_scores=paged_scores,
             score_table=table,
-            query_ring=_ring(queries, settings.obs_window, num_processed),
-            ring_rows=row(0),
-            num_queries=row(queries.shape[1]),
-            end_positions=row(num_processed),
-            is_untouched=row(self._first == 0).bool(),
-            rotations=[settings.rotation] * len(self.layers),
+            query_ring=ring,
+            ring_rows=ints(range(num_rows)),
+            num_queries=ints([num_recorded] * num_rows),
+            end_positions=ints([num_processed] * num_rows),
+            is_untouched=ints([self._first == 0] * num_rows).bool(),
+            rotations=[settings.rotation] * keys.shape[0],
         )
 
     def _paged_scores(self, num_live: int) -> torch.Tensor | None:
@@ -172,7 +227,7 @@ class CompressedLevel:
         return to_pages(scores, self.plan.block_size)
 
 
-def _ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:
+def ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:
     """The last queries where ops.score_window looks for them.
 
     Args:

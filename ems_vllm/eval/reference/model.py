@@ -115,8 +115,9 @@ class ReferenceModel:
         Raises:
             ConfigError: the allocator deals to other layers than are compressed.
         """
+        heads = config.allocator.head_shares()
         return [
-            LevelPlan(layers, settings.plan(num_tokens, self.block_size, options))
+            LevelPlan(layers, settings.plan(num_tokens, self.block_size, options), heads)
             for layers, settings in level_settings(config, layer_kinds(self.model.config))
         ]
 

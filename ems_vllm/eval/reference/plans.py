@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ from ems_vllm.eval.reference.cache import FULL
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
     from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.head_shares import HeadShares
     from ems_vllm.plan import PlanSettings
 
 
@@ -24,10 +25,12 @@ class LevelPlan:
     Attributes:
         layers: Ascending indices of its layers, among all layers of the model.
         plan: When they are compressed, and into which columns.
+        heads: By layer, how its kv_heads share these columns; None where all keep as much.
     """
 
     layers: tuple[int, ...]
     plan: CompressionPlan
+    heads: Mapping[int, HeadShares] | None = None
 
 
 def level_settings(

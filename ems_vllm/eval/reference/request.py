@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.eval.reference.attention import observed_by
+from ems_vllm.eval.reference.attention import masked_by, observed_by
 from ems_vllm.eval.reference.cache import entries_of, fork
+from ems_vllm.eval.reference.heads import CompressedHeads
 from ems_vllm.eval.reference.level import CompactionSettings, CompressedLevel
 from ems_vllm.eval.reference.plans import LevelPlan, first_scored_query
 
@@ -49,7 +50,12 @@ class ReferenceRequest:
         self._cache = fork(prompt.cache, cache_format)
         # The same scores for all levels, as the scheduler has it.
         first_query = first_scored_query(levels)
-        self._levels = [CompressedLevel(settings, level, prompt, first_query) for level in levels]
+        self._levels = [
+            (CompressedLevel if level.heads is None else CompressedHeads)(
+                settings, level, prompt, first_query
+            )
+            for level in levels
+        ]
 
     @property
     def num_live(self) -> float:
@@ -102,14 +108,20 @@ class ReferenceRequest:
 
         Returns:
             By layer, [num_kv_heads, num_live, head_size]; layers of other levels may hold another
-            number of entries.
+            number of entries, and heads may have `gaps`.
         """
         return entries_of(self._cache, self._layers)
+
+    def gaps(self) -> dict[int, torch.Tensor]:
+        """By layer whose kv_heads hold different numbers of entries, [num_kv_heads]: the leading
+        places that hold none."""
+        found = {layer: level.gaps(layer) for level in self._levels for layer in level.layers}
+        return {layer: gaps for layer, gaps in found.items() if gaps is not None}
 
     def _forward(self, token_ids: Sequence[int]) -> torch.Tensor:
         device = self._model.device
         end = self._num_processed + len(token_ids)
-        with observed_by(self._observe):
+        with observed_by(self._observe), masked_by(self.gaps()):
             logits: torch.Tensor = self._model(
                 torch.tensor([token_ids], device=device),
                 past_key_values=self._cache,
