@@ -26,6 +26,7 @@ def fill(page: str) -> str:
 _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 _ALLOCATORS = "lab-smollm2-allocators.json"
+_HEADS = "lab-smollm2-heads.json"
 _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
 
@@ -140,6 +141,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": partial(change, _ALLOCATORS, _ALLOCATORS, variant="ems, profile"),
     "profile-kvzip": partial(
         behind, _ALLOCATORS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile"
+    ),
+    "heads": partial(recipes, _HEADS, ("ems", "ems, profile", "ems, profile by head")),
+    "heads-layers": partial(
+        change, _HEADS, _HEADS, variant="ems, profile by head", old_variant="ems, profile"
+    ),
+    "heads-kvzip": partial(
+        behind, _HEADS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile by head"
     ),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),

@@ -79,12 +79,18 @@ def behind(
     return table(["", *titles(groups)], rows)
 
 
-def change(before: str, after: str, groups: Sequence[str] = GROUPS, variant: str = FOCUS) -> str:
-    """What EMS loses in one result and a variant in another, and the difference, in pairs."""
+def change(
+    before: str,
+    after: str,
+    groups: Sequence[str] = GROUPS,
+    variant: str = FOCUS,
+    old_variant: str = FOCUS,
+) -> str:
+    """What a variant loses in one result and another in a second, and the difference, in pairs."""
     old, new = read(before), read(after)
     rows = []
     for budget in new["budgets"]:
-        ours, others = _ours(old, budget), _ours(new, budget, variant)
+        ours, others = _ours(old, budget, old_variant), _ours(new, budget, variant)
         cells = []
         for group in groups:
             if group not in others:
