@@ -27,6 +27,7 @@ _SMOLLM2 = "lab-smollm2-scorers.json"
 _SMOLLM2_PEERS = "kvpress-smollm2-answers.json"
 _ALLOCATORS = "lab-smollm2-allocators.json"
 _HEADS = "lab-smollm2-heads.json"
+_HEADS_4K = "lab-smollm2-4k-heads.json"
 _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
 
@@ -148,6 +149,10 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "heads-kvzip": partial(
         behind, _HEADS, _SMOLLM2_PEERS, ("kvzip",), variant="ems, profile by head"
+    ),
+    "heads-4k": partial(recipes, _HEADS_4K, ("ems, profile", "ems, profile by head")),
+    "heads-layers-4k": partial(
+        change, _HEADS_4K, _HEADS_4K, variant="ems, profile by head", old_variant="ems, profile"
     ),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
