@@ -108,6 +108,7 @@ class CompressedHeads(CompressedLevel):
                 if scores is None
                 else [min(len(one), end) for one, end in zip(scores, num_entries, strict=True)],
                 num_kept=num_kept,
+                num_queries=min(len(queries), window),
                 target_column=num_columns,
             ),
             paged_scores,

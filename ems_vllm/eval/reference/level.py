@@ -44,6 +44,7 @@ class Counts:
 
     Attributes:
         num_live, num_entries, num_scored, num_kept: Of each row.
+        num_queries: Recorded ones.
         target_column: Where what is kept goes, in the table of every row.
     """
 
@@ -51,6 +52,7 @@ class Counts:
     num_entries: Sequence[int]
     num_scored: Sequence[int]
     num_kept: Sequence[int]
+    num_queries: int
     target_column: int
 
 
@@ -163,6 +165,7 @@ class CompressedLevel:
                 num_entries=[num_entries],
                 num_scored=[0 if scores is None else min(scores.shape[2], num_entries)],
                 num_kept=[(tail - first) * block_size],
+                num_queries=min(queries.shape[1], self._settings.obs_window),
                 target_column=first - self._first,
             ),
             self._paged_scores(num_live),
@@ -190,7 +193,6 @@ class CompressedLevel:
         """
         settings, num_rows = self._settings, len(table)
         num_sinks = settings.policy.selector.num_sink_tokens
-        num_recorded = min(num_processed, settings.obs_window)
 
         def ints(values: Sequence[int]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.int32, device=keys.device)
@@ -213,7 +215,7 @@ class CompressedLevel:
             score_table=table,
             query_ring=ring,
             ring_rows=ints(range(num_rows)),
-            num_queries=ints([num_recorded] * num_rows),
+            num_queries=ints([counts.num_queries] * num_rows),
             end_positions=ints([num_processed] * num_rows),
             is_untouched=ints([self._first == 0] * num_rows).bool(),
             rotations=[settings.rotation] * keys.shape[0],
