@@ -25,6 +25,7 @@ TORCH_TARGET_HEX = "0x{:02x}{:02x}".format(*TORCH_TARGET) + 12 * "0"
 
 OPS_SOURCES = [
     "csrc/assign_classes.cpp",
+    "csrc/head_pages.cpp",
     "csrc/merge_compact.cpp",
     "csrc/plan_metadata.cpp",
     "csrc/record_queries.cpp",
@@ -33,6 +34,7 @@ OPS_SOURCES = [
     "csrc/select_entries.cpp",
     "csrc/torch_bindings.cpp",
     "csrc/cpu/assign_classes.cpp",
+    "csrc/cpu/head_pages.cpp",
     "csrc/cpu/merge_compact.cpp",
     "csrc/cpu/plan_metadata.cpp",
     "csrc/cpu/record_queries.cpp",
@@ -49,6 +51,7 @@ OPS_SOURCES = [
 CUDA_HOST_SOURCES = ["csrc/cuda/queue.cpp"]
 CUDA_SOURCES = [
     "csrc/cuda/assign_classes.cu",
+    "csrc/cuda/head_pages.cu",
     "csrc/cuda/merge_compact.cu",
     "csrc/cuda/plan_metadata.cu",
     "csrc/cuda/record_queries.cu",

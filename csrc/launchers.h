@@ -16,6 +16,7 @@ void select_entries(const SelectEntriesParams& params);
 void assign_classes(const AssignClassesParams& params);
 void merge_compact(const MergeCompactParams& params);
 void plan_metadata(const PlanMetadataParams& params);
+void head_pages(const HeadPagesParams& params);
 
 }  // namespace ems::cpu
 
@@ -41,5 +42,6 @@ void select_entries(const SelectEntriesParams& params, const Queue& queue);
 void assign_classes(const AssignClassesParams& params, const Queue& queue);
 void merge_compact(const MergeCompactParams& params, const Queue& queue);
 void plan_metadata(const PlanMetadataParams& params, const Queue& queue);
+void head_pages(const HeadPagesParams& params, const Queue& queue);
 
 }  // namespace ems::cuda

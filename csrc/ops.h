@@ -44,4 +44,8 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
 void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tensor& first_columns,
                    int64_t block_size, const Tensor& out_block_table, const Tensor& out_seq_lens);
 
+void head_pages(const Tensor& block_table, const Tensor& seq_lens, const Tensor& places,
+                const Tensor& page_starts, int64_t block_size, const Tensor& out_block_table,
+                const Tensor& out_seq_lens);
+
 }  // namespace ems

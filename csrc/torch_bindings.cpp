@@ -52,6 +52,11 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   m.def(
       "plan_metadata(Tensor block_table, Tensor seq_lens, Tensor first_columns, int block_size, "
       "Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
+
+  // Gives every kv_head of every request a block table of the pages that it owns.
+  m.def(
+      "head_pages(Tensor block_table, Tensor seq_lens, Tensor places, Tensor page_starts, "
+      "int block_size, Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
 }
 
 namespace {
@@ -64,6 +69,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("assign_classes", TORCH_BOX(&ems::assign_classes));
   m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));
   m.impl("plan_metadata", TORCH_BOX(&ems::plan_metadata));
+  m.impl("head_pages", TORCH_BOX(&ems::head_pages));
 }
 
 }  // namespace

@@ -199,3 +199,34 @@ def plan_metadata(
     shifted = block_table.gather(1, columns.clamp(max=num_columns - 1).long())
     out_block_table.copy_(shifted.masked_fill_(columns >= num_columns, 0))
     out_seq_lens.copy_(seq_lens - first_columns * block_size)
+
+
+def head_pages(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    places: torch.Tensor,
+    page_starts: torch.Tensor,
+    block_size: int,
+    out_block_table: torch.Tensor,
+    out_seq_lens: torch.Tensor,
+) -> None:
+    """As the operator."""
+    num_kv_heads = page_starts.shape[1] - 1
+    starts = page_starts[places.long()]
+    own = starts.diff()
+    num_dealt = starts[:, -1:] // num_kv_heads
+    tails = (seq_lens[:, None] - num_dealt * block_size).clamp_(min=0)
+    lens = (tails + own * block_size).masked_fill_(seq_lens[:, None] <= 0, 0)
+    out_seq_lens.copy_(lens.flatten())
+    heads = torch.arange(num_kv_heads, device=starts.device)[:, None]
+    columns = torch.arange(out_block_table.shape[1], device=starts.device)
+    pages = starts[:, :-1, None] + columns
+    is_own = columns < own[..., None]
+    common = num_dealt[..., None] + columns - own[..., None]
+    sources = torch.where(is_own, pages // num_kv_heads, common)
+    sources = sources.clamp_(0, block_table.shape[1] - 1)
+    blocks = block_table.gather(1, sources.flatten(1)).view_as(sources)
+    numbers = blocks * num_kv_heads + torch.where(is_own, pages % num_kv_heads, heads)
+    is_live = columns * block_size < lens[..., None]
+    table = out_block_table.view_as(numbers)
+    out_block_table.copy_(torch.where(is_live, numbers, table).flatten(0, 1))

@@ -150,6 +150,24 @@ def plan_args(shape: Shape, num_rows: int) -> tuple:
     return table, lens, first, BLOCK_SIZE, torch.empty_like(table), torch.empty_like(lens)
 
 
+def head_pages_args(shape: Shape, num_rows: int) -> tuple:
+    """A block of new tokens behind what is compressed; kv_heads own 0.5 to 1.5 times the budget."""
+    num_kv_heads, num_dealt = shape.model.num_kv_heads, shape.budget // BLOCK_SIZE
+    num_columns = num_dealt + 1
+    table = torch.randperm(num_rows * num_columns, device=shape.device).view(num_rows, -1).int()
+    lens = torch.full((num_rows,), num_columns * BLOCK_SIZE, dtype=torch.int32, device=shape.device)
+    places = torch.arange(num_rows, dtype=torch.int32, device=shape.device)
+    bounds = torch.linspace(0.5, 1.5, num_kv_heads, device=shape.device).cumsum(0) * num_dealt
+    starts = torch.zeros(num_rows, num_kv_heads + 1, dtype=torch.int32, device=shape.device)
+    starts[:, 1:] = bounds.round().int()
+    starts[:, -1] = num_dealt * num_kv_heads
+    widest = int(starts[0].diff().max()) + 1
+    out_table = torch.zeros(
+        (num_rows * num_kv_heads, widest), dtype=torch.int32, device=shape.device
+    )
+    return table, lens, places, starts, BLOCK_SIZE, out_table, out_table[:, 0].clone()
+
+
 def of_shape(shape: Shape) -> Iterator[Case]:
     """Every operator, one at a time, so that memory is free again before the next."""
     yield from _prompt(shape)
@@ -249,6 +267,33 @@ def _decode(shape: Shape) -> Iterator[Case]:
         num_bytes,
         0.0,
         ("decode step", 0.01) if shape.model.weight_bytes else None,
+    )
+    yield _head_pages(shape)
+
+
+def _head_pages(shape: Shape) -> Case:
+    layers = [head_pages_args(shape, DECODE_ROWS) for _ in range(shape.model.num_layers)]
+
+    def step(namespace: object) -> None:
+        for args in layers:
+            namespace.head_pages(*args)  # type: ignore[attr-defined]
+
+    providers: dict[str, Callable[[], object]] = {
+        "ems_vllm": lambda: step(ops),
+        "pytorch": lambda: step(baselines),
+    }
+    if shape.device.type == "cuda":
+        providers = {name: graph_of(run) for name, run in providers.items()}
+    # As many pages are written as there are in the tables.
+    table = layers[0][0]
+    num_bytes = 4.0 * len(layers) * table.numel() * (1 + shape.model.num_kv_heads)
+    return Case(
+        "head_pages",
+        f"{DECODE_ROWS} rows, all layers" + (", graph" if shape.device.type == "cuda" else ""),
+        providers,
+        num_bytes,
+        0.0,
+        ("decode step", 0.02) if shape.model.weight_bytes else None,
     )
 
 

@@ -11,6 +11,7 @@ OPERATORS = (
     "assign_classes",
     "merge_compact",
     "plan_metadata",
+    "head_pages",
 )
 
 

@@ -72,6 +72,33 @@ def test_plan_metadata():
             assert_bitwise(got.cpu(), want)
 
 
+def test_head_pages():
+    num_heads, num_dealt = 3, NUM_COLUMNS // 2
+    table = torch.zeros(NUM_ROWS, NUM_COLUMNS, dtype=torch.int32).cuda()
+    lens, places = (torch.zeros(NUM_ROWS, dtype=torch.int32).cuda() for _ in range(2))
+    starts = torch.zeros(NUM_ROWS, num_heads + 1, dtype=torch.int32).cuda()
+    width = num_dealt * num_heads + NUM_COLUMNS - num_dealt
+    expected = (
+        torch.full((NUM_ROWS * num_heads, width), -7, dtype=torch.int32),
+        torch.full((NUM_ROWS * num_heads,), -7, dtype=torch.int32),
+    )
+    outputs = tuple(tensor.cuda() for tensor in expected)
+    graph = captured(lambda: ops.head_pages(table, lens, places, starts, BLOCK_SIZE, *outputs))
+    for _ in range(4):
+        refill(table, 1, 1000)
+        # Some rows pad the batch.
+        refill(lens, -BLOCK_SIZE * NUM_COLUMNS // 2, BLOCK_SIZE * NUM_COLUMNS)
+        places.copy_(torch.randperm(NUM_ROWS, dtype=torch.int32))
+        dealt = torch.randint(0, num_dealt * num_heads + 1, starts.shape, dtype=torch.int32)
+        dealt[:, 0], dealt[:, -1] = 0, num_dealt * num_heads
+        starts.copy_(dealt.sort().values)
+        graph.replay()
+        args = [tensor.cpu() for tensor in (table, lens, places, starts)]
+        reference.head_pages(*args, BLOCK_SIZE, *expected)
+        for got, want in zip(outputs, expected, strict=True):
+            assert_bitwise(got.cpu(), want)
+
+
 def test_both_in_one_graph_on_another_stream():
     """As in a decoding step, where the metadata is built before the layers record."""
     query = torch.randn(NUM_ROWS, NUM_HEADS, HEAD_SIZE).to("cuda", torch.bfloat16)

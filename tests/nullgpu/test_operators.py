@@ -17,13 +17,14 @@ from ems_vllm import build_info, ops
 MOST_LAUNCHES = {
     "record_queries": 1,
     "plan_metadata": 1,
+    "head_pages": 1,
     "score_queries": 2,
     "score_window": 2,
     "select_entries": 1,
     "assign_classes": 2,
     "merge_compact": 3,
 }
-CAPTURED_BY_DECODING = ("record_queries", "plan_metadata")
+CAPTURED_BY_DECODING = ("record_queries", "plan_metadata", "head_pages")
 
 _ON_ANOTHER_GPU = """
 import json, torch

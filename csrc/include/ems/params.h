@@ -133,4 +133,20 @@ struct PlanMetadataParams {
   int32_t* out_seq_lens;  // [num_rows] int32
 };
 
+struct HeadPagesParams {
+  int64_t num_rows;
+  int64_t num_places;
+  int64_t num_kv_heads;
+  int64_t block_size;
+  BlockTable block_table;      // [num_rows, num_columns] int32
+  const int32_t* seq_lens;     // [num_rows] int32
+  const int32_t* places;       // [num_rows] int32
+  const int32_t* page_starts;  // [num_places, num_kv_heads + 1] int32
+  int64_t place_stride;
+  int32_t* out_block_table;  // [num_rows * num_kv_heads, num_out_columns] int32
+  int64_t num_out_columns;
+  int64_t out_row_stride;
+  int32_t* out_seq_lens;  // [num_rows * num_kv_heads] int32
+};
+
 }  // namespace ems

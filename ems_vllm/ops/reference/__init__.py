@@ -6,6 +6,7 @@ the compiled kernels, which are tested against them.
 """
 
 from ems_vllm.ops.reference.assign_classes import assign_classes
+from ems_vllm.ops.reference.head_pages import head_pages
 from ems_vllm.ops.reference.merge_compact import merge_compact
 from ems_vllm.ops.reference.plan_metadata import plan_metadata
 from ems_vllm.ops.reference.record_queries import record_queries
@@ -15,6 +16,7 @@ from ems_vllm.ops.reference.select_entries import select_entries
 
 __all__ = [
     "assign_classes",
+    "head_pages",
     "merge_compact",
     "plan_metadata",
     "record_queries",
