@@ -31,7 +31,8 @@ struct Queue {
 };
 
 // Scratch memory that an operator over many heads asks for at a time, unless a single head needs
-// more; heads are processed in turns that fit. Small enough to stay in the second-level cache.
+// more, or the heads that merge_compact has to read together; heads are processed in turns that
+// fit. Small enough to stay in the second-level cache.
 constexpr int64_t kMaxScratchBytes = 32 << 20;
 
 // They return when the work is submitted; none waits for the device.

@@ -11,7 +11,7 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const std::optional<Tensor>& carry, bool merges_keys,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
-                   const Tensor& budgets, const Tensor& target_columns) {
+                   const Tensor& budgets, const Tensor& target_columns, int64_t rows_together) {
   const ArgumentChecks checks("merge_compact", key_cache);
   MergeCompactParams p{};
   p.dtype = checks.cache_dtype("key_cache", key_cache);
@@ -25,6 +25,10 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
       {p.num_layers, p.key_cache.num_blocks, p.num_kv_heads, p.key_cache.block_size, p.head_size});
 
   p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
+  checks.require(rows_together >= 1 && p.num_rows % rows_together == 0,
+                 "rows_together must be at least 1 and divide the number of rows (", p.num_rows,
+                 "), got ", rows_together);
+  p.rows_together = rows_together;
   p.block_table = checks.block_table("block_table", block_table, p.num_rows);
   p.weights = checks.head_rows<const float>("weights", weights, ScalarType::Float, p.num_layers,
                                             p.num_rows, p.num_kv_heads);

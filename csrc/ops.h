@@ -39,7 +39,7 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const std::optional<Tensor>& carry, bool merges_keys,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
-                   const Tensor& budgets, const Tensor& target_columns);
+                   const Tensor& budgets, const Tensor& target_columns, int64_t rows_together);
 
 void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tensor& first_columns,
                    int64_t block_size, const Tensor& out_block_table, const Tensor& out_seq_lens);

@@ -45,8 +45,8 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   m.def(
       "merge_compact(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? paged_scores, "
       "Tensor weights, Tensor? carry, bool merges_keys, Tensor? mass_keys, Tensor block_table, "
-      "Tensor kept_idx, Tensor merge_idx, Tensor class_idx, Tensor budgets, Tensor target_columns) "
-      "-> ()");
+      "Tensor kept_idx, Tensor merge_idx, Tensor class_idx, Tensor budgets, Tensor target_columns, "
+      "int rows_together=1) -> ()");
 
   // Shifts block tables and sequence lengths past the columns that were given back.
   m.def(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ems_vllm
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
+from ems_vllm.engine.memory import _MAX_SHARED_MEMBERS, KERNEL_SCRATCH_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(ems_vllm.__file__).parent / "_ops.abi3.so"
@@ -227,3 +227,6 @@ def test_engine_keeps_the_scratch_memory_of_kernels_free():
     source = (ROOT / "csrc" / "launchers.h").read_text()
     (limit,) = re.findall(r"kMaxScratchBytes = (\d+) << 20;", source)
     assert int(limit) << 20 == KERNEL_SCRATCH_BYTES
+    source = (ROOT / "csrc" / "include" / "ems" / "merge_compact.cuh").read_text()
+    (limit,) = re.findall(r"kMaxSharedMembers = (\d+);", source)
+    assert int(limit) == _MAX_SHARED_MEMBERS

@@ -95,19 +95,25 @@ def test_a_gpu_that_is_not_known_is_an_error(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("num_items", "scratch", "expected"),
+    ("num_items", "scratch", "group", "expected"),
     [
-        (0, 8, []),
+        (0, 8, 1, []),
         # A grid has at most 65535 CTAs in y, however little memory an item needs.
-        (65536, 0, [65535, 1]),
-        (70000, 16, [65535, 4465]),
+        (65536, 0, 1, [65535, 1]),
+        (70000, 16, 1, [65535, 4465]),
+        (80000, 0, 8, [65528, 14472]),
         # 32 MiB at a time.
-        (5, 16 << 20, [2, 2, 1]),
-        (2, 64 << 20, [1, 1]),
+        (5, 16 << 20, 1, [2, 2, 1]),
+        (2, 64 << 20, 1, [1, 1]),
+        # Whole groups, at least one.
+        (0, 8, 4, []),
+        (9, 4 << 20, 3, [6, 3]),
+        (8, 16 << 20, 4, [4, 4]),
+        (6, 64 << 20, 3, [3, 3]),
     ],
 )
-def test_batches_of_items_fit_a_grid_and_scratch_memory(num_items, scratch, expected):
+def test_batches_of_items_fit_a_grid_and_scratch_memory(num_items, scratch, group, expected):
     operators()
     sizes = torch.zeros(8, dtype=torch.int64)
-    num_batches = torch.ops.ems_vllm_faults.item_batches(sizes, num_items, scratch)
+    num_batches = torch.ops.ems_vllm_faults.item_batches(sizes, num_items, scratch, group)
     assert sizes[:num_batches].tolist() == expected

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// One item per layer, row and kv_head. The classes are built in a buffer and written when all of
-// them are done, since a target slot may hold an entry that another class still needs.
+// One item per layer, group of rows and kv_head. The classes of all rows of the group are built in
+// buffers and written when all of them are done, since a target slot may hold an entry that another
+// class still needs, of the same row or of another one.
 
 #include <cmath>
 #include <cstring>
@@ -114,8 +115,16 @@ class ClassMerger {
   std::vector<float> value_;
 };
 
+// The classes of one kv_head of a row, as they will be written.
 template <typename T>
-void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t head) {
+struct MergedHead {
+  std::vector<T> keys;        // [budget, head_size]
+  std::vector<T> values;      // [budget, head_size]
+  std::vector<float> scores;  // [budget]; empty without paged_scores
+};
+
+template <typename T>
+MergedHead<T> build_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t head) {
   const int64_t budget = p.budgets[row];
   const int64_t size = p.head_size;
   const int32_t* kept = p.kept_idx.at(layer, row, head);
@@ -131,12 +140,12 @@ void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64
     }
   }
 
-  std::vector<T> keys(budget * size), values(budget * size);
-  std::vector<float> scores(has_scores ? budget : 0);
+  MergedHead<T> built{std::vector<T>(budget * size), std::vector<T>(budget * size),
+                      std::vector<float>(has_scores ? budget : 0)};
   ClassMerger<T> merger(p, layer, row, head);
   for (int64_t rank = 0; rank < budget; ++rank) {
-    T* key = keys.data() + rank * size;
-    T* value = values.data() + rank * size;
+    T* key = built.keys.data() + rank * size;
+    T* value = built.values.data() + rank * size;
     if (members[rank].empty()) {
       std::memcpy(key, merger.key(kept[rank]), size * sizeof(T));
       std::memcpy(value, merger.value(kept[rank]), size * sizeof(T));
@@ -144,22 +153,41 @@ void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64
       merger.merge(kept[rank], members[rank], key, value);
     }
     if (has_scores) {
-      scores[rank] = carry[kept[rank]];
-      for (const int32_t member : members[rank]) scores[rank] += carry[member];
+      float& score = built.scores[rank];
+      score = carry[kept[rank]];
+      for (const int32_t member : members[rank]) score += carry[member];
     }
   }
+  return built;
+}
 
+template <typename T>
+void write_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t head,
+                const MergedHead<T>& built) {
+  const int64_t size = p.head_size;
   const int64_t block_size = p.key_cache.block_size;
   const int64_t first = p.target_columns[row] * block_size;
-  for (int64_t rank = 0; rank < budget; ++rank) {
+  for (int64_t rank = 0; rank < p.budgets[row]; ++rank) {
     const int64_t target = first + rank;
     std::memcpy(p.key_cache.entry<T>(p.block_table, row, layer, head, target),
-                keys.data() + rank * size, size * sizeof(T));
+                built.keys.data() + rank * size, size * sizeof(T));
     std::memcpy(p.value_cache.entry<T>(p.block_table, row, layer, head, target),
-                values.data() + rank * size, size * sizeof(T));
-    if (has_scores) {
-      *p.paged_scores.entry<float>(p.block_table, row, layer, head, target) = scores[rank];
+                built.values.data() + rank * size, size * sizeof(T));
+    if (p.paged_scores.data != nullptr) {
+      *p.paged_scores.entry<float>(p.block_table, row, layer, head, target) = built.scores[rank];
     }
+  }
+}
+
+template <typename T>
+void compact_group(const MergeCompactParams& p, int64_t layer, int64_t first_row, int64_t head) {
+  std::vector<MergedHead<T>> built;
+  built.reserve(p.rows_together);
+  for (int64_t i = 0; i < p.rows_together; ++i) {
+    built.push_back(build_head<T>(p, layer, first_row + i, head));
+  }
+  for (int64_t i = 0; i < p.rows_together; ++i) {
+    write_head(p, layer, first_row + i, head, built[i]);
   }
 }
 
@@ -167,12 +195,13 @@ void compact_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64
 
 void merge_compact(const MergeCompactParams& p) {
   check_indices(p);
-  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
+  const int64_t items_per_layer = p.num_rows / p.rows_together * p.num_kv_heads;
   dispatch_cache_dtype(p.dtype, [&](auto element) {
-    parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
-      const int64_t in_layer = item % heads_per_layer;
-      compact_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,
-                                      in_layer % p.num_kv_heads);
+    parallel_items(p.num_layers * items_per_layer, [&](int64_t item) {
+      const int64_t in_layer = item % items_per_layer;
+      const int64_t group = in_layer / p.num_kv_heads;
+      compact_group<decltype(element)>(p, item / items_per_layer, group * p.rows_together,
+                                       in_layer % p.num_kv_heads);
     });
   });
 }

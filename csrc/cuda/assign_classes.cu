@@ -22,7 +22,7 @@ void assign_classes(const AssignClassesParams& p, const Queue& queue) {
     const int64_t max_budget = p.kept_idx.length;
     const int64_t member_tiles = (p.merge_idx.length + Shape::kMembers - 1) / Shape::kMembers;
     const int64_t scratch_per_item = 2 * std::max<int64_t>(max_budget, 1) * int64_t{sizeof(float)};
-    for_item_batches(num_items(p), scratch_per_item, queue,
+    for_item_batches(num_items(p), scratch_per_item, 1, queue,
                      [&](int64_t first, int64_t count, void* scratch) {
                        auto* inverses = static_cast<float*>(scratch);
                        launch(kOp, centre_norms_kernel<C, kHeadSize>,

@@ -19,6 +19,36 @@ if TYPE_CHECKING:
 
 # What one operator allocates on a GPU at most: kMaxScratchBytes of csrc/launchers.h.
 KERNEL_SCRATCH_BYTES = 32 << 20
+# Members that merge_compact sorts in shared memory: kMaxSharedMembers of its kernel.
+_MAX_SHARED_MEMBERS = 4096
+
+
+def merge_scratch_bytes(
+    num_rows: int, max_budget: int, max_merges: int, head_size: int, itemsize: int
+) -> int:
+    """Bound of what `ops.merge_compact` allocates on a GPU, whatever the number of groups.
+
+    Ours: a group of rows that share blocks is staged as a whole, so it may take more than
+    KERNEL_SCRATCH_BYTES. By row: the merged keys and values and their scores, the members of
+    classes and where each class begins, and what sorting takes where shared memory is too small.
+
+    Args:
+        num_rows: Rows of a group, `rows_together`, of one kv_head each; times `num_kv_heads` where
+            rows have several.
+        max_budget, max_merges: Lengths of kept_idx and merge_idx.
+        head_size: Elements of a key.
+        itemsize: Bytes of an element of the cache.
+    """
+    sort_length = 1 << max(0, max_merges - 1).bit_length()
+    parts = (
+        max_budget * 2 * head_size * itemsize,
+        max_budget * 4,
+        max_merges * 4,
+        (max_budget + 1) * 4,
+        sort_length * 8 if sort_length > _MAX_SHARED_MEMBERS else 0,
+    )
+    # Each begins at a multiple of 16 bytes.
+    return max(KERNEL_SCRATCH_BYTES, num_rows * sum(-(-part // 16) * 16 for part in parts))
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,7 @@ def merge_compact(
     class_idx: torch.Tensor,
     budgets: torch.Tensor,
     target_columns: torch.Tensor,
+    rows_together: int = 1,
 ) -> None:
     """Merge members into their class centres and write the classes to the target columns.
 
@@ -307,7 +308,8 @@ def merge_compact(
 
     Class b of row r has the centre c = kept_idx[b] and the members merge_idx[t] with class_idx[t]
     == b. It is written to column target_columns[r] + b // block_size, slot b % block_size, of the
-    same kv_head, as if everything were read before anything is written:
+    same kv_head, as if everything of the row's group were read before anything of it is written; a
+    group is rows_together consecutive rows, from row 0 on:
 
         value = (w_c v_c + sum w_t v_t) / w,  w = w_c + sum w_t
         key   = k_c, or with merges_keys |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|
@@ -332,19 +334,24 @@ def merge_compact(
         merges_keys: whether keys are merged too.
         mass_keys: [num_layers, num_rows, num_kv_heads, head_size], float32, or None - what is added
             to a key that shall receive e times the attention, in the units of stored keys.
-        block_table: [num_rows, num_columns], int32 - the blocks of the target columns belong to
-            the row alone.
+        block_table: [num_rows, num_columns], int32 - a block of a target column is no other row's
+            target, and no source of a row outside of the group.
         kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32 - from select_entries.
         merge_idx: [num_layers, num_rows, num_kv_heads, max_merges], int32 - from select_entries.
         class_idx: [num_layers, num_rows, num_kv_heads, max_merges], int32 - from assign_classes.
         budgets: [num_rows], int32 - valid ranks of kept_idx.
         target_columns: [num_rows], int32 - first column to write to.
+        rows_together: rows of a group, which share blocks; divides num_rows.
     Mutates:
         key_cache, value_cache: slots 0..budgets[r]-1 from the target column on; no other slot.
         paged_scores: the same slots.
     Raises:
-        RuntimeError: a shape, dtype, device or stride is not as above, or only one of paged_scores
-            and carry is given; on the CPU also when an index is out of range.
+        RuntimeError: a shape, dtype, device or stride is not as above, only one of paged_scores
+            and carry is given, or rows_together is below 1 or does not divide num_rows; on the CPU
+            also when an index is out of range; on a GPU also when a group has more than 65535
+            kv_heads.
+    Workspace: on a GPU at most 32 MiB, or what a group takes if that is more: `merge_scratch_bytes`
+        of engine/memory.py. On a CPU the merged classes of a group, for every thread.
     Note: no host sync; deterministic: members are added in the order of merge_idx.
     """
     operators().merge_compact(
@@ -361,6 +368,7 @@ def merge_compact(
         class_idx,
         budgets,
         target_columns,
+        rows_together,
     )
 
 

@@ -32,7 +32,7 @@ _ALL = slice(None)
 
 @dataclass(frozen=True)
 class CompactionContext:
-    """Live cache of the rows that are compressed now; a row is one request.
+    """Live cache of the rows that are compressed now; a row is one request, or one kv_head of it.
 
     "Live" coordinates: entry e of a row lies in column e // block_size of its `block_table` row.
     Column 0 is the first column that still holds the request's entries.
@@ -64,6 +64,8 @@ class CompactionContext:
             known, and empty where it is of none.
         is_untouched: [num_rows], bool - compressed for the first time: entry e is that of position
             e. Others mix entries of any positions.
+        rows_together: Consecutive rows that share blocks: the kv_heads of a request, where each is
+            a row. Divides num_rows.
     """
 
     key_cache: Tensor
@@ -88,6 +90,7 @@ class CompactionContext:
     is_untouched: Tensor
     key_scales: Tensor | None = None
     rotations: Sequence[Rotation | None] = ()
+    rows_together: int = 1
 
     @property
     def num_layers(self) -> int:

@@ -84,4 +84,5 @@ class Policy:
             class_idx,
             context.budgets,
             context.target_columns,
+            context.rows_together,
         )

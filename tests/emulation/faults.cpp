@@ -51,16 +51,18 @@ void reverse(const torch::stable::Tensor& in, const torch::stable::Tensor& out, 
 }
 
 // Writes the size of every batch; returns how many there are.
-int64_t item_batches(const torch::stable::Tensor& sizes, int64_t num_items, int64_t scratch) {
+int64_t item_batches(const torch::stable::Tensor& sizes, int64_t num_items, int64_t scratch,
+                     int64_t group) {
   auto* out = static_cast<int64_t*>(sizes.mutable_data_ptr());
   int64_t num_batches = 0, next = 0;
   const cuda::Queue queue{nullptr, [](int64_t) -> void* { return nullptr; }};
-  cuda::for_item_batches(num_items, scratch, queue, [&](int64_t first, int64_t count, void*) {
-    emulator::require(first == next, "a batch does not begin where the last one ended");
-    emulator::require(num_batches < sizes.numel(), "more batches than there is room for");
-    out[num_batches++] = count;
-    next = first + count;
-  });
+  cuda::for_item_batches(
+      num_items, scratch, group, queue, [&](int64_t first, int64_t count, void*) {
+        emulator::require(first == next, "a batch does not begin where the last one ended");
+        emulator::require(num_batches < sizes.numel(), "more batches than there is room for");
+        out[num_batches++] = count;
+        next = first + count;
+      });
   return num_batches;
 }
 
@@ -69,7 +71,7 @@ int64_t item_batches(const torch::stable::Tensor& sizes, int64_t num_items, int6
 
 STABLE_TORCH_LIBRARY(ems_vllm_faults, m) {
   m.def("reverse(Tensor values, Tensor(a!) out, int fault, int shared_bytes) -> ()");
-  m.def("item_batches(Tensor(a!) sizes, int num_items, int scratch) -> int");
+  m.def("item_batches(Tensor(a!) sizes, int num_items, int scratch, int group) -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(ems_vllm_faults, CPU, m) {
   m.impl("reverse", TORCH_BOX(&ems::reverse));

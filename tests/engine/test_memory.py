@@ -11,7 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.config import load_config, recipes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint
+from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint, merge_scratch_bytes
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.score_store import ScoreStore
 from ems_vllm.policies.policy import Policy
@@ -142,3 +142,31 @@ def test_scores_take_what_is_set_aside_for_them(layers):
 def test_rows_can_be_set():
     one, few = (footprint("snapkv", query_ring_rows=rows).ring_bytes(10_000) for rows in (1, 8))
     assert few == 8 * one == 8 * 16 * 32 * 128 * 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "max_budget", "max_merges", "head_size", "itemsize", "expected"),
+    [
+        # Groups that fit are staged several at a time.
+        (8, 1024, 1024, 128, 2, 32 << 20),
+        (1, 0, 0, 64, 4, 32 << 20),
+        # Keys and values, scores, members, starts of classes and of none.
+        (8, 16_384, 4096, 128, 2, 8 * (16_384 * (512 + 4) + 4096 * 4 + 16_384 * 4 + 16)),
+        # Beyond 4096 members the sort of 8 bytes each, up to a power of two.
+        (
+            8,
+            16_384,
+            4097,
+            128,
+            2,
+            8 * (16_384 * (512 + 4) + 4097 * 4 + 12 + 16_384 * 4 + 16 + 8192 * 8),
+        ),
+        # One row of one kv_head may exceed the limit too: (65_537 + 1) * 4 = 262_152, and 8 more.
+        (1, 65_537, 3, 256, 1, 65_537 * 512 + 262_148 + 12 + 12 + 4 + 262_152 + 8),
+    ],
+)
+def test_scratch_memory_of_rows_that_are_merged_together(
+    rows, max_budget, max_merges, head_size, itemsize, expected
+):
+    """item_scratch of csrc/cuda/merge_compact.cu, by hand, in parts that are multiples of 16."""
+    assert merge_scratch_bytes(rows, max_budget, max_merges, head_size, itemsize) == expected

@@ -30,6 +30,7 @@ class Case:
     paged_scores: torch.Tensor | None
     class_idx: torch.Tensor
     target_columns: list[int]
+    rows_together: int = 1
 
     def args(self) -> list:
         """Arguments that own their outputs."""
@@ -48,6 +49,7 @@ class Case:
             self.class_idx,
             int_tensor(self.selection.budgets),
             int_tensor(self.target_columns),
+            self.rows_together,
         ]
 
     def run(self, merge_compact) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -62,6 +64,21 @@ class Case:
         ]
         num_blocks = self.cache.key.shape[1]
         return rows_written(self.cache.block_table, starts, ends, num_blocks, self.cache.block_size)
+
+    def sharing(self, rows_together: int) -> "Case":
+        """The same in groups of rows; a row's targets are the next one's first blocks, if full."""
+        lens, budgets = self.selection.lens, self.selection.budgets
+        own, block_size = self.cache.block_table, self.cache.block_size
+        table = own.clone()
+        for row, (start, budget) in enumerate(zip(self.target_columns, budgets, strict=True)):
+            place = row % rows_together
+            other = row - place + (place + 1) % rows_together
+            num_targets = -(-budget // block_size)
+            if num_targets * block_size <= lens[other]:
+                table[row, start : start + num_targets] = own[other, :num_targets]
+        return replace(
+            self, cache=replace(self.cache, block_table=table), rows_together=rows_together
+        )
 
 
 def make_case(
@@ -339,6 +356,92 @@ def test_rows_may_share_source_blocks():
     case = make_case([(64, 16, 40), (64, 16, 40)])
     case.cache.block_table[1, :2] = case.cache.block_table[0, :2]
     check(case)
+
+
+SHARING_ROWS = [
+    (129, 48, 60),
+    (113, 33, 7),
+    (97, 40, 57),
+    (100, 48, 0),
+    (1, 1, 0),
+    (130, 16, 100),
+]
+
+
+def assert_order_matters(case: Case) -> None:
+    """Rows that are written one by one give something else."""
+    together = case.run(reference.merge_compact)
+    one_by_one = replace(case, rows_together=1).run(reference.merge_compact)
+    written = case.written()[..., None].expand_as(together[0])
+    assert (together[0] != one_by_one[0])[written].any()
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2])
+@pytest.mark.parametrize("rows_together", [2, 3, 6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_group_may_share_sources_and_targets(dtype, rows_together, num_kv_heads):
+    case = make_case(SHARING_ROWS, dtype=dtype, num_kv_heads=num_kv_heads).sharing(rows_together)
+    assert_order_matters(case)
+    check(case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("with_scores", [True, False])
+def test_groups_in_other_layouts(with_scores, layout):
+    case = make_case(SHARING_ROWS, with_scores=with_scores, with_mass=True, layout=layout)
+    check(case.sharing(3))
+
+
+def test_two_rows_may_swap_their_blocks():
+    """Written one by one, either of them would find the other's entries in place of its own."""
+    case = make_case([(32, 16, 0), (32, 16, 0)], num_kv_heads=1).sharing(2)
+    case.selection.kept_idx[:] = torch.arange(16)
+    assert_order_matters(case)
+    key, value, _ = case.run(ops.merge_compact)
+    table = case.cache.block_table
+    for before, after in ((case.cache.key, key), (case.cache.value, value)):
+        assert_bitwise(after[:, table[:2, 1].long()], before[:, table[:2, 0].long()])
+
+
+def test_a_group_is_not_split_between_batches(implementation):
+    """A kv_head of a row fills the scratch memory, which a group of them exceeds."""
+    rows = [(33, 16, 17), (40, 16, 9), (32, 16, 0), (48, 16, 20)]
+    case = make_case(rows, num_kv_heads=1, head_size=256).sharing(2)
+    max_budget = (20 << 20) // (2 * 256 * 4)
+    kept = pad(case.selection.kept_idx, (0, max_budget - 16), value=-1)
+    case = replace(case, selection=replace(case.selection, kept_idx=kept))
+    check(case)
+    if implementation == "cpu":
+        return
+    one_by_one = replace(case, rows_together=1)
+    for actual, expected in zip(
+        one_by_one.run(ops.merge_compact), one_by_one.run(reference.merge_compact), strict=True
+    ):
+        assert_close(actual, expected, "one by one")
+    assert_order_matters(case)
+
+
+def test_a_group_that_no_grid_takes(implementation):
+    num_rows = 65_536
+    args = make_case([(0, 0, 0)], num_kv_heads=1, head_size=64).args()
+    for index in (3, 4, 8, 9, 10):
+        args[index] = args[index].expand(-1, num_rows, -1, -1)
+    args[7] = args[7].expand(num_rows, -1)
+    args[11:] = [args[11].repeat(num_rows), args[12].repeat(num_rows), num_rows]
+    if implementation == "cpu":
+        ops.merge_compact(*args)
+        return
+    message = r"rows_together \* num_kv_heads must be at most 65535 on a GPU, got 65536"
+    with pytest.raises(RuntimeError, match=message):
+        ops.merge_compact(*args)
+
+
+@pytest.mark.parametrize("rows_together", [-1, 0, 4, 12])
+def test_rows_together_divides_the_rows(rows_together):
+    case = replace(make_case(ROWS), rows_together=rows_together)
+    message = r"rows_together must be at least 1 and divide the number of rows \(6\), got "
+    with pytest.raises(RuntimeError, match=f"{message}{rows_together}$"):
+        case.run(ops.merge_compact)
 
 
 @pytest.mark.cpu_only

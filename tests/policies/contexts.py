@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -95,3 +95,36 @@ def entries(cache: torch.Tensor, context: CompactionContext, row: int) -> torch.
     columns = -(-num_live // BLOCK_SIZE)
     pages = cache[:, context.block_table[row, :columns].long()]
     return pages.transpose(1, 2).flatten(2, 3)[:, :, :num_live]
+
+
+def heads_as_rows(context: CompactionContext) -> CompactionContext:
+    """The same memory, where every kv_head is a row with pages of its own."""
+    num_heads = context.num_kv_heads
+
+    def pages(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.flatten(1, 2).unsqueeze(2)
+
+    def table(blocks: torch.Tensor) -> torch.Tensor:
+        return (blocks[:, None] * num_heads + torch.arange(num_heads)[:, None]).flatten(0, 1).int()
+
+    assert context.paged_scores is not None
+    assert context.score_table is not None
+    assert context.query_ring is not None
+    ring = context.query_ring.unflatten(3, (num_heads, -1)).permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
+    by_row = (
+        *("num_entries", "num_live", "num_scored", "budgets", "num_protected", "target_columns"),
+        *("num_represented", "num_queries", "end_positions", "is_untouched"),
+    )
+    repeated = {name: getattr(context, name).repeat_interleave(num_heads) for name in by_row}
+    return replace(
+        context,
+        key_cache=pages(context.key_cache),
+        value_cache=pages(context.value_cache),
+        paged_scores=pages(context.paged_scores),
+        block_table=table(context.block_table),
+        score_table=table(context.score_table),
+        query_ring=ring,
+        ring_rows=torch.arange(num_heads * context.num_rows, dtype=torch.int32),
+        rows_together=num_heads,
+        **repeated,
+    )

@@ -12,8 +12,9 @@
 
 // merge_compact in three kernels: the members of every class are listed, every class is merged into
 // a staging buffer, and the staging buffer is written to the target columns. Staged, because a
-// target slot may hold an entry that another class still needs; in batches that fit the
-// second-level cache, so that the detour costs little memory traffic.
+// target slot may hold an entry that another class still needs, of the same row or of another one
+// of its group; in batches of whole groups that fit the second-level cache, so that the detour
+// costs little memory traffic.
 namespace ems {
 
 constexpr int kGroupThreads = 256;

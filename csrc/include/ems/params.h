@@ -120,6 +120,7 @@ struct MergeCompactParams {
   HeadRows<const int32_t> class_idx;  // [num_layers, num_rows, num_kv_heads, max_merges] int32
   const int32_t* budgets;             // [num_rows] int32
   const int32_t* target_columns;      // [num_rows] int32
+  int64_t rows_together;              // rows of a group, which share blocks; divides num_rows
 };
 
 struct PlanMetadataParams {

@@ -7,6 +7,9 @@ import torch
 
 from ems_vllm.ops.reference.paging import gather_entries
 
+# Key, value and score of a class.
+_Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
 
 def merge_compact(
     key_cache: torch.Tensor,
@@ -22,33 +25,45 @@ def merge_compact(
     class_idx: torch.Tensor,
     budgets: torch.Tensor,
     target_columns: torch.Tensor,
+    rows_together: int = 1,
 ) -> None:
     """See ems_vllm.ops.merge_compact. Runs in float64."""
-    block_size = key_cache.shape[3]
     num_layers, num_rows, num_kv_heads, _ = kept_idx.shape
+
+    def merged_classes(layer: int, row: int, head: int) -> list[_Merged]:
+        at, budget = (layer, row, head), int(budgets[row])
+        centres = kept_idx[at][:budget].tolist()
+        classes = _members_of_class(merge_idx[at].tolist(), class_idx[at].tolist(), budget)
+        num_read = 1 + max(chain([-1], centres, *classes))
+        # Copies, so that a destination may also be a source.
+        keys, values = (
+            gather_entries(cache[layer], block_table[row], num_read)[head]
+            for cache in (key_cache, value_cache)
+        )
+        mass_key = None if mass_keys is None else mass_keys[at].double()
+        found = []
+        for centre, members in zip(centres, classes, strict=True):
+            key, value = _merge(keys, values, weights[at], merges_keys, mass_key, centre, members)
+            score = None if carry is None else carry[at][[centre, *members]].double().sum().float()
+            found.append((key, value, score))
+        return found
+
+    def write(layer: int, row: int, head: int, found: list[_Merged]) -> None:
+        block_size, table_row = key_cache.shape[3], block_table[row].tolist()
+        for rank, (key, value, score) in enumerate(found):
+            block = table_row[int(target_columns[row]) + rank // block_size]
+            slot = (layer, block, head, rank % block_size)
+            key_cache[slot], value_cache[slot] = key, value
+            if paged_scores is not None and score is not None:
+                paged_scores[slot] = score
+
     for layer in range(num_layers):
-        for row in range(num_rows):
-            budget, table_row = int(budgets[row]), block_table[row].tolist()
+        for first in range(0, num_rows, rows_together):
+            group = range(first, first + rows_together)
             for head in range(num_kv_heads):
-                at = (layer, row, head)
-                centres = kept_idx[at][:budget].tolist()
-                classes = _members_of_class(merge_idx[at].tolist(), class_idx[at].tolist(), budget)
-                num_read = 1 + max(chain([-1], centres, *classes))
-                # Copies, so that a destination may also be a source.
-                keys, values = (
-                    gather_entries(cache[layer], block_table[row], num_read)[head].clone()
-                    for cache in (key_cache, value_cache)
-                )
-                for rank, (centre, members) in enumerate(zip(centres, classes, strict=True)):
-                    block = table_row[int(target_columns[row]) + rank // block_size]
-                    slot = (layer, block, head, rank % block_size)
-                    mass_key = None if mass_keys is None else mass_keys[at].double()
-                    merged = _merge(
-                        keys, values, weights[at], merges_keys, mass_key, centre, members
-                    )
-                    key_cache[slot], value_cache[slot] = merged
-                    if paged_scores is not None and carry is not None:
-                        paged_scores[slot] = carry[at][[centre, *members]].double().sum().float()
+                found = [merged_classes(layer, row, head) for row in group]
+                for row, classes in zip(group, found, strict=True):
+                    write(layer, row, head, classes)
 
 
 def _members_of_class(merge_idx: list[int], class_idx: list[int], budget: int) -> list[list[int]]:

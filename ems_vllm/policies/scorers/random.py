@@ -24,17 +24,20 @@ class RandomScorer(Scorer):
     seed: int = 0
 
     def score(self, context: CompactionContext) -> Scores:
-        shape = (context.num_layers, 1, context.num_kv_heads, context.max_entries)
         device = context.key_cache.device
+        # Where kv_heads are rows they get the numbers that they would get in one row.
+        num_rows = context.rows_together
+        num_heads = num_rows * context.num_kv_heads
         # Entries of one head differ by 1 at any max_entries, so a longer row elsewhere in the
         # batch must not shift the numbers: combine the coordinates instead of flattening them.
-        layer = torch.arange(shape[0], device=device).view(-1, 1, 1, 1)
-        head = torch.arange(shape[2], device=device).view(1, 1, -1, 1)
-        entry = torch.arange(shape[3], device=device).view(1, 1, 1, -1)
+        layer = torch.arange(context.num_layers, device=device).view(-1, 1, 1, 1, 1)
+        head = torch.arange(num_heads, device=device).view(num_rows, context.num_kv_heads, 1)
+        entry = torch.arange(context.max_entries, device=device)
         index = (layer * 1_000_003 + head) * 16_777_259 + entry
         index ^= self.seed * 2_654_435_769
-        weights = _uniform(index).expand(-1, context.num_rows, -1, -1)
-        return Scores(torch.where(context.is_entry, weights, 0.0))
+        # [num_layers, groups of rows, rows of a group, num_kv_heads, max_entries]
+        is_entry = context.is_entry.unflatten(1, (context.num_rows // num_rows, num_rows))
+        return Scores(torch.where(is_entry, _uniform(index), 0.0).flatten(1, 2))
 
 
 def _uniform(index: torch.Tensor) -> torch.Tensor:
