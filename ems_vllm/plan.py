@@ -93,8 +93,13 @@ class PlanSettings:
         blocks = max(1, -(-entries // block_size))
         if self.shares is None:
             return blocks
-        prompt_blocks = max(0, prompt_len - self.recent_window) // block_size
-        return self.shares.blocks(blocks, prompt_blocks)[self.level]
+        before_window = prompt_blocks(prompt_len, self.recent_window, block_size)
+        return self.shares.blocks(blocks, before_window)[self.level]
+
+
+def prompt_blocks(prompt_len: int, recent_window: int, block_size: int) -> int:
+    """Whole blocks of a prompt before its recent window: those that are compressed."""
+    return max(0, prompt_len - recent_window) // block_size
 
 
 def _entries(budget: int | None, ratio: float | None, prompt_len: int) -> int:

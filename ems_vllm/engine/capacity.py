@@ -101,7 +101,7 @@ def log_start(
         "and %.1f MiB of workspace on each worker.",
         footprint.score_bytes(blocks) / 2**20,
         footprint.ring_bytes(blocks) / 2**20,
-        footprint.workspace_bytes / 2**20,
+        (footprint.workspace_bytes + footprint.head_bytes(blocks)) / 2**20,
     )
     if len(compressed) < len(specs):
         return

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.engine.host_tensors import pad_rows, to_device
-from ems_vllm.engine.score_rows import score_pages
-from ems_vllm.policies.context import CompactionContext
+from ems_vllm.engine.compaction_context import context_of, context_of_heads
+from ems_vllm.engine.compaction_rows import CompactionRows, by_head, rows_of
 
 if TYPE_CHECKING:
     from ems_vllm.engine.compressed_group import GroupTensors
-    from ems_vllm.engine.layer_stack import LayerStack
+    from ems_vllm.engine.head_tables import HeadTables
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
 
@@ -37,29 +36,69 @@ class Compactor:
         policy: What stays and what is merged.
         workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
             single request does.
+        heads: What kv_heads own; None where all of a layer keep as much.
     """
 
-    def __init__(self, tensors: GroupTensors, policy: Policy, workspace_bytes: int) -> None:
+    def __init__(
+        self,
+        tensors: GroupTensors,
+        policy: Policy,
+        workspace_bytes: int,
+        heads: HeadTables | None = None,
+    ) -> None:
         self._tensors = tensors
         self._policy = policy
+        self._heads = heads
         self._block_size = tensors.spec.block_size
-        self._max_entries = policy.max_entries(workspace_bytes, tensors.spec.num_kv_heads)
+        self._num_sinks = policy.selector.num_sink_tokens
+        num_heads = tensors.spec.num_kv_heads
+        if heads is None:
+            self._max_entries = policy.max_entries(workspace_bytes, num_heads)
+        else:
+            # Each is a row.
+            self._max_entries = policy.max_entries(workspace_bytes, 1) // num_heads
         self.counters = CompactionCounters()
 
     @torch.inference_mode()
     def compact(self, orders: Sequence[Compaction]) -> None:
         """Compress requests, before the step's forward pass."""
         for wave, max_layers in self._waves(orders):
-            for stack in self._tensors.stacks:
-                for part in stack.split(max_layers):
-                    self._policy.compact(self._context(wave, part))
+            requests = rows_of(wave, self._block_size, self._num_sinks)
+            if self._heads is None:
+                self._compact_requests(requests, max_layers)
+            else:
+                self._compact_heads(requests, wave, self._heads)
         for order in orders:
             self.counters.num_compactions += 1
             self.counters.num_entries_in += self._num_entries(order)
             self.counters.num_entries_kept += self._num_kept(order)
 
+    def _compact_requests(self, requests: CompactionRows, max_layers: int) -> None:
+        for stack in self._tensors.stacks:
+            for part in stack.split(max_layers):
+                self._policy.compact(context_of(self._tensors, requests, part))
+
+    def _compact_heads(
+        self, requests: CompactionRows, wave: Sequence[Compaction], heads: HeadTables
+    ) -> None:
+        req_ids = [order.req_id for order in wave]
+        owned, dealt = heads.owned(req_ids), heads.deal(wave)
+        for stack in self._tensors.stacks:
+            for part in stack.split(1):
+                layer = part.layers.start
+                rows = by_head(requests, owned[layer], dealt[layer], self._block_size)
+                self._policy.compact(context_of_heads(self._tensors, requests, rows, part))
+        heads.own(req_ids, dealt)
+
     def _num_entries(self, order: Compaction) -> int:
         return (order.tail - order.first_before) * self._block_size
+
+    def _longest(self, order: Compaction) -> int:
+        """Entries of the longest kv_head."""
+        if self._heads is None:
+            return self._num_entries(order)
+        (beyond,) = self._heads.most_beyond(self._heads.places([order.req_id]))
+        return self._num_entries(order) + int(beyond) * self._block_size
 
     def _num_kept(self, order: Compaction) -> int:
         return (order.tail - order.first) * self._block_size
@@ -71,10 +110,11 @@ class Compactor:
             (requests, most layers at a time); requests of similar length together, because a wave
             pads to its longest.
         """
-        num_layers = self._tensors.num_layers
+        # Heads are compressed a layer at a time.
+        num_layers = self._tensors.num_layers if self._heads is None else 1
         wave: list[Compaction] = []
-        for order in sorted(orders, key=self._num_entries):
-            size = self._num_entries(order)
+        for order in sorted(orders, key=self._longest):
+            size = self._longest(order)
             if wave and (len(wave) + 1) * size * num_layers > self._max_entries:
                 yield wave, self._max_layers(wave)
                 wave = []
@@ -84,54 +124,5 @@ class Compactor:
 
     def _max_layers(self, wave: list[Compaction]) -> int:
         """A single request may exceed the workspace; its layers are taken in turns then."""
-        per_layer = len(wave) * self._num_entries(wave[-1])
+        per_layer = len(wave) * self._longest(wave[-1])
         return max(1, min(self._tensors.num_layers, self._max_entries // per_layer))
-
-    def _context(self, wave: list[Compaction], stack: LayerStack) -> CompactionContext:
-        tensors = self._tensors
-        device = tensors.device
-        budgets = [self._num_kept(order) for order in wave]
-        num_entries = [self._num_entries(order) for order in wave]
-        num_sinks = self._policy.selector.num_sink_tokens
-
-        def ints(values: list[int]) -> torch.Tensor:
-            return to_device(values, device)
-
-        scores = score_table = ring = key_scales = None
-        if tensors.scores is not None:
-            scores = tensors.scores[stack.layers]
-            score_table = pad_rows([_live_score_pages(order) for order in wave], device)
-        if tensors.query_ring is not None:
-            ring = tensors.query_ring[stack.layers]
-        if tensors.key_scales is not None:
-            key_scales = tensors.key_scales[stack.layers]
-        return CompactionContext(
-            key_cache=stack.key_cache,
-            value_cache=stack.value_cache,
-            block_table=pad_rows([order.block_ids for order in wave], device),
-            num_entries=ints(num_entries),
-            num_live=ints([o.num_computed - o.first_before * self._block_size for o in wave]),
-            num_scored=ints([order.num_scored for order in wave]),
-            budgets=ints(budgets),
-            num_protected=ints([min(num_sinks, budget) for budget in budgets]),
-            target_columns=ints([order.first - order.first_before for order in wave]),
-            num_represented=ints([order.num_represented for order in wave]),
-            max_entries=max(num_entries),
-            max_budget=max(budgets),
-            scale=tensors.scale,
-            paged_scores=scores,
-            score_table=score_table,
-            query_ring=ring,
-            ring_rows=ints([order.ring_row for order in wave]),
-            num_queries=ints([order.num_queries for order in wave]),
-            end_positions=ints([order.num_computed for order in wave]),
-            is_untouched=to_device([order.first_before == 0 for order in wave], device, torch.bool),
-            key_scales=key_scales,
-            rotations=tensors.rotations[stack.layers],
-        )
-
-
-def _live_score_pages(order: Compaction) -> list[int]:
-    """Score page of every column that is compressed."""
-    num_columns = order.tail - order.first_before
-    return score_pages(order.score_pages, order.block_ids)[:num_columns]

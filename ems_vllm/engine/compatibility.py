@@ -128,11 +128,6 @@ def _one_group_of_layers_with_shares(config: VllmConfig) -> bool | None:
     return None if settings.plan_settings_of(num_layers).shares is None else True
 
 
-def _unequal_heads(config: VllmConfig) -> bool | None:
-    settings = active_config(config)
-    return None if settings is None or settings.allocator.head_shares() is None else True
-
-
 def _device_without_kernels(config: VllmConfig) -> str | None:
     import ems_vllm
 
@@ -400,13 +395,6 @@ RULES = (
         _one_group_of_layers_with_shares,
     ),
     Rule(
-        "kv_compression_config.allocator.per_head",
-        "the engine attends to equally many entries of every kv_head; the lab and the reference on "
-        "transformers measure what unequal ones are worth",
-        "set it to false",
-        _unequal_heads,
-    ),
-    Rule(
         "device",
         "this build of ems-vllm holds no CUDA kernels for this GPU",
         "rebuild it with the GPU's compute capability in TORCH_CUDA_ARCH_LIST",
@@ -447,6 +435,16 @@ HEAD_SCALES = Refusal(
     "its checkpoint scales each kv_head of the fp8 cache on its own ({name})",
     "start with --kv-cache-dtype {dtype}, or serve a checkpoint with one scale per layer",
 )
+HEAD_SHARES = Refusal(
+    "kv_compression_config.allocator",
+    "it deals {reason}",
+    "set its per_head to false, or choose a profile of this very model",
+)
+UNSPLIT_HEADS = Refusal(
+    "kv_compression_config.allocator.per_head",
+    "kv_heads cannot hold different numbers of entries here: {reason}",
+    "set it to false, or choose TRITON_ATTN with --attention-backend where that is the reason",
+)
 LAYER_SHARES = Refusal(
     "kv_compression_config.allocator",
     "it deals to other layers than are compressed ({reason})",
@@ -461,6 +459,8 @@ MIXED_GROUP = Refusal(
 LAYER_REFUSALS = (
     NO_FULL_ATTENTION,
     LAYER_SHARES,
+    HEAD_SHARES,
+    UNSPLIT_HEADS,
     MIXED_GROUP,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,

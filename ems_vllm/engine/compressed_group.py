@@ -12,6 +12,7 @@ import torch
 
 from ems_vllm import ops
 from ems_vllm.engine.compactor import Compactor
+from ems_vllm.engine.head_batch import HeadBatch
 from ems_vllm.engine.host_tensors import to_device
 from ems_vllm.engine.layer_stack import LayerStack, stack_layers
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
     from ems_vllm.engine.cache_scales import LayerScales
+    from ems_vllm.engine.head_tables import HeadTables
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
@@ -149,6 +151,11 @@ class CompressedGroup:
         workspace_bytes: Bound of the scratch memory of a compaction.
         max_num_reqs, max_num_tokens: Largest batch, CUDA-graph padding included.
         max_num_columns: Width of vLLM's block tables.
+        heads: What kv_heads own; None where all of a layer keep as much.
+
+    Attributes:
+        heads: As given.
+        head_batch: The batch with a row for each kv_head; None where all keep as much.
     """
 
     def __init__(
@@ -161,11 +168,12 @@ class CompressedGroup:
         max_num_reqs: int,
         max_num_tokens: int,
         max_num_columns: int,
+        heads: HeadTables | None = None,
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.global_stride = policy.scorer.global_stride
-        self._compactor = Compactor(tensors, policy, workspace_bytes)
+        self._compactor = Compactor(tensors, policy, workspace_bytes, heads)
         self.counters = self._compactor.counters
         device = tensors.device
         # CUDA graphs capture the addresses of these three; they never move.
@@ -174,6 +182,12 @@ class CompressedGroup:
             (max_num_reqs, max_num_columns), dtype=torch.int32, device=device
         )
         self._seq_lens = torch.zeros((max_num_reqs,), dtype=torch.int32, device=device)
+        self.heads = heads
+        self.head_batch = None
+        if heads is not None:
+            self.head_batch = HeadBatch(
+                heads, tensors.spec.block_size, self._block_table, self._seq_lens
+            )
 
     def compact(self, orders: Sequence[Compaction]) -> None:
         """Compress requests of this group, before anything of the step runs."""

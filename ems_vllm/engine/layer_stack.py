@@ -35,6 +35,24 @@ def split_kv(kv_cache: torch.Tensor, num_kv_heads: int) -> tuple[torch.Tensor, t
     return key_cache, value_cache
 
 
+def as_pages(cache: torch.Tensor, dim: int) -> torch.Tensor:
+    """The slots of one kv_head in one block as a block of their own, without copying.
+
+    Args:
+        cache: [..., num_blocks, num_kv_heads, block_size, ...] - the heads of a block follow each
+            other at equal distances, and so do blocks, as in vLLM's layout LBHNC.
+        dim: Index of the dimension of the blocks.
+
+    Returns:
+        [..., num_blocks * num_kv_heads, 1, block_size, ...].
+
+    Raises:
+        RuntimeError: they do not.
+    """
+    *before, num_blocks, num_kv_heads = cache.shape[: dim + 2]
+    return cache.view(*before, num_blocks * num_kv_heads, 1, *cache.shape[dim + 2 :])
+
+
 @dataclass(frozen=True)
 class LayerStack:
     """Consecutive layers of a group whose caches lie at equal distances.

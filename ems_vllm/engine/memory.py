@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ems_vllm.engine.head_batch import batch_bytes
+from ems_vllm.engine.head_tables import page_start_bytes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.score_store import score_bytes
 
@@ -53,13 +55,14 @@ def merge_scratch_bytes(
 
 @dataclass(frozen=True)
 class Footprint:
-    """What scores, query rings and the workspace take on one rank.
+    """What scores, query rings, tables of kv_heads and the workspace take on one rank.
 
     Attributes:
         config: Settings of the server.
         policy: Made of them.
         max_model_len: Entries of the longest request.
         max_num_seqs: Most requests that run at a time.
+        max_num_reqs: Rows of the largest batch, CUDA-graph padding included.
         query_itemsize: Bytes of one element of a query.
         num_heads: Query heads on this rank, by layer.
         specs: KV-cache spec by layer.
@@ -69,6 +72,7 @@ class Footprint:
     policy: Policy
     max_model_len: int
     max_num_seqs: int
+    max_num_reqs: int
     query_itemsize: int
     num_heads: Mapping[str, int]
     specs: Mapping[str, KVCacheSpec]
@@ -76,11 +80,25 @@ class Footprint:
     @property
     def workspace_bytes(self) -> int:
         """What is set aside for a compaction: a layer of one request is never split."""
-        layers = (
-            self.policy.workspace_bytes(self.max_model_len, spec.num_kv_heads)
-            for spec in self._compressed.values()
-        )
-        return max(self.config.workspace_mib << 20, *layers, 0) + KERNEL_SCRATCH_BYTES
+        specs = self._compressed.values()
+        policy = max(map(self._policy_bytes, specs), default=0)
+        scratch = max(map(self._scratch_bytes, specs), default=KERNEL_SCRATCH_BYTES)
+        return max(self.config.workspace_mib << 20, policy) + scratch
+
+    def _policy_bytes(self, spec: CompressedAttentionSpec) -> int:
+        num_heads = spec.num_kv_heads
+        if not self._is_by_head:
+            return self.policy.workspace_bytes(self.max_model_len, num_heads)
+        # Each is a row, and may be as long as the longest.
+        return self.policy.workspace_bytes(self.max_model_len * num_heads, 1)
+
+    def _scratch_bytes(self, spec: CompressedAttentionSpec) -> int:
+        if not self._is_by_head:
+            return KERNEL_SCRATCH_BYTES
+        # One of them may keep a whole prompt.
+        longest = self.max_model_len
+        itemsize = spec.dtype.itemsize
+        return merge_scratch_bytes(spec.num_kv_heads, longest, longest, spec.head_size, itemsize)
 
     def score_bytes(self, num_blocks: int) -> int:
         """Of the score pages: one for every block, and the private ones."""
@@ -88,14 +106,31 @@ class Footprint:
 
     def ring_bytes(self, num_blocks: int) -> int:
         """Of the query rings."""
-        return sum(
-            spec.num_ring_rows(num_blocks, self.max_num_seqs) * self._ring_row_bytes(name)
-            for name, spec in self._compressed.items()
-        )
+        return sum(self._ring_bytes(name, num_blocks) for name in self._compressed)
 
     def total_bytes(self, num_blocks: int) -> int:
         """All of it, in a cache of `num_blocks` blocks."""
-        return self.workspace_bytes + self.score_bytes(num_blocks) + self.ring_bytes(num_blocks)
+        grows = self.score_bytes(num_blocks) + self.ring_bytes(num_blocks)
+        return self.workspace_bytes + grows + self.head_bytes(num_blocks)
+
+    def head_bytes(self, num_blocks: int) -> int:
+        """Of the tables of kv_heads, and of the queries of a layer, which are put in their order.
+
+        0 where all kv_heads of a layer keep as much.
+        """
+        if not self._is_by_head or not self._compressed:
+            return 0
+        kinds = Counter(self._compressed.values())
+        # vLLM cuts the layers of a kind into groups of the size of the smallest.
+        smallest = min(kinds.values())
+        tables = 0
+        for spec, num_layers in kinds.items():
+            num_groups = -(-num_layers // smallest)
+            num_columns = -(-self.max_model_len // spec.block_size)
+            of_group = batch_bytes(self.max_num_reqs, num_columns, spec.num_kv_heads)
+            tables += num_groups * of_group
+            tables += num_layers * page_start_bytes(self.max_num_seqs, spec.num_kv_heads)
+        return tables + max(self._ring_bytes(name, num_blocks) for name in self._compressed)
 
     def reduce(self, available: int) -> int:
         """Bytes left for the KV cache of `available`, so that everything together fits.
@@ -127,6 +162,12 @@ class Footprint:
             if isinstance(spec, CompressedAttentionSpec)
         }
 
-    def _ring_row_bytes(self, name: str) -> int:
-        head_size = self.specs[name].head_size
-        return self.config.obs_window * self.num_heads[name] * head_size * self.query_itemsize
+    @property
+    def _is_by_head(self) -> bool:
+        return self.config.allocator.head_shares() is not None
+
+    def _ring_bytes(self, name: str, num_blocks: int) -> int:
+        """Of the query ring of a layer."""
+        spec = self._compressed[name]
+        row = self.config.obs_window * self.num_heads[name] * spec.head_size * self.query_itemsize
+        return spec.num_ring_rows(num_blocks, self.max_num_seqs) * row

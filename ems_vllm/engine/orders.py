@@ -28,6 +28,7 @@ class Compaction(NamedTuple):
         num_represented: Tokens that the recorded queries stand for; see CompactionContext.
         ring_row: Where the queries are recorded; -1 where none are.
         num_queries: Recorded queries; the newest is that of token `num_computed - 1`.
+        prompt_blocks: Blocks of the prompt that are compressed; what kv_heads own depends on it.
     """
 
     req_id: str
@@ -42,6 +43,7 @@ class Compaction(NamedTuple):
     num_represented: int
     ring_row: int
     num_queries: int
+    prompt_blocks: int
 
 
 class ScoredChunk(NamedTuple):

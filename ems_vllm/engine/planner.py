@@ -18,6 +18,7 @@ from ems_vllm.engine.compaction_ledger import CompactionLedger
 from ems_vllm.engine.dealer import Dealer
 from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
 from ems_vllm.engine.tracked_request import NEVER, TrackedRequest
+from ems_vllm.plan import prompt_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -235,11 +236,11 @@ class Planner:
         self, tracked: TrackedRequest, index: int, start: int, before: tuple[int, int]
     ) -> Compaction:
         manager, ledger = self._managers[index], tracked.ledgers[index]
-        first_before, tail_before = before
+        plan, (first_before, tail_before) = ledger.plan, before
         num_scored = 0
         if self._scores and first_before > 0:
             num_scored = (tail_before - first_before) * manager.block_size
-        elif self._scores and ledger.plan.compresses_prompt:
+        elif self._scores and plan.compresses_prompt:
             num_scored = min(ledger.tail * manager.block_size, tracked.prompt_len)
         return Compaction(
             req_id=tracked.request.request_id,
@@ -254,6 +255,7 @@ class Planner:
             num_represented=start - ledger.accumulated_until,
             ring_row=-1 if tracked.ring_row is None else tracked.ring_row,
             num_queries=min(self._obs_window, start - tracked.num_cached),
+            prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
         )
 
     def _score(self, tracked: TrackedRequest, start: int, end: int, orders: StepOrders) -> None:

@@ -110,6 +110,9 @@ class CompressionRuntime:
             return
         residents = self._residents
         orders = residents.begin_step(attached(output))
+        for group in self.groups:
+            if group.heads is not None:
+                group.heads.release(orders.ended)
         residents.compact(orders.compactions)
         for group in self.groups:
             group.compact([c for c in orders.compactions if c.group_id == group.tensors.group_id])
@@ -180,10 +183,14 @@ class GroupBinding:
             # With piecewise graphs the model runs on more rows than the metadata counts.
             group.ring_slots[num_tokens:].fill_(-1)
         if batch is None:
-            return group.rewrite(metadata, np.zeros(0, np.int64), None)
+            rewritten = group.rewrite(metadata, np.zeros(0, np.int64), None)
+            return rewritten if group.head_batch is None else group.head_batch.split(rewritten, [])
         first_columns = batch.first_columns(tensors.group_id)
         live = batch.starts + batch.num_scheduled - first_columns * tensors.spec.block_size
-        return group.rewrite(metadata, first_columns, int(live.max(initial=0)))
+        rewritten = group.rewrite(metadata, first_columns, int(live.max(initial=0)))
+        if group.head_batch is None:
+            return rewritten
+        return group.head_batch.split(rewritten, list(batch.row))
 
     def _score_rows(self, batch: Batch) -> ScoreRows | None:
         tensors = self.group.tensors

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from unittest import mock
 from engine.harness import BLOCK_SIZE, EngineProbe
 
 from ems_vllm.engine.compactor import Compactor
+from ems_vllm.engine.orders import Compaction
 
 
 @dataclass
@@ -31,19 +32,19 @@ class Checked:
 def guarded(probe: EngineProbe) -> Iterator[Checked]:
     """Fail where a block that is compressed, or will be, can be hit or is in use twice."""
     checked = Checked()
-    build, schedule = Compactor._context, probe.scheduler.schedule
+    compact, schedule = Compactor.compact, probe.scheduler.schedule
 
     def check(req_id: str, block: Any) -> None:
         assert block.ref_cnt == 1, (req_id, block)
         assert block.block_hash is None, (req_id, block)
 
-    def guarded_context(self: Compactor, wave: Any, stack: Any) -> Any:
-        for order in wave:
+    def guarded_compact(self: Compactor, orders: Sequence[Compaction]) -> None:
+        for order in orders:
             columns = slice(order.first - order.first_before, order.tail - order.first_before)
             for block_id in order.block_ids[columns]:
                 check(order.req_id, probe.pool.blocks[block_id])
                 checked.targets += 1
-        return build(self, wave, stack)
+        compact(self, orders)
 
     def guarded_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)
@@ -59,7 +60,7 @@ def guarded(probe: EngineProbe) -> Iterator[Checked]:
         return output
 
     with (
-        mock.patch.object(Compactor, "_context", guarded_context),
+        mock.patch.object(Compactor, "compact", guarded_compact),
         mock.patch.object(probe.scheduler, "schedule", guarded_schedule),
     ):
         yield checked

@@ -53,15 +53,6 @@ def with_property(name: str, value: Any = True) -> dict[str, Any]:
 
 
 # What trips each rule, in the order of the table: section of the configuration, field, value.
-_HALVES = {
-    "ratios": [0.5],
-    "fractions": {layer: [0.5] for layer in range(4)},
-    "head_fractions": {layer: [[0.5]] for layer in range(4)},
-}
-BY_HEAD = {
-    "recipe": "ems",
-    "allocator": {"name": "profile", "profile": _HALVES, "per_head": True},
-}
 TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
     ("model", with_property("use_mla")),
     ("model", with_property("is_encoder_decoder")),
@@ -132,14 +123,10 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
             "scheduler_config": {"disable_hybrid_kv_cache_manager": True},
         },
     ),
-    (
-        "kv_compression_config.allocator.per_head",
-        {"": {"additional_config": {CONFIG_KEY: BY_HEAD}}},
-    ),
     ("device", {"device_config": {"device_type": "cuda"}}),
 ]
 # Architectures that the extension was built for, by index in TRIPS; the GPU is an 8.9.
-BUILDS = {len(TRIPS) - 4: (), len(TRIPS) - 1: ("9.0a", "10.0")}
+BUILDS = {len(TRIPS) - 3: (), len(TRIPS) - 1: ("9.0a", "10.0")}
 
 
 def test_every_rule_has_a_case():

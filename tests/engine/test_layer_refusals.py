@@ -148,6 +148,7 @@ def test_the_log_gives_the_reasons_that_only_layers_know():
     logger = mock.Mock()
     sizes = mock.Mock(workspace_bytes=0)
     sizes.score_bytes.return_value = sizes.ring_bytes.return_value = 0
+    sizes.head_bytes.return_value = 0
     capacity.log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
     lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
     assert any(

@@ -55,6 +55,7 @@ def footprint(
         max_model_len=max_model_len,
         # vLLM's default on a data-center GPU.
         max_num_seqs=1024,
+        max_num_reqs=1024,
         query_itemsize=2,
         num_heads=dict.fromkeys(names, heads),
         specs=specs,

@@ -44,6 +44,7 @@ def first_compaction(**changes):
         num_scored=0,
         num_represented=0,
         ring_row=-1,
+        prompt_blocks=0,
         num_queries=0,
     )
     return order._replace(**changes)

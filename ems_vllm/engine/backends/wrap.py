@@ -3,11 +3,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
+
+from ems_vllm.engine.backends.head_rows import LAYOUT, MOST_GRAPHS, LayerRows, reads_by_head
 
 if TYPE_CHECKING:
     import torch
-    from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+    from vllm.v1.attention.backend import (
+        AttentionBackend,
+        AttentionCGSupport,
+        CommonAttentionMetadata,
+    )
+    from vllm.v1.kv_cache_interface import KVCacheLayout
 
     from ems_vllm.engine.runtime import GroupBinding, LayerBinding
 
@@ -28,6 +36,10 @@ def wrap_backend(
     name = f"Compressed{base.__name__}"
     impl = _wrap_impl(impl_cls or base.get_impl_cls(), module)
     builder = _wrap_builder(base.get_builder_cls(), module)
+
+    def layouts(cls: type[AttentionBackend]) -> tuple[KVCacheLayout, ...] | None:
+        return (LAYOUT,) if reads_by_head() else base.supported_kv_cache_layouts()
+
     return type(
         name,
         (base,),
@@ -36,6 +48,7 @@ def wrap_backend(
             "__doc__": f"{base.__name__} over compressed KV caches.",
             "get_impl_cls": staticmethod(lambda: impl),
             "get_builder_cls": staticmethod(lambda: builder),
+            "supported_kv_cache_layouts": classmethod(layouts),
         },
     )
 
@@ -45,6 +58,13 @@ def _wrap_builder(base: type[Any], module: str) -> type[Any]:
         # A table swapped into finished metadata would bypass the rewrite.
         supports_update_block_table: ClassVar[bool] = False
         compression: GroupBinding | None = None
+
+        @classmethod
+        def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
+            support = super().get_cudagraph_support(*args, **kwargs)
+            if not reads_by_head():
+                return support
+            return min(support, MOST_GRAPHS, key=lambda support: support.value)
 
         def build(
             self,
@@ -63,6 +83,8 @@ def _wrap_builder(base: type[Any], module: str) -> type[Any]:
 def _wrap_impl(base: type[Any], module: str) -> type[Any]:
     class CompressedImpl(base):
         compression: LayerBinding | None = None
+        # Where kv_heads hold different numbers of entries.
+        head_rows: LayerRows | None = None
         # An implementation that can, keeps the log of its softmax denominators here when asked to.
         keep_softmax_lse = False
         softmax_lse: torch.Tensor | None = None
@@ -78,14 +100,21 @@ def _wrap_impl(base: type[Any], module: str) -> type[Any]:
             *args: Any,
             **kwargs: Any,
         ) -> Any:
-            self.keep_softmax_lse = self.compression is not None and self.compression.scores_queries
-            result = super().forward(
-                layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
-            )
             # No metadata: a profiling run, whose cache holds nothing.
-            if self.compression is not None and attn_metadata is not None:
-                self.compression.observe(query, kv_cache, self.softmax_lse)
-                self.softmax_lse = None
+            if self.compression is None or attn_metadata is None:
+                self.keep_softmax_lse = False
+                return super().forward(
+                    layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs
+                )
+            rows = self.head_rows
+            impl = self if rows is None else rows.impl
+            impl.keep_softmax_lse = self.compression.scores_queries
+            attend = super().forward if rows is None else partial(rows.attend, base.forward)
+            result = attend(layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+            lse, impl.softmax_lse = impl.softmax_lse, None
+            if rows is not None and lse is not None:
+                lse = rows.of_tokens(lse)
+            self.compression.observe(query, kv_cache, lse)
             return result
 
     return _named(CompressedImpl, base, module)

@@ -19,6 +19,7 @@ from ems_vllm.engine.backends import (
     override_backends,
     restore_backends,
 )
+from ems_vllm.engine.backends.head_rows import read_by_head
 from ems_vllm.engine.cache_scales import has_scales_per_head, layer_scales
 from ems_vllm.engine.compatibility import (
     HEAD_SCALES,
@@ -41,6 +42,7 @@ from ems_vllm.engine.progress_log import ProgressLog
 from ems_vllm.engine.rope import rotations
 from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding, batch_order
 from ems_vllm.engine.score_store import ScoreStore
+from ems_vllm.engine.workers.heads import head_tables, split_heads
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
@@ -72,6 +74,7 @@ class CompressionWorkerMixin(_Base):
         assert config is not None, "a compressing worker was chosen without settings"
         self._compression_config: KVCompressionConfig = config
         self._policy = Policy.from_config(config)
+        read_by_head(config.allocator.head_shares() is not None)
         override_backends()
         super().__init__(vllm_config, *args, **kwargs)
 
@@ -134,10 +137,17 @@ class CompressionWorkerMixin(_Base):
             policy=self._policy,
             max_model_len=self.model_config.max_model_len,
             max_num_seqs=self.scheduler_config.max_num_seqs,
+            max_num_reqs=self._max_num_reqs,
             query_itemsize=self.model_config.dtype.itemsize,
             num_heads={name: layer.num_heads for name, layer in self._attention_layers().items()},
             specs=self.get_kv_cache_spec(),
         )
+
+    @property
+    def _max_num_reqs(self) -> int:
+        """Rows of the largest batch, CUDA-graph padding included."""
+        capture_sizes = self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+        return max(self.scheduler_config.max_num_seqs, *capture_sizes)
 
     def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
         """Allocate the cache, then bind scores, rings and metadata builders to it."""
@@ -170,6 +180,8 @@ class CompressionWorkerMixin(_Base):
                     builder.compression = binding
             for name in group.layer_names:
                 layers[name].impl.compression = binding.layer(name)
+            if group.head_batch is not None:
+                split_heads(group, group.head_batch, runner, layers)
         self._observe_steps(runner)
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)
@@ -260,9 +272,12 @@ class CompressionWorkerMixin(_Base):
             owners,
             self._policy,
             workspace_bytes=self._compression_config.workspace_mib << 20,
-            max_num_reqs=max(scheduler.max_num_seqs, *capture_sizes),
+            max_num_reqs=self._max_num_reqs,
             max_num_tokens=max(scheduler.max_num_batched_tokens, *capture_sizes),
             max_num_columns=_aligned_columns(columns, spec.block_size),
+            heads=head_tables(
+                self._compression_config, self.vllm_config, spec, layer_names, owners, layers
+            ),
         )
 
     def _attention_layers(self) -> dict[str, Attention]:

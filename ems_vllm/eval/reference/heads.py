@@ -10,6 +10,7 @@ import torch
 from ems_vllm.eval.reference.cache import replace_entries
 from ems_vllm.eval.reference.level import CompactionSettings, CompressedLevel, Counts, ring
 from ems_vllm.eval.reference.paging import to_pages
+from ems_vllm.plan import prompt_blocks
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,9 +40,9 @@ class CompressedHeads(CompressedLevel):
         super().__init__(settings, level, prompt, first_query)
         assert level.heads is not None
         plan = level.plan
-        prompt_blocks = max(0, plan.prompt_len - plan.recent_window) // plan.block_size
+        num_blocks = prompt_blocks(plan.prompt_len, plan.recent_window, plan.block_size)
         self._pages = {
-            layer: level.heads[layer].pages(plan.budget_blocks, prompt_blocks)
+            layer: level.heads[layer].pages(plan.budget_blocks, num_blocks)
             for layer in level.layers
             if plan.budget_blocks > 0
         }
