@@ -94,13 +94,13 @@ def test_more_columns_than_threads():
 
 
 def test_by_hand():
-    """Three columns of two kv_heads, dealt 4 to 2, and two entries in the fourth."""
+    """Three columns of two kv_heads, dealt 4 to 2, two entries in the fourth; a row that pads."""
     out_block_table = torch.full((4, 6), -7, dtype=torch.int32)
     out_seq_lens = torch.full((4,), -7, dtype=torch.int32)
     ops.head_pages(
         int_tensor([[10, 20, 30, 40], [50, 60, 70, 80]]),
         int_tensor([14, 0]),
-        int_tensor([1, 0]),
+        int_tensor([1, 1]),
         int_tensor([[0, 0, 0], [0, 4, 6]]),
         4,
         out_block_table,
@@ -168,9 +168,10 @@ def test_what_is_out_of_range(case, implementation):
     blocks[1:3, :4] = torch.arange(8, dtype=torch.int32).view(2, 4)
     lens = torch.full((6,), -7, dtype=torch.int32)
     buffer = torch.full((6, 5 + MARGIN), -7, dtype=torch.int32)
+    all_starts = int_tensor([[0, 2, 4], [0, 4, 6], [0, 2, 4], [0, 2, 4]])
     args = [
         *(blocks[1:3, :4], int_tensor([14, 9]), int_tensor([0, 1])),
-        *(int_tensor([[0, 4, 6], [0, 2, 4]]), 4, buffer[1:5, :5], lens[1:5]),
+        *(all_starts[1:3], 4, buffer[1:5, :5], lens[1:5]),
     ]
     index, value, message = OUT_OF_RANGE[case]
     args[index] = value
@@ -187,6 +188,8 @@ def test_what_is_out_of_range(case, implementation):
     assert set(buffer.unique().tolist()) <= {-7, *range(16)}
     assert lens[[0, 5]].tolist() == [-7, -7]
     assert ((lens[1:5] >= 0) & (lens[1:5] <= 5 * 4)).all()
+    has_place = (args[2] >= 0) & (args[2] < 2)
+    assert ((lens[1:5] > 0) <= has_place.repeat_interleave(2)).all()
 
 
 @pytest.mark.cpu_only
