@@ -10,10 +10,13 @@ from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.config import load_config, recipes
+from ems_vllm.engine.head_batch import HeadBatch, batch_bytes
+from ems_vllm.engine.head_tables import HeadTables, page_start_bytes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint, merge_scratch_bytes
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.score_store import ScoreStore
+from ems_vllm.head_shares import HeadShares
 from ems_vllm.policies.policy import Policy
 
 GIB = 1 << 30
@@ -171,3 +174,42 @@ def test_scratch_memory_of_rows_that_are_merged_together(
 ):
     """item_scratch of csrc/cuda/merge_compact.cu, by hand, in parts that are multiples of 16."""
     assert merge_scratch_bytes(rows, max_budget, max_merges, head_size, itemsize) == expected
+
+
+def by_head(layers, heads):
+    """An allocator by which heads keep unequal numbers."""
+    names = range(layers)
+    parts = [[0.25 if head % 2 else 0.75] for head in range(heads)]
+    profile = {
+        "ratios": [0.5],
+        "fractions": {name: [0.5] for name in names},
+        "head_fractions": {name: parts for name in names},
+    }
+    return {"name": "profile", "profile": profile, "per_head": True, "num_levels": 1}
+
+
+def test_tables_of_heads_take_what_is_set_aside_for_them():
+    meta, num_layers, num_heads, num_columns = torch.device("meta"), 3, 8, 100
+    shares = [HeadShares((0.5,), ((0.5,),) * num_heads)] * num_layers
+    tables = HeadTables(shares, num_heads, 20, meta)
+    assert tables.page_starts.nbytes == num_layers * page_start_bytes(20, num_heads)
+    live = torch.zeros((24, num_columns), dtype=torch.int32, device=meta)
+    batch = HeadBatch(tables, 16, live, live[:, 0])
+    held = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+    own = sum(tensor.nbytes for tensor in held) - live.nbytes - live[:, 0].nbytes
+    assert own == batch_bytes(24, num_columns, num_heads)
+
+
+def test_unequal_heads_are_counted():
+    """A request of a million tokens whose heads may each keep all of them."""
+    alike = footprint("ems", 2, max_model_len=1 << 20)
+    heads = footprint("ems", 2, max_model_len=1 << 20, allocator=by_head(2, 8))
+    assert alike.head_bytes(1000) == 0
+    policy = heads.policy
+    staged = merge_scratch_bytes(8, 1 << 20, 1 << 20, 128, 2)
+    assert heads.workspace_bytes == policy.workspace_bytes(8 << 20, 1) + staged
+    tables = batch_bytes(1024, (1 << 20) // 16, 8) + 2 * page_start_bytes(1024, 8)
+    # The queries of a layer are put in the order of its heads.
+    assert heads.head_bytes(1000) == tables + heads.ring_bytes(1000) // 2
+    grows = heads.score_bytes(1000) + heads.ring_bytes(1000) + heads.head_bytes(1000)
+    assert heads.total_bytes(1000) == heads.workspace_bytes + grows
