@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -15,8 +15,12 @@ from ems_vllm.config import ConfigError, RequestOptions, load_config, recipes
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
-from ems_vllm.plan import PlanSettings
+from ems_vllm.head_shares import HeadShares, least_and_most
+from ems_vllm.plan import PlanSettings, prompt_blocks
 from ems_vllm.policies.budgets.uniform import UniformBudget
+
+if TYPE_CHECKING:
+    from ems_vllm._C import CompressionPlan
 
 app = typer.Typer(
     name="ems-vllm",
@@ -70,7 +74,8 @@ def plan(
         table.add_row(*_plan_row(settings, length, output_len, block_size, column_bytes))
     Console().print(table)
     if settings.shares is not None:
-        Console().print(_levels_table(settings, prompt_len, block_size))
+        heads = config.allocator.head_shares()
+        Console().print(_levels_table(settings, heads, prompt_len, block_size))
     Console().print(
         "'at most' is reached between two compressions; the prompt itself is processed dense.",
         style="dim",
@@ -124,18 +129,35 @@ def _columns(mean: float) -> str:
     return f"{mean:,.1f}".removesuffix(".0")
 
 
-def _levels_table(settings: PlanSettings, prompt_len: Sequence[int], block_size: int) -> Table:
-    """What each level keeps of each prompt."""
+def _levels_table(
+    settings: PlanSettings,
+    heads: Mapping[int, HeadShares] | None,
+    prompt_len: Sequence[int],
+    block_size: int,
+) -> Table:
+    """What each level keeps of each prompt; with shares of heads, the least and most of a head."""
     assert settings.shares is not None
     table = Table(title="Entries kept per kv_head, beside the recent window", show_lines=False)
     table.add_column("layers")
     for length in prompt_len:
         table.add_column(f"of {length:,}", justify="right")
     for layers, (_, of_level) in zip(settings.shares.levels, settings.levels(), strict=True):
-        plans = (of_level.plan(length, block_size, RequestOptions()) for length in prompt_len)
-        kept = (min(plan.budget_blocks * block_size, plan.prompt_len) for plan in plans)
-        table.add_row(", ".join(map(str, layers)), *(f"{entries:,}" for entries in kept))
+        plans = [of_level.plan(length, block_size, RequestOptions()) for length in prompt_len]
+        kept = [f"{min(plan.budget_blocks * block_size, plan.prompt_len):,}" for plan in plans]
+        if heads is not None:
+            of_level_heads = [heads[layer] for layer in layers]
+            spans = (_span_of_heads(of_level_heads, plan, block_size) for plan in plans)
+            kept = [f"{mean} ({span})" for mean, span in zip(kept, spans, strict=True)]
+        table.add_row(", ".join(map(str, layers)), *kept)
     return table
+
+
+def _span_of_heads(heads: Sequence[HeadShares], plan: CompressionPlan, block_size: int) -> str:
+    """Fewest and most entries that a kv_head keeps of a prompt."""
+    before_window = prompt_blocks(plan.prompt_len, plan.recent_window, block_size)
+    pages = least_and_most(heads, plan.budget_blocks, before_window)
+    least, most = (min(count * block_size, plan.prompt_len) for count in pages)
+    return f"{least:,} to {most:,}"
 
 
 @app.command("recipes")

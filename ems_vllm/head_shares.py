@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -80,3 +81,11 @@ class HeadShares:
             [(of_head[at], of_head[at + 1]) for of_head in points]
             for at in range(len(self.ratios) + 1)
         ]
+
+
+def least_and_most(
+    layers: Iterable[HeadShares], budget_blocks: int, prompt_blocks: int
+) -> tuple[int, int]:
+    """Fewest and most pages of a head of any of some layers; see HeadShares.pages."""
+    dealt = [pages for one in layers for pages in one.pages(budget_blocks, prompt_blocks)]
+    return min(dealt), max(dealt)

@@ -67,6 +67,32 @@ def test_plan_shows_what_levels_of_layers_keep(tmp_path):
     assert row_of(levels, "2, 3") == ["2, 3", "96", "100"]
 
 
+def test_plan_shows_what_kv_heads_keep(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    profile = {
+        "ratios": [0.5],
+        "fractions": {layer: [0.5] for layer in range(4)},
+        "head_fractions": {layer: [[0.8], [0.2], [0.5], [0.5]] for layer in range(4)},
+    }
+    allocator = {
+        "name": "profile", "profile": profile, "per_head": True, "num_levels": 1,
+        "uniform_share": 0,
+    }  # fmt: skip
+    recipe = tmp_path / "heads.yaml"
+    recipe.write_text(
+        f"budget: 1600\nscorer: ems\nallocator: {json.dumps(allocator)}\nselector: top_k\n"
+        "merger: ems\n"
+    )
+    result = run(
+        "plan", "--prompt-len", "3264", "--prompt-len", "100", "--recipe", str(recipe),
+        "--model", str(tmp_path),
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    _, levels = result.output.split("Entries kept per kv_head")
+    # 100 of 200 blocks, and of them what the profile says; a prompt below the budget is kept.
+    assert row_of(levels, "0, 1, 2, 3")[1:] == ["1,600 (640 to 2,560)", "100 (100 to 100)"]
+
+
 def test_plan_of_levels_without_a_model_is_refused(tmp_path):
     recipe = tmp_path / "pyramid.yaml"
     recipe.write_text(

@@ -8,9 +8,13 @@ from dataclasses import dataclass
 from logging import Logger
 from typing import TYPE_CHECKING, Any
 
+from vllm.model_executor.models.utils import extract_layer_index
+
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.layer_choice import choose_layers
+from ems_vllm.head_shares import least_and_most
+from ems_vllm.plan import prompt_blocks
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
@@ -95,6 +99,7 @@ def log_start(
         choose_layers(others, layers, config.scorer).describe_kept(),
     )
     _log_levels(logger, kv_cache_config, max_model_len)
+    _log_heads(logger, config, kv_cache_config, max_model_len)
     blocks = kv_cache_config.num_blocks
     logger.info(
         "KV-cache compression: beside the cache %.1f MiB of scores, %.1f MiB of recorded queries "
@@ -143,4 +148,32 @@ def _log_levels(logger: Logger, kv_cache_config: KVCacheConfig, max_model_len: i
         max_model_len,
         ", ".join(kept),
         100 * padding,
+    )
+
+
+def _log_heads(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    max_model_len: int,
+) -> None:
+    """Say how kv_heads share what their layers keep, where they do."""
+    shares = config.allocator.head_shares()
+    if shares is None:
+        return
+    spans = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, CompressedAttentionSpec):
+            plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+            before_window = prompt_blocks(max_model_len, plan.recent_window, spec.block_size)
+            layers = [shares[extract_layer_index(name)] for name in group.layer_names]
+            pages = least_and_most(layers, plan.budget_blocks, before_window)
+            spans += [count * spec.block_size for count in pages]
+    logger.info(
+        "KV-cache compression: kv_heads share what their layer keeps: of a prompt of %d tokens "
+        "from %d to %d entries.",
+        max_model_len,
+        min(spans),
+        max(spans),
     )

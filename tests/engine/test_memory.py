@@ -183,7 +183,7 @@ def by_head(layers, heads):
     profile = {
         "ratios": [0.5],
         "fractions": {name: [0.5] for name in names},
-        "head_fractions": {name: parts for name in names},
+        "head_fractions": dict.fromkeys(names, parts),
     }
     return {"name": "profile", "profile": profile, "per_head": True, "num_levels": 1}
 
