@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a decoding step costs where layers share a budget in levels, beside equal budgets.
+"""What a decoding step costs where layers or kv_heads share a budget, beside equal budgets.
 
 Usage: OMP_NUM_THREADS=1 python benchmarks/bench_levels.py --model MODEL \\
            --out benchmarks/results/levels-cpu.json
+       OMP_NUM_THREADS=1 python benchmarks/bench_levels.py --model models/smollm2 --levels 0 \\
+           --heads smollm2 --out benchmarks/results/heads-cpu.json
 
-Every level has a block table of its own, and attention's metadata are built for each at every step.
-All engines hold as many entries. They take turns, so whatever else the machine does hits all of
+Every level has a block table of its own, and attention's metadata are built for each at every step;
+kv_heads that keep unequal numbers have a block table each, which is written in every layer. All
+engines hold as many entries. They take turns, so whatever else the machine does hits all of
 them; CPU seconds count only what an engine computes.
 """
 
@@ -28,25 +31,38 @@ from ems_vllm.eval import environment
 UNIFORM = "uniform"
 
 
-def allocator(num_levels: int) -> dict[str, Any]:
-    """Equal budgets where there are no levels."""
-    if num_levels == 0:
-        return {"name": UNIFORM}
-    return {"name": "pyramid", "num_levels": num_levels}
+def allocators(levels: list[int], profile: str | None) -> dict[str, dict[str, Any]]:
+    """What is measured, by name.
 
-
-def label(num_levels: int) -> str:
-    return UNIFORM if num_levels == 0 else f"{num_levels} levels"
+    Args:
+        levels: Numbers of levels; 0 for equal budgets.
+        profile: Whose layers, all in one level, deal to their kv_heads; None for none.
+    """
+    chosen: dict[str, dict[str, Any]] = {}
+    for number in levels:
+        if number == 0:
+            chosen[UNIFORM] = {"name": UNIFORM}
+        else:
+            chosen[f"{number} levels"] = {"name": "pyramid", "num_levels": number}
+    if profile is not None:
+        by_head = {"name": "profile", "profile": profile, "num_levels": 1, "per_head": True}
+        chosen["by head"] = by_head
+    return chosen
 
 
 def step_seconds(
-    model: str, dtype: str, prompts: list[list[int]], num_new: int, budget: int, num_levels: int
+    model: str,
+    dtype: str,
+    prompts: list[list[int]],
+    num_new: int,
+    budget: int,
+    allocator: dict[str, Any],
 ) -> tuple[float, float]:
     """Seconds and CPU seconds of a step in which all requests decode, after their compaction."""
     from vllm import SamplingParams
 
     longest = len(prompts[0]) + num_new + BLOCK_SIZE
-    config = {"recipe": "ems", "budget": budget, "allocator": allocator(num_levels)}
+    config = {"recipe": "ems", "budget": budget, "allocator": allocator}
     with engine(
         model,
         dtype=dtype,
@@ -80,35 +96,37 @@ def main(
     num_new_tokens: Annotated[int, typer.Option(min=8)] = 64,
     budget: Annotated[int, typer.Option(min=16, help="Entries kept per kv_head.")] = 256,
     levels: Annotated[str, typer.Option(help="Numbers of levels; 0: equal budgets.")] = "0,2,3,6",
+    heads: Annotated[
+        str | None, typer.Option(help="Profile by which kv_heads share; none: not measured.")
+    ] = None,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Write the report here, JSON.")] = None,
 ) -> None:
-    """Measure a decoding step with and without levels."""
+    """Measure a decoding step with equal and unequal budgets."""
     from transformers import AutoConfig
 
     described = environment.describe()
     size = AutoConfig.from_pretrained(model).get_text_config().vocab_size
     prompts = random_prompts(num_prompts, prompt_len, size, seed)
-    chosen = [int(part) for part in levels.split(",")]
-    times: dict[int, list[tuple[float, float]]] = {number: [] for number in chosen}
+    chosen = allocators([int(part) for part in levels.split(",")], heads)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in chosen}
     for _ in range(repeats):
-        for number in chosen:
-            found = step_seconds(model, dtype, prompts, num_new_tokens, budget, number)
-            times[number].append(found)
+        for name, allocator in chosen.items():
+            found = step_seconds(model, dtype, prompts, num_new_tokens, budget, allocator)
+            times[name].append(found)
     rows = []
-    for number in chosen:
-        wall, cpu = (statistics.median(of_kind) for of_kind in zip(*times[number], strict=True))
-        ratios = [
-            mine[1] / base[1] for mine, base in zip(times[number], times[chosen[0]], strict=True)
-        ]
+    first = next(iter(times.values()))
+    for name, of_allocator in times.items():
+        wall, cpu = (statistics.median(of_kind) for of_kind in zip(*of_allocator, strict=True))
+        ratios = [mine[1] / base[1] for mine, base in zip(of_allocator, first, strict=True)]
         rows.append(
             {
-                "allocator": label(number),
+                "allocator": name,
                 "step_s": round(wall, 4),
                 "step_cpu_s": round(cpu, 4),
                 "cpu_ratio": round(statistics.median(ratios), 3),
-                "every_cpu_s": [round(one[1], 4) for one in times[number]],
+                "every_cpu_s": [round(one[1], 4) for one in of_allocator],
             }
         )
     table = Table(title=f"{num_prompts} requests of {prompt_len:,} tokens, budget {budget}")

@@ -205,6 +205,17 @@ def test_a_profile_of_kv_heads_is_dealt_by():
     assert again.allocator.head_shares() == of_layers
 
 
+@pytest.mark.parametrize(("per_head", "equal"), [(False, 0.4), (True, 0.2)])
+def test_a_part_is_shared_equally_unless_it_is_said(per_head, equal):
+    profile = PROFILE | {"head_fractions": HEADS}
+    found, said = (
+        load_config(with_profile(profile, per_head=per_head, **share)).allocator
+        for share in ({}, {"uniform_share": equal})
+    )
+    assert found.shares(2) == said.shares(2)
+    assert found.head_shares() == said.head_shares()
+
+
 @pytest.mark.parametrize(
     ("heads", "sentence"),
     [
