@@ -15,7 +15,25 @@ NGRAM = {
     "prompt_lookup_max": 2,
 }
 # Not by key norms: the four words below tie, and rounding, which drafts change, would decide.
-RECIPES = ("random", "ems")
+_LAYERS = range(4)
+RECIPES = {
+    "random": {"recipe": "random"},
+    "ems": {"recipe": "ems"},
+    # Rows of several tokens, which are put in the order of the heads.
+    "by head": {
+        "recipe": "ems",
+        "allocator": {
+            "name": "profile",
+            "profile": {
+                "ratios": [0.5],
+                "fractions": {layer: [0.5] for layer in _LAYERS},
+                "head_fractions": {layer: [[0.8], [0.2], [0.7], [0.3]] for layer in _LAYERS},
+            },
+            "num_levels": 1,
+            "per_head": True,
+        },
+    },
+}
 
 _SCRIPT = """
 import json, sys
@@ -24,8 +42,8 @@ from engine.harness import LLAMA, engine, tokens
 case = json.loads(sys.argv[1])
 prompts = [tokens(length, seed=length) for length in case["lengths"]]
 found = {}
-for recipe in case["recipes"]:
-    compression = {**case["compression"], "recipe": recipe}
+for recipe, own in case["recipes"].items():
+    compression = {**case["compression"], **own}
     for name, speculative in (("plain", None), ("drafted", case["speculative"])):
         options = {"speculative_config": speculative, "async_scheduling": False}
         with engine(compression, LLAMA, max_model_len=512, **options) as probe:
