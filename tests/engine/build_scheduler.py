@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -14,8 +14,13 @@ from ems_vllm.config import load_config
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.observation import ObservationSettings
 
+if TYPE_CHECKING:
+    from ems_vllm.head_shares import HeadShares
+
 NUM_LAYERS = 4
 """Of the model."""
+NUM_HEADS = 3
+"""kv_heads of a layer; pages of one do not lie in the same slot of every block."""
 
 
 def scheduler_for(
@@ -77,7 +82,7 @@ def specs_of(compression: dict[str, Any] | None) -> list[Any]:
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
     plain = FullAttentionSpec(
-        block_size=BLOCK_SIZE, num_kv_heads=1, head_size=8, dtype=torch.float32
+        block_size=BLOCK_SIZE, num_kv_heads=NUM_HEADS, head_size=8, dtype=torch.float32
     )
     config = load_config(compression)
     if config is None:
@@ -91,3 +96,14 @@ def specs_of(compression: dict[str, Any] | None) -> list[Any]:
         CompressedAttentionSpec.compress(plain, settings, observation)
         for _, settings in config.plan_settings_of(NUM_LAYERS).levels()
     ]
+
+
+def head_shares_of(compression: dict[str, Any] | None) -> list[list[HeadShares]] | None:
+    """By group, what the kv_heads of each layer share; None where all keep as much."""
+    config = load_config(compression)
+    by_layer = None if config is None else config.allocator.head_shares()
+    if config is None or by_layer is None:
+        return None
+    shares = config.plan_settings_of(NUM_LAYERS).shares
+    assert shares is not None
+    return [[by_layer[layer] for layer in layers] for layers in shares.levels]

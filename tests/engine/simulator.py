@@ -15,8 +15,9 @@ import itertools
 from collections import Counter, deque
 from typing import Any
 
-from engine.build_scheduler import scheduler_for
+from engine.build_scheduler import head_shares_of, scheduler_for
 from engine.symbolic_cache import BLOCK_SIZE
+from engine.symbolic_heads import SymbolicHeads
 from engine.symbolic_worker import SymbolicWorker
 
 
@@ -48,12 +49,13 @@ class Simulator:
         self.scheduler = scheduler_for(compression, num_blocks, async_scheduling, **options)
         self.managers = self.scheduler.kv_cache_manager.coordinator.single_type_managers
         self.pool = self.scheduler.kv_cache_manager.block_pool
-        self.worker = SymbolicWorker(
-            [manager.kv_cache_spec for manager in self.managers],
-            num_blocks,
-            self.scheduler.max_num_running_reqs,
-            num_drafts,
-        )
+        specs = [manager.kv_cache_spec for manager in self.managers]
+        shares, max_num_seqs = head_shares_of(compression), self.scheduler.max_num_running_reqs
+        heads = None
+        if shares is not None:
+            num_columns = -(-self.scheduler.max_model_len // BLOCK_SIZE)
+            heads = SymbolicHeads(specs, shares, num_blocks, max_num_seqs, num_columns)
+        self.worker = SymbolicWorker(specs, num_blocks, max_num_seqs, num_drafts, heads)
         self.lag = 1 if async_scheduling else 0
         self.in_flight: deque[Any] = deque()
         self.answers: dict[str, list[int]] = {}
@@ -149,6 +151,13 @@ class Simulator:
                 while self.in_flight:
                     self._process()
         self.check()
+
+    def tell_of_the_end(self) -> None:
+        """The worker learns with a next step that all requests have ended, and holds nothing."""
+        self.add([1], 1)
+        self.drain()
+        heads = self.worker.heads
+        assert heads is None or heads.num_owners == 0
 
     def check(self) -> None:
         """Block accounting that must hold at any time."""

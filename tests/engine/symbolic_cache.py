@@ -54,7 +54,7 @@ class SymbolicCache:
         for group_id, table in enumerate(request.tables):
             for position in range(request.num_computed, request.end):
                 block = self._blocks[table[position // BLOCK_SIZE]]
-                block[position % BLOCK_SIZE] = _kv(request, group_id, prefixes[position], state)
+                block[position % BLOCK_SIZE] = kv(request, group_id, prefixes[position], state)
 
     def compress(self, request: Request, group_id: int, columns: Columns) -> None:
         """What a compaction writes."""
@@ -85,7 +85,7 @@ class SymbolicCache:
             if column < tail:
                 expected = _compressed(request, group_id, columns, column, offset)
             else:
-                expected = _kv(request, group_id, prefixes[position], states[position])
+                expected = kv(request, group_id, prefixes[position], states[position])
             found = self._blocks[request.tables[group_id][column]][offset]
             assert found == expected, (
                 f"{request.req_id}: group {group_id} column {column} offset {offset} holds "
@@ -94,8 +94,8 @@ class SymbolicCache:
             self.num_checked_slots += 1
 
 
-def _kv(request: Request, group_id: int, prefix: int, state: State) -> tuple[Any, ...]:
-    """K/V of a token: its prefix, and the columns it attended to."""
+def kv(request: Request, group_id: int, prefix: int, state: State) -> tuple[Any, ...]:
+    """What a token writes: its prefix, and the columns it attended to."""
     owner = request.req_id if max(state) > (0, 0) else None
     return ("kv", group_id, prefix, state, owner)
 

@@ -16,9 +16,11 @@ from engine.symbolic_cache import (
     VOCABULARY,
     State,
     SymbolicCache,
+    kv,
     next_token,
     prefixes,
 )
+from engine.symbolic_heads import SymbolicHeads
 from engine.symbolic_ring import SymbolicRing
 from engine.symbolic_scores import SymbolicScores
 
@@ -39,12 +41,19 @@ class SymbolicWorker:
         num_blocks: Size of the pool.
         max_num_seqs: Most requests that run at a time.
         num_drafts: Drafted tokens of a decoding request.
+        heads: The pages of kv_heads that own different numbers; None where all own as many.
     """
 
     def __init__(
-        self, specs: Sequence[Any], num_blocks: int, max_num_seqs: int, num_drafts: int = 0
+        self,
+        specs: Sequence[Any],
+        num_blocks: int,
+        max_num_seqs: int,
+        num_drafts: int = 0,
+        heads: SymbolicHeads | None = None,
     ) -> None:
         self.cache = SymbolicCache(num_blocks)
+        self.heads = heads
         self.table = BlockTables()
         self.num_drafts = num_drafts
         self.specs = [spec for spec in specs if isinstance(spec, CompressedAttentionSpec)]
@@ -94,6 +103,13 @@ class SymbolicWorker:
         drafts = output.scheduled_spec_decode_tokens
         for request in scheduled:
             self._write(request, drafts.get(request.req_id, []))
+        if self.heads is not None and scheduled:
+            self.heads.check(
+                scheduled,
+                lambda request, group_id: self._symbols(
+                    request, group_id, request.end, drafts.get(request.req_id, [])
+                ),
+            )
         if self.specs:
             self._observe(orders, scheduled)
         return {
@@ -148,6 +164,14 @@ class SymbolicWorker:
         known += prefixes(tokens[len(known) :], known[-1] if known else 0)
         return known + prefixes(drafts, known[-1]) if drafts else known
 
+    def _symbols(
+        self, request: Request, group_id: int, num_tokens: int, drafts: Sequence[int] = ()
+    ) -> list[Any]:
+        """What every token must have written in a group."""
+        states = self._planned_states(request.req_id, num_tokens)
+        known = self._prefixes_of(request, drafts)[:num_tokens]
+        return [kv(request, group_id, *of_token) for of_token in zip(known, states, strict=True)]
+
     def _state(self, req_id: str) -> State:
         """What is compressed now."""
         return self._compacted.get(req_id, self._nothing)
@@ -157,19 +181,30 @@ class SymbolicWorker:
     def _poison_new_blocks(self, output: Any) -> None:
         for new in output.scheduled_new_reqs:
             for ids in new.block_ids:
-                self.cache.poison(ids[new.num_computed_tokens // BLOCK_SIZE :])
+                self._poison(ids[new.num_computed_tokens // BLOCK_SIZE :])
         cached = output.scheduled_cached_reqs
         for req_id, computed, block_ids in zip(
             cached.req_ids, cached.num_computed_tokens, cached.new_block_ids, strict=True
         ):
             resumed = req_id in cached.resumed_req_ids
             for ids in block_ids or ():
-                self.cache.poison(ids[computed // BLOCK_SIZE if resumed else 0 :])
+                self._poison(ids[computed // BLOCK_SIZE if resumed else 0 :])
+
+    def _poison(self, block_ids: Sequence[int]) -> None:
+        self.cache.poison(block_ids)
+        if self.heads is not None:
+            self.heads.poison(block_ids)
 
     def _obey(self, orders: Any, output: Any, requests: dict[str, Request]) -> None:
         self.residents.begin_step(orders)
         starts = [request.num_computed for request in requests.values()]
         assert orders.starts == starts, (orders.starts, starts)
+        if self.heads is not None:
+            self.heads.begin_step(
+                output,
+                requests,
+                lambda request, group_id: self._symbols(request, group_id, request.num_computed),
+            )
         self.residents.compact(orders.compactions)
         for order in orders.compactions:
             self._compact(order, requests[order.req_id])
@@ -206,9 +241,14 @@ class SymbolicWorker:
 
     def _write(self, request: Request, drafts: list[int]) -> None:
         known = self._prefixes_of(request, drafts)
-        self.cache.write(request, known, self._state(request.req_id))
+        state = self._state(request.req_id)
+        self.cache.write(request, known, state)
         for group_id in range(len(request.tables)):
             self._check(request, group_id, request.end, known)
+            if self.heads is not None:
+                of_step = known[request.num_computed : request.end]
+                symbols = [kv(request, group_id, prefix, state) for prefix in of_step]
+                self.heads.write(request, group_id, symbols)
 
     def _check(
         self, request: Request, group_id: int, num_tokens: int, known: Sequence[int]
@@ -227,6 +267,8 @@ class SymbolicWorker:
             assert request.num_scheduled > self.num_drafts + 1, chunk
             assert self.scores is not None
             self.scores.score(chunk, request)
+            if self.heads is not None:
+                self.heads.score(chunk)
 
     def _sample(self, request: Request, drafts: list[int]) -> list[int]:
         tokens = self.tokens[request.req_id]

@@ -101,7 +101,8 @@ class SchedulingMachine(RuleBasedStateMachine):
             return
         self.simulator.drain()
         assert self.simulator.pool.get_num_free_blocks() == self.simulator.pool.num_gpu_blocks - 1
-        answers = self.simulator.answers
+        answers = dict(self.simulator.answers)
+        self.simulator.tell_of_the_end()
         for req_id, (prompt, max_tokens, extra_args) in self.asked.items():
             assert len(answers[req_id]) == max_tokens
             num_blocks = 80 * len(specs_of(self.compression))
@@ -121,12 +122,15 @@ def test_busy_run_exercises_what_the_planted_bugs_break(mode, levels):
     simulator = busy_run(levels, **mode)
     worker = simulator.worker
     assert min(worker.num_compactions) + min(worker.num_late_compactions) > 30
-    if levels != "alike":
+    if len(simulator.managers) > 1:
         assert min(worker.num_late_compactions) > 0
     assert sum(hit > 0 for hit in worker.first_hits.values()) > 20
     assert simulator.num_preemptions >= 6
     assert worker.cache.num_checked_slots > 10_000
     assert (worker.num_accepted_drafts > 100) == ("num_drafts" in mode)
+    if worker.heads is not None:
+        assert worker.heads.num_checked_rows > 4_000
+        assert all(group.num_unequal > 50 for group in worker.heads.groups)
 
 
 @pytest.mark.parametrize(
