@@ -119,7 +119,7 @@ class SymbolicHeads:
             for layer in range(group.num_layers):
                 lens, table = binding.group.head_batch.write(layer)
                 group.check_rows(layer, self._order, expected, lens.numpy(), table.numpy())
-                assert rows.max_seq_len >= lens.max()
+                assert rows.max_seq_len >= lens.max(), "a row is longer than was announced"
                 assert (rows.seq_lens_cpu_upper_bound >= lens).all()
             self.num_checked_rows += len(requests) * group.num_heads * group.num_layers
         self._runtime.end_step()
@@ -236,7 +236,7 @@ class _Group:
     def check_compacted(self) -> None:
         """Every compaction was done, and those that were compressed, and only they, own pages."""
         assert self._policy.num_rows == self._num_rows_due
-        assert self.tables.num_owners == len(self.kept)
+        assert self.tables.num_owners == len(self.kept), "a request has a place that must not"
         places = self.tables.places(self.kept)
         assert sorted(set(places)) == sorted(places), "two requests have the same place"
         assert not len(places) or places.min() > 0
