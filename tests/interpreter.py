@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[1] / ".triton"
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".triton"
 
 
 def environment(model_runner: int = 2) -> dict[str, str]:
@@ -22,7 +23,8 @@ def environment(model_runner: int = 2) -> dict[str, str]:
     if not FOLDER.is_dir():
         pytest.skip("Triton's interpreter is not installed: run `make .triton`")
     return os.environ | {
-        "PYTHONPATH": str(FOLDER),
+        # This package before one that is installed from elsewhere.
+        "PYTHONPATH": os.pathsep.join([str(FOLDER), str(ROOT)]),
         "TRITON_INTERPRET": "1",
         # Empty rather than unset: vLLM then keeps Triton although it finds no driver.
         "CUDA_VISIBLE_DEVICES": "",
