@@ -17,6 +17,7 @@ from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
 from ems_vllm.head_shares import HeadShares, least_and_most
 from ems_vllm.plan import PlanSettings, prompt_blocks
+from ems_vllm.policies.budgets.ada import AdaBudget
 from ems_vllm.policies.budgets.uniform import UniformBudget
 
 if TYPE_CHECKING:
@@ -76,6 +77,10 @@ def plan(
     if settings.shares is not None:
         heads = config.allocator.head_shares()
         Console().print(_levels_table(settings, heads, prompt_len, block_size))
+    if config.allocator.deals_by_scores:
+        Console().print(
+            "kv_heads share what their layer keeps, by the scores of each compaction.", style="dim"
+        )
     Console().print(
         "'at most' is reached between two compressions; the prompt itself is processed dense.",
         style="dim",
@@ -86,7 +91,7 @@ def _settings(config: KVCompressionConfig, shape: CacheShape | None) -> PlanSett
     """Settings of the plan; those of an allocator that deals to layers need the model."""
     if shape is not None:
         return config.plan_settings_of(shape.num_layers)
-    if not isinstance(config.allocator, UniformBudget):
+    if not isinstance(config.allocator, UniformBudget | AdaBudget):
         raise ConfigError(
             f"allocator={config.allocator.name()!r} shares a budget among the layers of a model: "
             "give --model."

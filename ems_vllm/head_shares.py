@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,18 +47,8 @@ class HeadShares:
         wanted = [
             fraction * prompt_blocks for fraction in self._fractions(budget_blocks / prompt_blocks)
         ]
-        dealt = [min(prompt_blocks, max(1, int(pages))) for pages in wanted]
-        left = budget_blocks * self.num_heads - sum(dealt)
-        # Ties go to the lower head; nothing else is left to chance.
-        while left < 0:
-            heads = (head for head, pages in enumerate(dealt) if pages > 1)
-            dealt[max(heads, key=lambda head: dealt[head] - wanted[head])] -= 1
-            left += 1
-        while left > 0:
-            heads = (head for head, pages in enumerate(dealt) if pages < prompt_blocks)
-            dealt[max(heads, key=lambda head: wanted[head] - dealt[head])] += 1
-            left -= 1
-        return tuple(dealt)
+        most = [prompt_blocks] * self.num_heads
+        return tuple(whole_pages(wanted, budget_blocks * self.num_heads, 1, most))
 
     def _fractions(self, of_layer: float) -> list[float]:
         """What each head keeps where their mean is `of_layer`, in (0, 1)."""
@@ -81,6 +71,32 @@ class HeadShares:
             [(of_head[at], of_head[at + 1]) for of_head in points]
             for at in range(len(self.ratios) + 1)
         ]
+
+
+def whole_pages(
+    wanted: Sequence[float], num_pages: int, least: int, most: Sequence[int]
+) -> list[int]:
+    """Deal pages to heads, each as close as can be to what it wants (largest remainder).
+
+    Args:
+        wanted: Pages of each head, > 0.
+        num_pages: Of all heads together, between the sums of `least` and `most`.
+        least: Of any head.
+        most: Of each head.
+    """
+    bounds = list(enumerate(most))
+    dealt = [min(most[head], max(least, int(pages))) for head, pages in enumerate(wanted)]
+    left = num_pages - sum(dealt)
+    # Ties go to the lower head; nothing else is left to chance.
+    while left < 0:
+        heads = (head for head, pages in enumerate(dealt) if pages > least)
+        dealt[max(heads, key=lambda head: dealt[head] - wanted[head])] -= 1
+        left += 1
+    while left > 0:
+        heads = (head for head, bound in bounds if dealt[head] < bound)
+        dealt[max(heads, key=lambda head: wanted[head] - dealt[head])] += 1
+        left -= 1
+    return dealt
 
 
 def least_and_most(

@@ -158,6 +158,11 @@ def _log_heads(
     max_model_len: int,
 ) -> None:
     """Say how kv_heads share what their layers keep, where they do."""
+    if config.allocator.deals_by_scores:
+        logger.info(
+            "KV-cache compression: kv_heads share what their layer keeps, by the scores of each "
+            "compaction."
+        )
     shares = config.allocator.head_shares()
     if shares is None:
         return

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,7 +34,7 @@ def context_of_heads(
 
     Args:
         requests: The requests as rows.
-        rows: Made of them by compaction_rows.by_head.
+        rows: Made of them by compaction_rows.by_head, dealt to or not yet.
         stack: Of one layer.
     """
     num_heads = tensors.spec.num_kv_heads
@@ -48,6 +49,22 @@ def context_of_heads(
         ring = of_heads.flatten(0, 1)[None]
     key_pages, value_pages = (as_pages(cache, 1) for cache in (stack.key_cache, stack.value_cache))
     return _context(tensors, rows, stack, key_pages, value_pages, scores, ring)
+
+
+def with_targets(context: CompactionContext, rows: CompactionRows) -> CompactionContext:
+    """A context of rows that were not dealt to, once they are.
+
+    Args:
+        context: Of context_of_heads.
+        rows: Its rows, after compaction_rows.dealt.
+    """
+    return replace(
+        context,
+        block_table=to_device(rows.block_table, context.device),
+        budgets=to_device(rows.budgets, context.device),
+        num_protected=to_device(rows.num_protected, context.device),
+        max_budget=int(rows.budgets.max()),
+    )
 
 
 def _context(

@@ -75,21 +75,17 @@ def rows_of(orders: Sequence[Compaction], block_size: int, num_sinks: int) -> Co
     )
 
 
-def by_head(
-    rows: CompactionRows, held: np.ndarray, kept: np.ndarray, block_size: int
-) -> CompactionRows:
+def by_head(rows: CompactionRows, held: np.ndarray, block_size: int) -> CompactionRows:
     """A row for each kv_head of each request, in one layer, over pages of one kv_head.
 
     Page block * num_heads + slot is that slot of a block. Of the leading columns that `held`
-    counts, and of those that are written to, the heads own consecutive pages (see
-    ops.head_pages); of all others each has its own slot. Behind the columns that any row reads
-    lie those that it is written to.
+    counts the heads own consecutive pages (see ops.head_pages); of all others each has its own
+    slot. Where the rows are written to is for `dealt` to say; until then all keep as much.
 
     Args:
         rows: Of requests.
         held: [num_rows, num_heads], int - pages that each head owns in the leading columns, which
             are as many for all heads together; all 0 for a request that was not compressed before.
-        kept: Like held, for the columns that are written to.
         block_size: Tokens per block.
     """
     num_rows, num_heads = held.shape
@@ -97,26 +93,23 @@ def by_head(
     num_columns = -(-rows.num_live // block_size)
     num_scored_columns = rows.num_entries // block_size
     width = int((held - held_columns[:, None] + num_columns[:, None]).max())
-    block_table = np.zeros((num_rows, num_heads, width + int(kept.max())), np.int32)
+    block_table = np.zeros((num_rows, num_heads, width), np.int32)
     score_table = np.zeros((num_rows, num_heads, width), np.int32)
     for row in range(num_rows):
-        held_starts, kept_starts = (_starts(pages[row]) for pages in (held, kept))
-        target = rows.block_table[row, rows.target_columns[row] :]
+        starts = _starts(held[row])
         blocks = rows.block_table[row, : num_columns[row]]
         scores = rows.score_table[row, : num_scored_columns[row]]
         for head in range(num_heads):
             for table, columns in ((block_table, blocks), (score_table, scores)):
-                pages = _pages(columns, held_starts, head)
+                common = columns[held_columns[row] :] * num_heads + head
+                pages = np.concatenate([_own_pages(columns, starts, head), common])
                 table[row, head, : len(pages)] = pages
-            pages = _pages(target, kept_starts, head, common=False)
-            block_table[row, head, width : width + len(pages)] = pages
 
     def of_heads(per_row: np.ndarray) -> np.ndarray:
         return np.repeat(per_row, num_heads)
 
     # What the heads hold more or less than the columns have room for.
     more = ((held - held_columns[:, None]) * block_size).astype(np.int32).reshape(-1)
-    budgets = (kept * block_size).astype(np.int32).reshape(-1)
     num_scored = of_heads(rows.num_scored)
     return replace(
         rows,
@@ -126,8 +119,9 @@ def by_head(
         num_live=of_heads(rows.num_live) + more,
         # The entries of a request that was compressed have a score each, or none has.
         num_scored=np.where(num_scored > 0, num_scored + more, 0).astype(np.int32),
-        budgets=budgets,
-        num_protected=np.minimum(of_heads(rows.num_protected), budgets),
+        budgets=of_heads(rows.budgets),
+        num_protected=of_heads(rows.num_protected),
+        # Behind the columns that any row reads.
         target_columns=np.full(num_rows * num_heads, width, np.int32),
         num_represented=of_heads(rows.num_represented),
         ring_rows=np.arange(num_rows * num_heads, dtype=np.int32),
@@ -138,22 +132,43 @@ def by_head(
     )
 
 
+def dealt(
+    heads: CompactionRows, rows: CompactionRows, kept: np.ndarray, block_size: int
+) -> CompactionRows:
+    """Rows of `by_head` that keep what they are dealt, with the columns that it is written to.
+
+    Args:
+        heads: Of by_head.
+        rows: Of requests.
+        kept: [num_rows, num_heads], int - pages that each head will own in the columns that are
+            written to, which are as many for all heads together.
+        block_size: Tokens per block.
+    """
+    targets = np.zeros((*kept.shape, int(kept.max())), np.int32)
+    for row, of_row in enumerate(kept):
+        starts, columns = _starts(of_row), rows.block_table[row, rows.target_columns[row] :]
+        for head, count in enumerate(of_row):
+            targets[row, head, :count] = _own_pages(columns, starts, head)
+    budgets = (kept * block_size).astype(np.int32).reshape(-1)
+    return replace(
+        heads,
+        block_table=np.hstack([heads.block_table, targets.reshape(heads.num_rows, -1)]),
+        budgets=budgets,
+        num_protected=np.minimum(heads.num_protected, budgets),
+    )
+
+
 def _starts(pages: np.ndarray) -> np.ndarray:
     """[num_heads + 1]: first page of each head, and behind the last one the number of all."""
     return np.concatenate([[0], np.cumsum(pages)])
 
 
-def _pages(
-    columns: np.ndarray, starts: np.ndarray, head: int, *, common: bool = True
-) -> np.ndarray:
-    """Pages of a head in the columns of a request, its own first."""
+def _own_pages(columns: np.ndarray, starts: np.ndarray, head: int) -> np.ndarray:
+    """Pages that a head owns in the leading columns of a request."""
     num_heads = len(starts) - 1
     own = np.arange(starts[head], starts[head + 1])
-    pages = columns[own // num_heads] * num_heads + own % num_heads
-    if not common:
-        return pages
-    others = columns[starts[-1] // num_heads :] * num_heads + head
-    return np.concatenate([pages, others])
+    pages: np.ndarray = columns[own // num_heads] * num_heads + own % num_heads
+    return pages
 
 
 def _padded(rows: Sequence[Sequence[int]]) -> np.ndarray:

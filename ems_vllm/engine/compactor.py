@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from ems_vllm.engine.compaction_context import context_of, context_of_heads
-from ems_vllm.engine.compaction_rows import CompactionRows, by_head, rows_of
+from ems_vllm.engine.compaction_context import context_of, context_of_heads, with_targets
+from ems_vllm.engine.compaction_rows import CompactionRows, by_head, dealt, rows_of
 
 if TYPE_CHECKING:
     from ems_vllm.engine.compressed_group import GroupTensors
     from ems_vllm.engine.head_tables import HeadTables
+    from ems_vllm.engine.layer_stack import LayerStack
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
 
@@ -82,13 +84,34 @@ class Compactor:
         self, requests: CompactionRows, wave: Sequence[Compaction], heads: HeadTables
     ) -> None:
         req_ids = [order.req_id for order in wave]
-        owned, dealt = heads.owned(req_ids), heads.deal(wave)
+        owned, shared = heads.owned(req_ids), heads.deal(wave)
+        kept = np.empty_like(owned) if shared is None else shared
         for stack in self._tensors.stacks:
             for part in stack.split(1):
                 layer = part.layers.start
-                rows = by_head(requests, owned[layer], dealt[layer], self._block_size)
-                self._policy.compact(context_of_heads(self._tensors, requests, rows, part))
-        heads.own(req_ids, dealt)
+                rows = by_head(requests, owned[layer], self._block_size)
+                if shared is None:
+                    kept[layer] = self._deal_and_compact(requests, rows, part)
+                else:
+                    rows = dealt(rows, requests, kept[layer], self._block_size)
+                    self._policy.compact(context_of_heads(self._tensors, requests, rows, part))
+        heads.own(req_ids, kept)
+
+    def _deal_and_compact(
+        self, requests: CompactionRows, rows: CompactionRows, layer: LayerStack
+    ) -> np.ndarray:
+        """Compact a layer whose kv_heads, the rows, share what it keeps by their scores.
+
+        Returns:
+            [num_requests, num_heads]: pages that each keeps.
+        """
+        context = context_of_heads(self._tensors, requests, rows, layer)
+        scores = self._policy.score(context)
+        budgets = requests.budgets.tolist()
+        kept: np.ndarray = self._policy.allocator.deal(context, scores, budgets).numpy()
+        rows = dealt(rows, requests, kept, self._block_size)
+        self._policy.place(with_targets(context, rows), scores)
+        return kept
 
     def _num_entries(self, order: Compaction) -> int:
         return (order.tail - order.first_before) * self._block_size

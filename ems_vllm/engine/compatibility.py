@@ -441,9 +441,10 @@ HEAD_SHARES = Refusal(
     "set its per_head to false, or choose a profile of this very model",
 )
 UNSPLIT_HEADS = Refusal(
-    "kv_compression_config.allocator.per_head",
+    "kv_compression_config.allocator",
     "kv_heads cannot hold different numbers of entries here: {reason}",
-    "set it to false, or choose TRITON_ATTN with --attention-backend where that is the reason",
+    "choose the allocator uniform or profile without per_head, or TRITON_ATTN with "
+    "--attention-backend where that is the reason",
 )
 LAYER_SHARES = Refusal(
     "kv_compression_config.allocator",

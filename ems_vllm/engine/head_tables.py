@@ -24,10 +24,11 @@ class HeadTables:
     nothing but their slots.
 
     Args:
-        shares: Of each layer.
+        num_layers: Of the group.
         num_heads: kv_heads of a layer.
         max_num_seqs: Most requests that hold blocks at a time.
         device: Of the tables.
+        shares: Of each layer, whatever the prompt; None where compactions deal by scores.
 
     Attributes:
         page_starts: [num_layers, max_num_seqs + 1, num_heads + 1], int32 - see ops.head_pages.
@@ -35,17 +36,18 @@ class HeadTables:
 
     def __init__(
         self,
-        shares: Sequence[HeadShares],
+        num_layers: int,
         num_heads: int,
         max_num_seqs: int,
         device: torch.device,
+        shares: Sequence[HeadShares] | None = None,
     ) -> None:
-        self._shares = list(shares)
+        self._shares = shares
         self._num_heads = num_heads
         self._places: dict[str, int] = {}
         self._free = Pool(1, max_num_seqs)
         num_places = max_num_seqs + 1
-        shape = (len(shares), num_places)
+        shape = (num_layers, num_places)
         self.page_starts = torch.zeros((*shape, num_heads + 1), dtype=torch.int32, device=device)
         self._owned = np.zeros((*shape, num_heads), np.int64)
         # By place: what the longest head of any layer owns beyond an equal share.
@@ -64,8 +66,13 @@ class HeadTables:
         """[num_layers, num_requests, num_heads]: pages that are owned, 0 before a compaction."""
         return self._owned[:, self.places(req_ids)]
 
-    def deal(self, orders: Sequence[Compaction]) -> np.ndarray:
-        """[num_layers, num_orders, num_heads]: pages that will be owned after compactions."""
+    def deal(self, orders: Sequence[Compaction]) -> np.ndarray | None:
+        """[num_layers, num_orders, num_heads]: pages that will be owned after compactions.
+
+        None where that depends on scores.
+        """
+        if self._shares is None:
+            return None
         dealt = [
             [of_layer.pages(order.tail - order.first, order.prompt_blocks) for order in orders]
             for of_layer in self._shares
@@ -76,7 +83,7 @@ class HeadTables:
         """Requests were compressed; from now on their heads own these pages.
 
         Args:
-            pages: Of deal.
+            pages: [num_layers, num_requests, num_heads], as many for a request in all layers.
         """
         for req_id in req_ids:
             if req_id not in self._places:

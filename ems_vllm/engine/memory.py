@@ -164,7 +164,7 @@ class Footprint:
 
     @property
     def _is_by_head(self) -> bool:
-        return self.config.allocator.head_shares() is not None
+        return self.config.allocator.deals_to_heads
 
     def _ring_bytes(self, name: str, num_blocks: int) -> int:
         """Of the query ring of a layer."""

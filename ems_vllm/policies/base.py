@@ -14,7 +14,7 @@ rest of the settings. They see plain tensors only and run on any device, without
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -137,8 +137,39 @@ class BudgetAllocator(Component):
         """
 
     def head_shares(self) -> Mapping[int, HeadShares] | None:
-        """By layer, how its kv_heads share what it keeps; None where all keep as much."""
+        """By layer, how its kv_heads share what it keeps, whatever the prompt; None for nothing."""
         return None
+
+    @property
+    def deals_by_scores(self) -> bool:
+        """Whether each compaction deals what a layer keeps to its kv_heads; see `deal`."""
+        return False
+
+    @property
+    def deals_to_heads(self) -> bool:
+        """Whether the kv_heads of a layer may keep different numbers of entries."""
+        return self.deals_by_scores or self.head_shares() is not None
+
+    def deal(
+        self, context: CompactionContext, scores: Scores, budgets: Sequence[int]
+    ) -> torch.Tensor:
+        """Deal what a layer keeps to its kv_heads, once their entries have scores.
+
+        Only of allocators with `deals_by_scores`. Costs a synchronisation with the device.
+
+        Args:
+            context: Of one layer; `rows_together` rows are the kv_heads of a request. Where kept
+                entries go is not yet said.
+            scores: Of its entries.
+            budgets: Entries, by request, that each head would keep if all kept as many; whole
+                blocks.
+
+        Returns:
+            [num_requests, rows_together], int64, on the host: pages (block_size entries) of each
+            head, as many for a request as equal heads would have. All protected entries have room,
+            and no head has more pages than its entries fill.
+        """
+        raise NotImplementedError
 
 
 class Selector(Component):

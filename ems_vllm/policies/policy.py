@@ -11,12 +11,15 @@ from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
     from ems_vllm.config.schema import KVCompressionConfig
-    from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Selector
+    from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Scores, Selector
     from ems_vllm.policies.context import CompactionContext
 
 # What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
 # as much for each of kept_idx, merge_idx and class_idx.
 _SELECTION_TENSORS = 6
+# The same where scores are dealt by, before anything is selected: weights, carry, mass, what is
+# ranked, and its best with their places as int64.
+_DEALING_TENSORS = 7
 # What keys that keep mass are worth in such tensors, one key of at most 256 numbers for the entries
 # of a row, of which there are 32 at least: two blocks of 16.
 _MASS_TENSORS = 8
@@ -38,7 +41,7 @@ class Policy:
         return cls(config.scorer, config.allocator, config.selector, config.merger)
 
     def workspace_bytes(self, num_entries: int, num_kv_heads: int) -> int:
-        """Bound of what `compact` allocates, scratch memory inside of operators not counted.
+        """Bound of what a compaction allocates, scratch memory inside of operators not counted.
 
         Args:
             num_entries: num_layers * num_rows * max_entries of the context.
@@ -53,7 +56,8 @@ class Policy:
 
     def _bytes_per_entry(self, num_kv_heads: int) -> int:
         num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
-        num_tensors = max(self.scorer.num_score_tensors, num_selected)
+        num_dealing = _DEALING_TENSORS if self.allocator.deals_by_scores else 0
+        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_selected)
         return 4 * num_tensors * num_kv_heads + _ROW_BYTES
 
     @property
@@ -66,7 +70,14 @@ class Policy:
 
     def compact(self, context: CompactionContext) -> None:
         """Write the kept and merged entries of every row into its target columns, in place."""
-        scores = self.scorer.score(context)
+        self.place(context, self.score(context))
+
+    def score(self, context: CompactionContext) -> Scores:
+        """The first half of `compact`; does not depend on budgets, nor on where entries go."""
+        return self.scorer.score(context)
+
+    def place(self, context: CompactionContext, scores: Scores) -> None:
+        """The second half of `compact`."""
         selection = self.selector.select(context, scores, self.merger)
         class_idx = self.merger.assign(context, selection)
         carries = scores.carry is not None

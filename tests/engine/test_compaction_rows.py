@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.engine.compaction_rows import CompactionRows, by_head, rows_of
+from ems_vllm.engine.compaction_rows import CompactionRows, by_head, dealt, rows_of
 from ems_vllm.engine.orders import Compaction
 
 BLOCK_SIZE = 4
@@ -93,7 +93,8 @@ def split(found: list[Case]) -> tuple[CompactionRows, CompactionRows, list[Compa
     orders = [case.order(index) for index, case in enumerate(found)]
     requests = rows_of(orders, BLOCK_SIZE, num_sinks=3)
     held, kept = (np.array([getattr(case, name) for case in found]) for name in ("held", "kept"))
-    return requests, by_head(requests, held, kept, BLOCK_SIZE), orders
+    rows = by_head(requests, held, BLOCK_SIZE)
+    return requests, dealt(rows, requests, kept, BLOCK_SIZE), orders
 
 
 def pages_read(rows: CompactionRows, row: int) -> list[int]:
@@ -161,7 +162,7 @@ def test_what_is_written_was_laid_out_to_be_read(found):
             )
         )
     kept = np.array([case.kept for case in found])
-    again = by_head(rows_of(later, BLOCK_SIZE, 3), kept, kept, BLOCK_SIZE)
+    again = by_head(rows_of(later, BLOCK_SIZE, 3), kept, BLOCK_SIZE)
     for row in range(rows.num_rows):
         own = found[row // num_heads].kept[row % num_heads]
         assert pages_read(again, row)[:own] == pages_written(rows, row)

@@ -38,8 +38,8 @@ def build_group(worker):
 
 
 def refused(worker, reason):
-    key = "kv_compression_config.allocator.per_head=True"
-    with pytest.raises(ConfigError, match=f"{key} cannot be .*: {reason}.*; set it to false"):
+    key = "kv_compression_config.allocator='profile'"
+    with pytest.raises(ConfigError, match=f"{key} cannot be .*: {reason}.*; choose the allocator"):
         build_group(worker)
 
 

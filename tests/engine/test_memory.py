@@ -16,7 +16,6 @@ from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint, merge_scratch_bytes
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
 from ems_vllm.engine.score_store import ScoreStore
-from ems_vllm.head_shares import HeadShares
 from ems_vllm.policies.policy import Policy
 
 GIB = 1 << 30
@@ -190,8 +189,7 @@ def by_head(layers, heads):
 
 def test_tables_of_heads_take_what_is_set_aside_for_them():
     meta, num_layers, num_heads, num_columns = torch.device("meta"), 3, 8, 100
-    shares = [HeadShares((0.5,), ((0.5,),) * num_heads)] * num_layers
-    tables = HeadTables(shares, num_heads, 20, meta)
+    tables = HeadTables(num_layers, num_heads, 20, meta)
     assert tables.page_starts.nbytes == num_layers * page_start_bytes(20, num_heads)
     live = torch.zeros((24, num_columns), dtype=torch.int32, device=meta)
     batch = HeadBatch(tables, 16, live, live[:, 0])

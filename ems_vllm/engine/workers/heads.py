@@ -40,29 +40,31 @@ def head_tables(
     Raises:
         ConfigError: its kv_heads cannot own different numbers, or the allocator deals to others.
     """
-    shares = config.allocator.head_shares()
-    if shares is None:
+    allocator = config.allocator
+    if not allocator.deals_to_heads:
         return None
     model = vllm_config.model_config
     for name in layer_names:
         reason = why_not(layers[name], model.is_mm_prefix_lm)
         if reason is not None:
-            raise UNSPLIT_HEADS.error(True, config.recipe, reason=reason)
-    ranks = get_tp_group()
-    try:
-        of_layers = shares_of_rank(
-            shares,
-            owners,
-            num_heads=spec.num_kv_heads,
-            total_heads=model.get_total_num_kv_heads(),
-            rank=ranks.rank_in_group,
-            num_ranks=ranks.world_size,
-        )
-    except HeadsDiffer as error:
-        raise HEAD_SHARES.error(config.allocator.name(), config.recipe, reason=error) from None
+            raise UNSPLIT_HEADS.error(allocator.name(), config.recipe, reason=reason)
+    shares, of_layers = allocator.head_shares(), None
+    if shares is not None:
+        ranks = get_tp_group()
+        try:
+            of_layers = shares_of_rank(
+                shares,
+                owners,
+                num_heads=spec.num_kv_heads,
+                total_heads=model.get_total_num_kv_heads(),
+                rank=ranks.rank_in_group,
+                num_ranks=ranks.world_size,
+            )
+        except HeadsDiffer as error:
+            raise HEAD_SHARES.error(allocator.name(), config.recipe, reason=error) from None
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     device = layers[owners[0]].kv_cache.device
-    return HeadTables(of_layers, spec.num_kv_heads, max_num_seqs, device)
+    return HeadTables(len(owners), spec.num_kv_heads, max_num_seqs, device, of_layers)
 
 
 def split_heads(

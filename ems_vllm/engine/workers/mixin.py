@@ -74,7 +74,7 @@ class CompressionWorkerMixin(_Base):
         assert config is not None, "a compressing worker was chosen without settings"
         self._compression_config: KVCompressionConfig = config
         self._policy = Policy.from_config(config)
-        read_by_head(config.allocator.head_shares() is not None)
+        read_by_head(config.allocator.deals_to_heads)
         override_backends()
         super().__init__(vllm_config, *args, **kwargs)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,11 +14,12 @@ from ems_vllm.eval.reference.paging import to_pages
 from ems_vllm.plan import prompt_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from ems_vllm.eval.reference.cache import StoredCache
     from ems_vllm.eval.reference.plans import LevelPlan
     from ems_vllm.eval.reference.prefill import Prefilled
+    from ems_vllm.head_shares import HeadShares
 
 
 class CompressedHeads(CompressedLevel):
@@ -27,7 +29,7 @@ class CompressedHeads(CompressedLevel):
     entries of all are the last ones (see attention.masked_by). Every head is a row of its own to
     the policy, in pages of its own.
 
-    Args: See CompressedLevel; the level has shares of heads.
+    Args: See CompressedLevel; the allocator deals to heads.
     """
 
     def __init__(
@@ -38,14 +40,7 @@ class CompressedHeads(CompressedLevel):
         first_query: int | None,
     ) -> None:
         super().__init__(settings, level, prompt, first_query)
-        assert level.heads is not None
-        plan = level.plan
-        num_blocks = prompt_blocks(plan.prompt_len, plan.recent_window, plan.block_size)
-        self._pages = {
-            layer: level.heads[layer].pages(plan.budget_blocks, num_blocks)
-            for layer in level.layers
-            if plan.budget_blocks > 0
-        }
+        self._pages = {} if level.heads is None else _dealt(level.heads, level)
         # By layer and head; those of the kept entries once there are any.
         self._of_heads = None if self._scores is None else [list(one) for one in self._scores]
         self._gaps: dict[int, torch.Tensor] = {}
@@ -86,15 +81,20 @@ class CompressedHeads(CompressedLevel):
         num_live = [len(of_head) for of_head in keys]
         num_new = num_processed - tail * block_size
         num_entries = [count - num_new for count in num_live]
-        num_kept = [pages * block_size for pages in self._pages[layer]]
+        policy, num_rows = self._settings.policy, len(keys)
+        budget = self.plan.budget_blocks * block_size
+        # Until there are scores to deal by, all keep as much.
+        by_scores = policy.allocator.deals_by_scores
+        pages = [self.plan.budget_blocks] * num_rows if by_scores else self._pages[layer]
+        num_kept = [count * block_size for count in pages]
+        longest, most = max(num_live), max(num_entries if by_scores else num_kept)
         scores = None if self._of_heads is None else self._of_heads[at]
         paged_scores = None
         if scores is not None:
-            paged_scores, _ = _paged(scores, max(num_live), max(num_kept), block_size)
-        longest, most = max(num_live), max(num_kept)
+            paged_scores, _ = _paged(scores, longest, most, block_size)
         key_pages, num_columns = _paged(keys, longest, most, block_size)
         value_pages, _ = _paged(values, longest, most, block_size)
-        num_rows, width = len(keys), key_pages.shape[1] // len(keys)
+        width = key_pages.shape[1] // num_rows
         table = torch.arange(num_rows * width, dtype=torch.int32, device=key_pages.device)
         window = self._settings.obs_window
         context = self._context_of(
@@ -111,12 +111,19 @@ class CompressedHeads(CompressedLevel):
                 num_kept=num_kept,
                 num_queries=min(len(queries), window),
                 target_column=num_columns,
+                rows_together=num_rows,
             ),
             paged_scores,
             num_processed,
         )
-        self._settings.policy.compact(context)
-        start = num_columns * block_size
+        found = policy.score(context)
+        if by_scores:
+            (pages,) = policy.allocator.deal(context, found, [budget]).tolist()
+            num_kept = [count * block_size for count in pages]
+            budgets = torch.tensor(num_kept, dtype=torch.int32, device=context.device)
+            context = replace(context, budgets=budgets, max_budget=max(num_kept))
+        policy.place(context, found)
+        most, start = max(num_kept), num_columns * block_size
 
         def kept(of_heads: torch.Tensor) -> list[torch.Tensor]:
             slots = of_heads[0].view(num_rows, width * block_size, *of_heads.shape[4:])
@@ -136,6 +143,15 @@ class CompressedHeads(CompressedLevel):
         replace_entries(cache, [layer], *(one[None] for one in filled))
         if context.paged_scores is not None and self._of_heads is not None:
             self._of_heads[at] = [one.clone() for one in kept(context.paged_scores)]
+
+
+def _dealt(heads: Mapping[int, HeadShares], level: LevelPlan) -> dict[int, Sequence[int]]:
+    """By layer, the pages of each kv_head, which are the same at every compaction."""
+    plan = level.plan
+    if plan.budget_blocks == 0:
+        return {}
+    num_blocks = prompt_blocks(plan.prompt_len, plan.recent_window, plan.block_size)
+    return {layer: heads[layer].pages(plan.budget_blocks, num_blocks) for layer in level.layers}
 
 
 def _from_gaps(entries: torch.Tensor, gaps: Sequence[int]) -> list[torch.Tensor]:

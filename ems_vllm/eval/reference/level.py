@@ -46,6 +46,7 @@ class Counts:
         num_live, num_entries, num_scored, num_kept: Of each row.
         num_queries: Recorded ones.
         target_column: Where what is kept goes, in the table of every row.
+        rows_together: Consecutive rows that are kv_heads of a request.
     """
 
     num_live: Sequence[int]
@@ -54,6 +55,7 @@ class Counts:
     num_kept: Sequence[int]
     num_queries: int
     target_column: int
+    rows_together: int = 1
 
 
 class CompressedLevel:
@@ -219,6 +221,7 @@ class CompressedLevel:
             end_positions=ints([num_processed] * num_rows),
             is_untouched=ints([self._first == 0] * num_rows).bool(),
             rotations=[settings.rotation] * keys.shape[0],
+            rows_together=counts.rows_together,
         )
 
     def _paged_scores(self, num_live: int) -> torch.Tensor | None:

@@ -25,7 +25,8 @@ class LevelPlan:
     Attributes:
         layers: Ascending indices of its layers, among all layers of the model.
         plan: When they are compressed, and into which columns.
-        heads: By layer, how its kv_heads share these columns; None where all keep as much.
+        heads: By layer, how its kv_heads share these columns, whatever the prompt; None where all
+            keep as much, or scores decide.
     """
 
     layers: tuple[int, ...]

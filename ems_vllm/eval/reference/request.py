@@ -50,12 +50,9 @@ class ReferenceRequest:
         self._cache = fork(prompt.cache, cache_format)
         # The same scores for all levels, as the scheduler has it.
         first_query = first_scored_query(levels)
-        self._levels = [
-            (CompressedLevel if level.heads is None else CompressedHeads)(
-                settings, level, prompt, first_query
-            )
-            for level in levels
-        ]
+        by_head = settings.policy.allocator.deals_to_heads
+        kind = CompressedHeads if by_head else CompressedLevel
+        self._levels = [kind(settings, level, prompt, first_query) for level in levels]
 
     @property
     def num_live(self) -> float:
