@@ -93,6 +93,20 @@ def test_plan_shows_what_kv_heads_keep(tmp_path):
     assert row_of(levels, "0, 1, 2, 3")[1:] == ["1,600 (640 to 2,560)", "100 (100 to 100)"]
 
 
+def test_plan_says_that_kv_heads_share_by_scores(tmp_path):
+    recipe = tmp_path / "ada.yaml"
+    recipe.write_text("budget: 256\nscorer: ems\nallocator: ada\nselector: top_k\nmerger: ems\n")
+    ada, equal = (
+        run("plan", "--prompt-len", "4000", "--budget", "256", "--recipe", name)
+        for name in (str(recipe), "ems")
+    )
+    assert ada.exit_code == 0, ada.output
+    assert row_of(ada.output, "4,000") == row_of(equal.output, "4,000")
+    said = "kv_heads share what their layer keeps, by the scores of each compaction."
+    assert said in ada.output
+    assert said not in equal.output
+
+
 def test_plan_of_levels_without_a_model_is_refused(tmp_path):
     recipe = tmp_path / "pyramid.yaml"
     recipe.write_text(

@@ -274,6 +274,10 @@ def test_a_mistake_in_the_file_of_a_profile_names_the_file(tmp_path):
             {"name": "pyramid", "num_levels": 0},
             "num_levels=0 is not allowed: input should be greater than or equal to 1.",
         ),
+        (
+            {"name": "ada", "safeguard": 1.5},
+            "safeguard=1.5 is not allowed: input should be less than or equal to 1.",
+        ),
         ({"name": "uniform", "profile": "smol"}, "profile='smol' is not a setting: drop it."),
     ],
 )

@@ -198,10 +198,11 @@ def test_tables_of_heads_take_what_is_set_aside_for_them():
     assert own == batch_bytes(24, num_columns, num_heads)
 
 
-def test_unequal_heads_are_counted():
+@pytest.mark.parametrize("allocator", [by_head(2, 8), "ada"], ids=["profile", "ada"])
+def test_unequal_heads_are_counted(allocator):
     """A request of a million tokens whose heads may each keep all of them."""
     alike = footprint("ems", 2, max_model_len=1 << 20)
-    heads = footprint("ems", 2, max_model_len=1 << 20, allocator=by_head(2, 8))
+    heads = footprint("ems", 2, max_model_len=1 << 20, allocator=allocator)
     assert alike.head_bytes(1000) == 0
     policy = heads.policy
     staged = merge_scratch_bytes(8, 1 << 20, 1 << 20, 128, 2)

@@ -8,6 +8,7 @@ from eval.test_reference_levels import reference as reference
 
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.policies.budgets.ada import AdaBudget
 
 HALF, BLOCK = 0.5, 16
 NEVER = RequestOptions(enabled=False)
@@ -34,6 +35,11 @@ EQUAL = by_head(lambda layer: (HALF, HALF))
 UNEQUAL = by_head(lambda layer: (0.125, 0.875) if layer % 2 else (0.875, 0.125))
 
 
+# By the scores of each compaction; with a safeguard of 1 all heads get as much.
+ADA = {"name": "ada", "safeguard": 0.0}
+ALIKE = {"name": "ada", "safeguard": 1.0}
+
+
 def live(request):
     """By layer and head, keys and values without gaps."""
     gaps = request.gaps()
@@ -44,10 +50,11 @@ def live(request):
     return found
 
 
-@pytest.mark.parametrize("num_levels", [1, 2])
+@pytest.mark.parametrize(
+    "equal", [EQUAL, {**EQUAL, "num_levels": 2}, ALIKE], ids=["1 level", "2 levels", "ada"]
+)
 @pytest.mark.parametrize("recipe", ["ems", "h2o", "snapkv", "knorm"])
-def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, num_levels):
-    equal = {**EQUAL, "num_levels": num_levels}
+def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, equal):
     one, other = (start(reference, each, recipe=recipe) for each in ("uniform", equal))
     with reference_operators():
         torch.testing.assert_close(
@@ -82,16 +89,48 @@ def test_each_head_keeps_what_it_is_dealt(reference, recipe):
                     torch.testing.assert_close(mine, theirs)
 
 
-def test_tokens_at_once_are_tokens_one_by_one(reference):
+@pytest.mark.parametrize("recipe", ["ems", "snapkv"])
+def test_heads_are_dealt_to_by_their_scores_at_every_compaction(reference, recipe, monkeypatch):
+    dealt = []
+    deal = AdaBudget.deal
+
+    def recording(allocator, context, scores, budgets):
+        pages = deal(allocator, context, scores, budgets)
+        dealt.append((budgets, pages.tolist()))
+        return pages
+
+    monkeypatch.setattr(AdaBudget, "deal", recording)
+    request, num_processed = start(reference, ADA, recipe=recipe), len(PROMPT)
+    unequal = []
+    with reference_operators():
+        for _ in range(3):
+            dealt.clear()
+            request.compress()
+            assert len(dealt) == NUM_LAYERS
+            for (budgets, (pages,)), of_layer in zip(dealt, live(request), strict=True):
+                assert budgets == [64]
+                assert sum(pages) == 2 * 4
+                tail = request.num_live - 64
+                assert [len(keys) - tail for keys, _ in of_layer] == [BLOCK * n for n in pages]
+            unequal += [first != second for _, ((first, second),) in dealt]
+            due = request.next_compaction()
+            request.extend(CONTINUATION[: due - num_processed])
+            num_processed = due
+    assert any(unequal)
+
+
+@pytest.mark.parametrize(("recipe", "allocator"), [("ems", UNEQUAL), ("snapkv", ADA)])
+def test_tokens_at_once_are_tokens_one_by_one(reference, recipe, allocator):
     """Through three compactions, of pages that heads already own."""
-    at_once, by_step = (start(reference, UNEQUAL) for _ in range(2))
+    at_once, by_step = (start(reference, allocator, recipe=recipe) for _ in range(2))
     with reference_operators():
         logits = at_once.extend(CONTINUATION[:160])
         steps = torch.stack([by_step.step(token) for token in CONTINUATION[:160]])
     torch.testing.assert_close(logits, steps, rtol=0, atol=1e-4)
     for of_layer in live(at_once):
         assert sum(len(keys) for keys, _ in of_layer) == 2 * at_once.num_live
-        assert len(of_layer[0][0]) != len(of_layer[1][0])
+    lengths = [(len(first), len(second)) for (first, _), (second, _) in live(at_once)]
+    assert any(first != second for first, second in lengths)
 
 
 def test_a_request_that_is_not_compressed_has_no_heads_to_deal_to(reference):
