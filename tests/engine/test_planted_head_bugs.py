@@ -6,7 +6,7 @@ import pytest
 from engine.busy_run import busy_runs
 
 from ems_vllm import ops
-from ems_vllm.engine import compaction_rows, compactor
+from ems_vllm.engine import compactor
 from ems_vllm.engine.compactor import Compactor
 from ems_vllm.engine.head_batch import HeadBatch
 from ems_vllm.engine.head_tables import HeadTables
@@ -77,14 +77,15 @@ def _owned_is_not_told_to_the_device(monkeypatch):
 
 
 def _compaction_reads_the_tail_a_column_late(monkeypatch):
-    pages_of = compaction_rows._pages
+    by_head = compactor.by_head
 
-    def late(columns, starts, head, *, common=True):
-        pages = pages_of(columns, starts, head, common=common)
-        own = starts[head + 1] - starts[head]
-        return np.delete(pages, own) if common and own < len(pages) else pages
+    def late(rows, held, block_size):
+        found = by_head(rows, held, block_size)
+        for row, own in enumerate(held.flatten().tolist()):
+            found.block_table[row, own:-1] = found.block_table[row, own + 1 :].copy()
+        return found
 
-    monkeypatch.setattr(compaction_rows, "_pages", late)
+    monkeypatch.setattr(compactor, "by_head", late)
 
 
 def _attention_reads_the_tail_a_column_late(monkeypatch):
@@ -101,38 +102,39 @@ def _attention_reads_the_tail_a_column_late(monkeypatch):
 
 
 def _kept_runs_are_laid_out_by_equal_shares(monkeypatch):
-    pages_of = compaction_rows._pages
+    dealt = compactor.dealt
 
-    def equal(columns, starts, head, *, common=True):
-        if common:
-            return pages_of(columns, starts, head, common=common)
-        num_heads = len(starts) - 1
-        first = head * (starts[-1] // num_heads)
-        own = (first + np.arange(starts[head + 1] - starts[head])) % starts[-1]
-        return columns[own // num_heads] * num_heads + own % num_heads
+    def equal(heads, rows, kept, block_size):
+        found = dealt(heads, rows, kept, block_size)
+        num_heads, start = kept.shape[1], heads.block_table.shape[1]
+        for row, of_row in enumerate(kept):
+            columns = rows.block_table[row, rows.target_columns[row] :]
+            for head, count in enumerate(of_row):
+                own = (head * (of_row.sum() // num_heads) + np.arange(count)) % of_row.sum()
+                pages = columns[own // num_heads] * num_heads + own % num_heads
+                found.block_table[row * num_heads + head, start : start + count] = pages
+        return found
 
-    monkeypatch.setattr(compaction_rows, "_pages", equal)
+    monkeypatch.setattr(compactor, "dealt", equal)
 
 
-def _by_head_edited(monkeypatch, edit):
-    """Lets `edit` change what heads own before and after a compaction, as its rows see it."""
+def _read_edited(monkeypatch, edit):
+    """Lets `edit` change what heads own before a compaction, as its rows see it."""
     by_head = compactor.by_head
     monkeypatch.setattr(
-        compactor,
-        "by_head",
-        lambda rows, held, kept, block_size: by_head(rows, *edit(held, kept), block_size),
+        compactor, "by_head", lambda rows, held, block_size: by_head(rows, edit(held), block_size)
     )
 
 
 def _compaction_reads_by_equal_shares(monkeypatch):
-    def equal(held, kept):
-        return np.repeat(held.sum(1, keepdims=True) // held.shape[1], held.shape[1], 1), kept
+    def equal(held):
+        return np.repeat(held.sum(1, keepdims=True) // held.shape[1], held.shape[1], 1)
 
-    _by_head_edited(monkeypatch, equal)
+    _read_edited(monkeypatch, equal)
 
 
 def _requests_of_a_wave_are_mixed_up(monkeypatch):
-    _by_head_edited(monkeypatch, lambda held, kept: (held[::-1], kept[::-1]))
+    _read_edited(monkeypatch, lambda held: held[::-1])
 
 
 def _compaction_of_another_layer(monkeypatch):
@@ -179,9 +181,9 @@ def _everybody_is_dealt_alike(monkeypatch):
 def _scores_stay_in_the_slots_of_columns(monkeypatch):
     by_head = compactor.by_head
 
-    def stay(rows, held, kept, block_size):
-        found = by_head(rows, held, kept, block_size)
-        unowned = by_head(rows, held * 0, kept, block_size)
+    def stay(rows, held, block_size):
+        found = by_head(rows, held, block_size)
+        unowned = by_head(rows, held * 0, block_size)
         width = min(found.score_table.shape[1], unowned.score_table.shape[1])
         found.score_table[:, :width] = unowned.score_table[:, :width]
         return found
