@@ -181,7 +181,9 @@ class _Group:
         self.num_unequal = 0
         self.symbols = Symbols(self.num_layers, self.num_heads)
         self.pages = SymbolicPages(self.num_layers, self.num_heads, num_blocks, num_score_pages)
-        self.tables = HeadTables(shares, self.num_heads, max_num_seqs, torch.device("cpu"))
+        self.tables = HeadTables(
+            len(shares), self.num_heads, max_num_seqs, torch.device("cpu"), shares
+        )
         self._shares, self._settings = list(shares), spec.settings
         self._policy = SymbolicPolicy(self.symbols, self.num_heads)
         self._num_rows_due = 0

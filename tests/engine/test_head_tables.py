@@ -22,7 +22,7 @@ REQUESTS = [f"r{index}" for index in range(6)]
 
 
 def tables() -> HeadTables:
-    return HeadTables(SHARES, NUM_HEADS, MAX_NUM_SEQS, torch.device("cpu"))
+    return HeadTables(len(SHARES), NUM_HEADS, MAX_NUM_SEQS, torch.device("cpu"), SHARES)
 
 
 def compaction(req_id: str, columns: int, prompt_blocks: int) -> Compaction:

@@ -48,8 +48,8 @@ def _place_is_dealt_twice(monkeypatch):
             self._free.extend(items or ())
             return items
 
-    def init_generous(self, shares, num_heads, max_num_seqs, device):
-        init(self, shares, num_heads, max_num_seqs, device)
+    def init_generous(self, num_layers, num_heads, max_num_seqs, device, shares=None):
+        init(self, num_layers, num_heads, max_num_seqs, device, shares)
         self._free = Generous(1, max_num_seqs)
 
     monkeypatch.setattr(HeadTables, "__init__", init_generous)

@@ -67,7 +67,7 @@ class Rows:
         # NaN wherever nothing has been written: an entry that is read by mistake shows.
         shape = (num_blocks, NUM_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE)
         self.caches = [torch.full(shape, NAN) for _ in range(NUM_LAYERS)]
-        self.heads = HeadTables([None] * NUM_LAYERS, NUM_HEADS, MAX_NUM_REQS, torch.device("cpu"))
+        self.heads = HeadTables(NUM_LAYERS, NUM_HEADS, MAX_NUM_REQS, torch.device("cpu"))
         self.owned = self._own()
         self.entries = {
             (layer, row, head): self._write(layer, row, head)
