@@ -22,6 +22,9 @@ FOUND = {
 DENSE = FOUND | {"decode": {"late_blocks": 100}}
 
 
+ALL = {("dense", False): DENSE, ("ems", False): FOUND, ("heads", False): FOUND}
+
+
 def try_all(tmp_path, monkeypatch, outcomes, stop=()):
     """Run with made-up outcomes by (configuration, eager): results, or an exit code."""
 
@@ -47,18 +50,13 @@ def try_all(tmp_path, monkeypatch, outcomes, stop=()):
 
 
 def test_all_is_well(tmp_path, monkeypatch):
-    outcomes = {("dense", False): DENSE, ("ems", False): FOUND}
-    report = try_all(tmp_path, monkeypatch, outcomes)
+    report = try_all(tmp_path, monkeypatch, ALL)
     assert (report["complete"], report["tokens_identical"], report["wrong"]) == (True, True, [])
     assert "tokens identical" in details_of("serving", tmp_path)
 
 
 def test_one_configuration_hangs_and_the_other_is_reported(tmp_path, monkeypatch):
-    outcomes = {
-        ("dense", False): DENSE,
-        ("ems", False): limited.TIMED_OUT,
-        ("ems", True): 1,
-    }
+    outcomes = ALL | {("ems", False): limited.TIMED_OUT, ("ems", True): 1}
     report = try_all(tmp_path, monkeypatch, outcomes)
     assert report["runs"]["dense"]["tight"]["tokens_per_s"] == 30
     assert not report["complete"]
@@ -69,21 +67,23 @@ def test_one_configuration_hangs_and_the_other_is_reported(tmp_path, monkeypatch
     assert errors == {
         ("dense", True): None,
         ("ems", True): "stopped after 50 s\nems says why",
+        ("heads", True): None,
         ("ems", False): "exit 1\nems says why",
     }
     assert len(report["wrong"]) == 2
     assert details_of("serving", tmp_path) == (
-        "dense: ran; ems: stopped after 50 s, ems says why; "
+        "dense: ran; ems: stopped after 50 s, ems says why; heads: ran; "
         "ems (no CUDA graphs): exit 1, ems says why"
     )
 
 
 def test_working_only_without_graphs_is_a_failure_with_results(tmp_path, monkeypatch):
-    outcomes = {("dense", False): DENSE, ("ems", False): 1, ("ems", True): FOUND}
+    outcomes = ALL | {("ems", False): 1, ("ems", True): FOUND}
     report = try_all(tmp_path, monkeypatch, outcomes)
     assert report["complete"]
     assert report["tokens_identical"]
-    assert [run["cuda_graphs"] for run in report["runs"].values()] == [True, False]
+    with_graphs = {name: run["cuda_graphs"] for name, run in report["runs"].items()}
+    assert with_graphs == {"dense": True, "ems": False, "heads": True}
     assert report["wrong"] == ["ems fails with CUDA graphs: exit 1"]
 
 
@@ -95,10 +95,31 @@ def test_what_was_found_before_an_interruption_is_written(tmp_path, monkeypatch)
 
 def test_other_tokens_are_wrong(tmp_path, monkeypatch):
     other = FOUND | {"answers": [[1, 3]]}
-    outcomes = {("dense", False): DENSE, ("ems", False): other}
-    report = try_all(tmp_path, monkeypatch, outcomes)
+    report = try_all(tmp_path, monkeypatch, ALL | {("ems", False): other})
     assert report["wrong"] == ["within the budget, tokens differ from dense vLLM's"]
     assert "tokens DIFFERENT" in details_of("serving", tmp_path)
+
+
+def test_by_head_most_first_tokens_have_to_be_those_of_dense_vllm(tmp_path, monkeypatch):
+    def wrong(*firsts):
+        answers = [[first, 3] for first in firsts]
+        outcomes = {
+            key: found | {"answers": answers if key[0] == "heads" else [[1, 2], [1, 2], [1, 2]]}
+            for key, found in ALL.items()
+        }
+        return try_all(tmp_path, monkeypatch, outcomes)["wrong"]
+
+    assert wrong(1, 1, 5) == []
+    assert wrong(1, 5, 5) == ["by head, most first tokens differ from dense vLLM's"]
+
+
+def test_by_head_nothing_was_compressed(tmp_path, monkeypatch):
+    dense_alike = FOUND | {"compactions": 0, "decode": DENSE["decode"]}
+    report = try_all(tmp_path, monkeypatch, ALL | {("heads", False): dense_alike})
+    assert report["wrong"] == [
+        "by head, no request was compressed",
+        "by head, compressed requests hold as many blocks as dense ones",
+    ]
 
 
 def test_last_lines_of_what_hangs_are_kept(capfd, monkeypatch):
@@ -122,7 +143,9 @@ def test_serving_compares_dense_and_compressed(tmp_path):
     report = json.loads(out.read_text())
     assert report["tokens_identical"]
     assert report["wrong"] == []
-    dense, ems = (report["runs"][name] for name in ("dense", "ems"))
-    assert ems["compactions"] > 0
-    assert ems["tight"]["peak_blocks"] <= dense["tight"]["peak_blocks"]
+    dense = report["runs"]["dense"]
+    for name in ("ems", "heads"):
+        found = report["runs"][name]
+        assert found["compactions"] > 0
+        assert found["tight"]["peak_blocks"] <= dense["tight"]["peak_blocks"]
     assert "tokens identical; peak blocks" in details_of("serving", tmp_path)

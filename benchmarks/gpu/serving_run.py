@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One configuration of serving.py, in a process of its own.
 
-Usage: python benchmarks/gpu/serving_run.py dense|ems --model FOLDER --out FILE [--size tiny]
+Usage: python benchmarks/gpu/serving_run.py dense|ems|heads --model FOLDER --out FILE [--size tiny]
 
 Where it is stopped from outside, it prints where it was.
 """
@@ -33,7 +33,7 @@ def run(name: str, size: Size, model: str, options: dict[str, Any]) -> dict[str,
     def prompts(count: int, length: int, seed: int) -> list[list[int]]:
         return [tokens(length, seed=seed + index) for index in range(count)]
 
-    compression = size.compression() if name == "ems" else None
+    compression = size.compression(name)
     arguments: dict[str, Any] = {
         "dtype": size.dtype,
         "num_blocks": size.num_blocks,

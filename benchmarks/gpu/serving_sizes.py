@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 BLOCK_SIZE = 16
-CONFIGURATIONS = ("dense", "ems")
+CONFIGURATIONS = ("dense", "ems", "heads")
+# Of a half of a prompt, kept by a kv_head and by the next one.
+UNEQUAL = (0.75, 0.25)
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,37 @@ class Size:
         """Of the pool; the last one is vLLM's null block."""
         return self.num_decode * -(-self.max_model_len // BLOCK_SIZE) + 1
 
-    def compression(self) -> dict[str, Any]:
-        """For `additional_config`."""
-        return {
+    def compression(self, name: str) -> dict[str, Any] | None:
+        """Of a configuration, for `additional_config`."""
+        if name == "dense":
+            return None
+        settings: dict[str, Any] = {
             "recipe": "ems",
             "budget": self.budget,
             "recent_window": self.window,
             "recompress_interval": self.interval,
+        }
+        if name == "heads":
+            settings["allocator"] = self._by_head()
+        return settings
+
+    def _by_head(self) -> dict[str, Any]:
+        """An allocator that deals neighbouring kv_heads unequal shares, in each layer others."""
+        layers = range(self.model["num_hidden_layers"])
+        heads = range(self.model["num_key_value_heads"])
+        profile = {
+            "ratios": [0.5],
+            "fractions": {layer: [0.5] for layer in layers},
+            "head_fractions": {
+                layer: [[UNEQUAL[(layer + head) % 2]] for head in heads] for layer in layers
+            },
+        }
+        return {
+            "name": "profile",
+            "profile": profile,
+            "uniform_share": 0,
+            "num_levels": 1,
+            "per_head": True,
         }
 
 

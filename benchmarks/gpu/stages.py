@@ -116,9 +116,9 @@ STAGES = (
     ),
     Stage(
         "serving",
-        "vLLM, dense and compressed: same tokens, blocks freed, throughput",
+        "vLLM, dense, compressed and by head: same tokens, blocks freed, throughput",
         ("{python}", "benchmarks/gpu/serving.py", "--out", "{out}/serving.json"),
-        limit_s=240,
+        limit_s=330,
         env=VLLM,
         writes=("serving.json",),
     ),

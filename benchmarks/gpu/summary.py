@@ -95,11 +95,10 @@ def _serving(folder: Path) -> str:
     if not found["complete"]:
         return "; ".join(_attempt(tried) for tried in found["attempts"])
     tokens = "identical" if found["tokens_identical"] else "DIFFERENT"
-    dense, ems = (found["runs"][name]["tight"] for name in ("dense", "ems"))
-    return (
-        f"tokens {tokens}; peak blocks {dense['peak_blocks']} and {ems['peak_blocks']}; "
-        f"tokens/s {dense['tokens_per_s']:.0f} and {ems['tokens_per_s']:.0f} (dense and EMS)"
-    )
+    runs = [found["runs"][name]["tight"] for name in ("dense", "ems", "heads")]
+    blocks = ", ".join(str(run["peak_blocks"]) for run in runs)
+    speeds = ", ".join(f"{run['tokens_per_s']:.0f}" for run in runs)
+    return f"tokens {tokens}; peak blocks {blocks}; tokens/s {speeds} (dense, EMS, EMS by head)"
 
 
 def _attempt(tried: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ COMPACTION_KERNELS = {
     "ems::write_targets_kernel",
 }
 SCORE, SCORE_LSE = "ems::score_queries_sm90_kernel", "ems::score_queries_lse_sm90_kernel"
+RECORD, HEAD_PAGES = "ems::record_queries_kernel", "ems::head_pages_kernel"
 FLASH = {"attention_backend": "FLASH_ATTN"}
 DENSE = Run(None, FLASH)
 EMS = Run(arguments=FLASH)
@@ -60,6 +61,39 @@ SLEEPING = Run(
 )
 # Half of the layers keep much, half little: two KV-cache groups.
 LEVELS = Run(COMPRESSION | {"allocator": {"name": "pyramid", "num_levels": 2}}, FLASH)
+# The kv_heads of a layer share unequally what it keeps, in each layer others.
+SHARES = (0.9, 0.1, 0.6, 0.4)
+BY_HEAD = COMPRESSION | {
+    "allocator": {
+        "name": "profile",
+        "profile": {
+            "ratios": [0.5],
+            "fractions": {str(layer): [0.5] for layer in range(NUM_LAYERS)},
+            "head_fractions": {
+                str(layer): [[share] for share in SHARES[layer:] + SHARES[:layer]]
+                for layer in range(NUM_LAYERS)
+            },
+        },
+        "uniform_share": 0,
+        "num_levels": 1,
+        "per_head": True,
+    }
+}
+HEAD_RUNS = {
+    (backend, mode): Run(
+        BY_HEAD, {"attention_backend": backend, "compilation_config": {"cudagraph_mode": mode}}
+    )
+    for backend, mode in (
+        ("TRITON_ATTN", "FULL_AND_PIECEWISE"),
+        ("FLASH_ATTN", "FULL_AND_PIECEWISE"),
+        ("FLASH_ATTN", "FULL_DECODE_ONLY"),
+        ("FLASH_ATTN", "PIECEWISE"),
+        ("FLASH_ATTN", "NONE"),
+    )
+}
+# What kv_heads add to a decoding step: in each layer their pages, and FlashAttention's schedule,
+# which otherwise is made once for all; places and first tokens of the rows are brought to the GPU.
+MOST_EXTRA_BY_HEAD = 2 * NUM_LAYERS + 2
 FLASH_RUNS = (DENSE, EMS, *BY_GRAPHS.values(), SHORT_CHUNKS, TOGETHER)
 OTHER_BACKENDS = {
     name: Run(arguments={"attention_backend": name}) for name in ("TRITON_ATTN", "FLEX_ATTENTION")
@@ -74,6 +108,10 @@ def of_backend(runner, name):
     return serve(runner, *OTHER_BACKENDS.values())[list(OTHER_BACKENDS).index(name)]
 
 
+def by_head(runner, *name):
+    return serve(runner, *HEAD_RUNS.values())[list(HEAD_RUNS).index(name)]
+
+
 def assert_served(found, requests=REQUESTS):
     """To its end, compressed, with no call that CUDA would have refused."""
     assert found.answer_lens == [num_new for _, num_new in requests]
@@ -85,13 +123,13 @@ def assert_served(found, requests=REQUESTS):
         assert found.stats["num_entries_kept"] < found.stats["num_entries_in"]
 
 
-def assert_captures_are_sound(found):
+def assert_captures_are_sound(found, ours=(RECORD,)):
     # Work on another stream than the one that is captured would be done once and not replayed.
     assert [event for event in found.start if event.how == "beside"] == []
     # Where its pages lie is not known when the graph is replayed.
     captured = [event for event in found.start if event.how == "captured"]
     assert [event for event in captured if "pageable" in event.name] == []
-    assert {event.name for event in captured if event.is_ours} <= {"ems::record_queries_kernel"}
+    assert {event.name for event in captured if event.is_ours} <= set(ours)
 
 
 def num_scoring(step):
@@ -173,7 +211,7 @@ def test_graph_modes(runner, mode):
     assert found.graphs == mode
     in_graph = "replayed" if mode == "FULL_DECODE_ONLY" else "eager"
     for step in full_decodes(found):
-        assert step.count(name="ems::record_queries_kernel", how=in_graph) == NUM_LAYERS
+        assert step.count(name=RECORD, how=in_graph) == NUM_LAYERS
     assert (count(found.start, how="captured") > 0) == (mode != "NONE")
 
 
@@ -184,7 +222,7 @@ def test_a_decoding_step_adds_one_launch_a_layer_and_no_waiting(runner):
     dense_work = max(step.count(runs=True) for step in full_decodes(dense)[4:])
     dense_waits = max(step.count(kind="synchronize") for step in full_decodes(dense)[4:])
     for step in full_decodes(ems)[4:]:
-        assert step.count(name="ems::record_queries_kernel", how="replayed") == NUM_LAYERS
+        assert step.count(name=RECORD, how="replayed") == NUM_LAYERS
         assert step.count(name="ems::plan_metadata_kernel") == 1
         assert step.count(is_ours=True) == NUM_LAYERS + 1
         assert step.count(runs=True) <= dense_work + MOST_EXTRA_PER_DECODE
@@ -226,7 +264,7 @@ def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
     assert_captures_are_sound(found)
     assert_scored(found)
     for step in full_decodes(found)[4:]:
-        assert step.count(name="ems::record_queries_kernel", how="replayed") == NUM_LAYERS
+        assert step.count(name=RECORD, how="replayed") == NUM_LAYERS
         assert step.count(name="ems::plan_metadata_kernel") == 2
         assert step.count(is_ours=True) == NUM_LAYERS + 2
     compacting = [step for step in found.steps if step.num_compactions]
@@ -235,6 +273,44 @@ def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
         launched = {event.name: n for event, n in step.events.items() if event.is_ours}
         num_groups = {launched.get(name) for name in COMPACTION_KERNELS}
         assert num_groups == {2}
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize(("backend", "mode"), HEAD_RUNS)
+def test_unequal_kv_heads_are_served_in_graphs_of_decodes(runner, backend, mode):
+    found = by_head(runner, backend, mode)
+    assert_served(found)
+    assert_captures_are_sound(found, {RECORD, HEAD_PAGES})
+    assert_scored(found, passes=(SCORE,) if backend == "FLASH_ATTN" else (SCORE_LSE, SCORE))
+    assert found.backend.startswith("Compressed")
+    assert found.graphs == mode
+    for step in found.steps:
+        is_in_graph = mode.startswith("FULL") and step.num_prompt == 0
+        how = "replayed" if is_in_graph else "eager"
+        assert step.count(name=HEAD_PAGES, how=how) == NUM_LAYERS
+        assert step.count(name=HEAD_PAGES) == NUM_LAYERS
+        if backend == "TRITON_ATTN":
+            # With few rows it cuts each into segments, as with few requests.
+            assert step.count(name="reduce_segments", how=how) == NUM_LAYERS * is_in_graph
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_unequal_kv_heads_add_launches_to_a_decoding_step_and_no_waiting(runner):
+    ems = with_flash(runner, EMS)
+    most_waits = max(step.count(kind="synchronize") for step in ems.steps)
+    uniform = full_decodes(ems)[4:]
+    most_work = max(step.count(runs=True) for step in uniform)
+    (waits,) = {step.count(kind="synchronize") for step in uniform}
+    found = by_head(runner, "FLASH_ATTN", "FULL_AND_PIECEWISE")
+    for step in full_decodes(found)[4:]:
+        assert step.count(is_ours=True) == 2 * NUM_LAYERS + 1
+        assert step.count(runs=True) <= most_work + MOST_EXTRA_BY_HEAD
+        assert step.count(kind="synchronize") == waits
+        assert step.count(kind="allocate") == 0
+    for step in found.steps:
+        assert step.count(kind="synchronize") <= most_waits
+        model = {event.stream for event in step.events if event.name == "cublasGemmEx"}
+        assert {event.stream for event in step.events if event.is_ours} <= model
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
