@@ -254,9 +254,7 @@ def found_by(compression: dict, **options: Any) -> tuple[list, list[dict[str, in
         return found, group_stats(probe)
 
 
-@pytest.mark.parametrize(
-    ("recipe", "cache"), [("ems", "auto"), ("h2o", "auto"), ("snapkv", "auto"), ("ems", "fp8")]
-)
+@pytest.mark.parametrize(("recipe", "cache"), [("ems", "auto"), ("h2o", "auto"), ("ems", "fp8")])
 def test_heads_of_equal_shares_answer_as_uniform(recipe, cache):
     """Rows, pages and tables of their own change nothing of what is computed but its rounding."""
     shared = {**COMPRESSION, "recipe": recipe}
