@@ -5,30 +5,27 @@ of the reference, and neither hits nor chunks nor preemptions change them."""
 from __future__ import annotations
 
 from itertools import pairwise
-from unittest import mock
 
 import numpy as np
 import pytest
-from engine.block_guard import guarded
 from engine.harness import BLOCK_SIZE, LLAMA, engine
 from engine.test_head_budgets import found_by
-from engine.test_layer_shares import (
+from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
     OPTIONS,
     SHORT,
-    SHORT_ANSWER,
     answers,
-    chunks_of,
+    answers_of_reference,
+    disturbed,
     group_stats,
     increase,
+    start_log,
 )
 from unlike_heads import unlike_heads
 
-from ems_vllm.config import RequestOptions, load_config
-from ems_vllm.engine import capacity
+from ems_vllm.config import load_config
 from ems_vllm.engine.head_tables import HeadTables
-from ems_vllm.eval.reference.model import ReferenceModel
 
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE
@@ -81,53 +78,17 @@ class TestAda:
         assert any((first != later).any() for first, later in pairwise(seen))
 
     def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        config = load_config(compression)
-        reference = ReferenceModel.load(LLAMA, "cpu", "float32")
-        for prompt in (LONG, SHORT):
-            (found,) = fresh.generate([prompt], 80)
-            first = reference.first_query(len(prompt), config, RequestOptions())
-            prefilled = reference.prefill(
-                prompt, config.obs_window, [] if first is None else [first]
-            )
-            request = reference.request(prefilled, config, RequestOptions())
-            expected = [int(prefilled.logits.argmax())]
-            while len(expected) < len(found):
-                expected.append(int(request.step(expected[-1]).argmax()))
-            assert found == expected
+        expected = answers_of_reference(compression, [LONG, SHORT], 80)
+        assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, compression):
         assert load_config(compression).is_neutral_to_hits
-        found = {}
-        with guarded(fresh):
-            cold = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-            fresh.generate([[*LONG[:240], 7, 7], [*SHORT[:48], 7, 7]], 4)
-            found["shared prefix"] = answers(fresh)
-            found["warm"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-            with chunks_of(fresh, 37):
-                found["chunks"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-
-            def preempt(step):
-                # In a prompt, after the first compactions, and after the late one.
-                if step in (1, 30, SHORT_ANSWER):
-                    fresh.scheduler._preempt_request(fresh.scheduler.running.pop(), 0.0)
-
-            found["preempted"] = answers(fresh, preempt)
+        cold = answers(fresh)
+        found = disturbed(fresh)
         assert {name: found[name] == cold for name in found} == dict.fromkeys(found, True)
 
     def test_the_start_log_says_when_heads_are_dealt_to(self, probe, compression):
-        worker, logger = probe.worker, mock.Mock()
-        capacity.log_start(
-            logger,
-            load_config(compression),
-            worker.model_runner.kv_cache_config,
-            worker._attention_layers(),
-            420,
-            worker._footprint(),
-        )
-        lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
+        lines = start_log(probe, compression, 420)
         assert any(
             "kv_heads share what their layer keeps, by the scores of each compaction." in line
             for line in lines

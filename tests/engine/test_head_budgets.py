@@ -5,35 +5,31 @@ from __future__ import annotations
 
 import re
 from typing import Any
-from unittest import mock
 
-import interpreter
 import numpy as np
 import pytest
 import torch
-from engine.block_guard import guarded
 from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
-from engine.test_layer_shares import (
+from engine.test_layer_shares import plain_answers as plain_answers
+from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
     OPTIONS,
     SHORT,
-    SHORT_ANSWER,
     answers,
-    chunks_of,
+    answers_of_reference,
+    disturbed,
     few_blocks,
+    found_by_runner_v2,
     group_stats,
     identity_prompts,
     increase,
+    start_log,
 )
-from engine.test_layer_shares import plain_answers as plain_answers
 from engine.workers import answers_of_workers
-from processes import run_script
 
-from ems_vllm.config import ConfigError, RequestOptions, load_config
-from ems_vllm.engine import capacity
+from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.head_tables import HeadTables
-from ems_vllm.eval.reference.model import ReferenceModel
 
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE
@@ -140,38 +136,12 @@ class TestHeads:
         assert not any(increase(fresh, before, "num_compactions"))
 
     def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        config = load_config(compression)
-        reference = ReferenceModel.load(LLAMA, "cpu", "float32")
-        for prompt in (LONG, SHORT):
-            (found,) = fresh.generate([prompt], 80)
-            first = reference.first_query(len(prompt), config, RequestOptions())
-            prefilled = reference.prefill(
-                prompt, config.obs_window, [] if first is None else [first]
-            )
-            request = reference.request(prefilled, config, RequestOptions())
-            expected = [int(prefilled.logits.argmax())]
-            while len(expected) < len(found):
-                expected.append(int(request.step(expected[-1]).argmax()))
-            assert found == expected
+        expected = answers_of_reference(compression, [LONG, SHORT], 80)
+        assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, cold, compression):
         assert load_config(compression).is_neutral_to_hits
-        found = {}
-        with guarded(fresh):
-            fresh.generate([[*LONG[:240], 7, 7], [*SHORT[:48], 7, 7]], 4)
-            found["shared prefix"] = answers(fresh)
-            found["warm"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-            with chunks_of(fresh, 37):
-                found["chunks"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-
-            def preempt(step):
-                # In a prompt, after the first compactions, and after the late one.
-                if step in (1, 30, SHORT_ANSWER):
-                    fresh.scheduler._preempt_request(fresh.scheduler.running.pop(), 0.0)
-
-            found["preempted"] = answers(fresh, preempt)
+        found = disturbed(fresh)
         assert {name: found[name] == cold for name in found} == dict.fromkeys(found, True)
 
     def test_a_pool_that_is_too_small_changes_no_answer(self, fresh):
@@ -183,16 +153,7 @@ class TestHeads:
         assert fresh.num_preemptions > before
 
     def test_the_start_log_says_what_heads_keep(self, probe, compression):
-        worker, logger = probe.worker, mock.Mock()
-        capacity.log_start(
-            logger,
-            load_config(compression),
-            worker.model_runner.kv_cache_config,
-            worker._attention_layers(),
-            420,
-            worker._footprint(),
-        )
-        lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
+        lines = start_log(probe, compression, 420)
         # A page at least, and of 24 blocks the best head wants 0.3 on the mean of all layers.
         (line,) = (line for line in lines if "kv_heads share" in line)
         assert re.search(r"of a prompt of 420 tokens from 16 to 1[12]\d entries", line), line
@@ -213,34 +174,15 @@ class TestHeads:
         assert 0.9 * memory < taken <= memory
 
     def test_the_second_model_runner_answers_alike(self, fresh, compression):
-        case = {"compression": compression, "model": LLAMA, "lengths": (130, 206), "max_tokens": 20}
-        found = run_script(_V2_SCRIPT, case, interpreter.environment())
+        lengths = (130, 206)
+        found = found_by_runner_v2(compression, lengths)
         assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
         before = group_stats(fresh)
-        prompts = [tokens(length, seed=length) for length in case["lengths"]]
+        prompts = [tokens(length, seed=length) for length in lengths]
         assert fresh.generate(prompts, 20) == found["answers"]
         compactions = increase(fresh, before, "num_compactions")
         assert compactions == found["compactions"]
         assert min(compactions) > 0
-
-
-_V2_SCRIPT = """
-import json, sys
-import torch
-torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
-from engine.harness import engine, tokens
-case = json.loads(sys.argv[1])
-prompts = [tokens(length, seed=length) for length in case["lengths"]]
-with engine(case["compression"], case["model"], max_model_len=1280) as probe:
-    answers = probe.generate(prompts, case["max_tokens"])
-    stats = probe.llm.collective_rpc("kv_compression_stats")[0]
-    probe.assert_pool_is_empty()
-    print(json.dumps({
-        "answers": answers,
-        "runner": type(probe.worker.model_runner).__module__,
-        "compactions": [group["num_compactions"] for group in stats],
-    }))
-"""
 
 
 def found_by(compression: dict, **options: Any) -> tuple[list, list[dict[str, int]]]:

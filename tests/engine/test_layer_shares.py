@@ -3,79 +3,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from unittest import mock
-
-import interpreter
 import pytest
-from engine.arrivals import Arrival, serve
-from engine.block_guard import guarded
-from engine.harness import BLOCK_SIZE, LLAMA, EngineProbe, engine, tokens
+from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
+from engine.unequal_budgets import (
+    BUDGET,
+    COMPRESSION,
+    LONG,
+    OPTIONS,
+    SHORT,
+    SHORT_ANSWER,
+    answers,
+    disturbed,
+    few_blocks,
+    found_by_runner_v2,
+    group_stats,
+    identity_prompts,
+    increase,
+    start_log,
+)
 from engine.workers import answers_of_workers
-from processes import run_script
 
 from ems_vllm.config import load_config
-from ems_vllm.engine import capacity
 from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
 
-BUDGET = 64
-COMPRESSION = {
-    "recipe": "ems",
-    "budget": BUDGET,
-    "max_budget": 8192,
-    "recent_window": 32,
-    "recompress_interval": 32,
-    "min_blocks_saved": 3,
-}
 # The model's four layers in two levels, each a KV-cache group.
 PYRAMID = {**COMPRESSION, "allocator": {"name": "pyramid", "num_levels": 2}}
-OPTIONS = {"max_model_len": 1280}
-
-# Its prompt is compressed in both levels, and its answer once more. 24 blocks lie before the recent
-# window, of which a layer keeps 7 and 1.
-LONG = tokens(420, seed=5)
-# Of its 6 blocks the first level keeps 5, which is not worth a compaction; that comes late in its
-# answer. The second level keeps 3.
-SHORT = tokens(130, seed=6)
-# Enough for what each is there for.
-LONG_ANSWER, SHORT_ANSWER = 40, 140
-IDENTITY_LENGTHS = (1, 15, 16, 17, 130, 1000)
-
-
-def both() -> list[Arrival]:
-    return [Arrival(0, LONG, LONG_ANSWER), Arrival(0, SHORT, SHORT_ANSWER)]
-
-
-def group_stats(probe: EngineProbe) -> list[dict[str, int]]:
-    return probe.llm.collective_rpc("kv_compression_stats")[0]
-
-
-def increase(probe: EngineProbe, before: list[dict[str, int]], key: str) -> list[int]:
-    """What a counter of each group grew by."""
-    pairs = zip(group_stats(probe), before, strict=True)
-    return [after[key] - earlier[key] for after, earlier in pairs]
-
-
-@contextmanager
-def chunks_of(probe: EngineProbe, size: int) -> Iterator[None]:
-    with mock.patch.object(probe.scheduler, "max_num_scheduled_tokens", size):
-        yield
-
-
-@contextmanager
-def few_blocks(probe: EngineProbe, count: int) -> Iterator[None]:
-    """Only `count` blocks of the pool are free; the cache is forgotten before."""
-    assert probe.llm.reset_prefix_cache()
-    held = probe.pool.get_new_blocks(probe.pool.get_num_free_blocks() - count)
-    try:
-        yield
-    finally:
-        probe.pool.free_blocks(held)
-
-
-def identity_prompts() -> list[list[int]]:
-    return [tokens(length, seed=length) for length in IDENTITY_LENGTHS]
 
 
 @pytest.fixture(scope="module")
@@ -98,11 +50,6 @@ def fresh(probe):
     assert probe.llm.reset_prefix_cache()
     yield probe
     probe.assert_pool_is_empty()
-
-
-def answers(probe, before_step=lambda step: None):
-    outputs = serve(probe, both(), before_step)
-    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 @pytest.fixture(scope="class")
@@ -146,22 +93,7 @@ class TestPyramid:
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, cold):
         assert load_config(PYRAMID).is_neutral_to_hits
-        found = {}
-        with guarded(fresh):
-            fresh.generate([[*LONG[:240], 7, 7], [*SHORT[:48], 7, 7]], 4)
-            found["shared prefix"] = answers(fresh)
-            found["warm"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-            with chunks_of(fresh, 37):
-                found["chunks"] = answers(fresh)
-            assert fresh.llm.reset_prefix_cache()
-
-            def preempt(step):
-                # In a prompt, after the first compactions, and after the late one.
-                if step in (1, 30, SHORT_ANSWER):
-                    fresh.scheduler._preempt_request(fresh.scheduler.running.pop(), 0.0)
-
-            found["preempted"] = answers(fresh, preempt)
+        found = disturbed(fresh)
         assert {name: found[name] == cold for name in found} == dict.fromkeys(found, True)
 
     def test_hits_are_taken(self, fresh):
@@ -181,11 +113,11 @@ class TestPyramid:
         assert fresh.num_preemptions > before
 
     def test_the_second_model_runner_answers_alike(self, fresh):
-        case = {"compression": PYRAMID, "model": LLAMA, "lengths": (130, 206), "max_tokens": 20}
-        found = run_script(_V2_SCRIPT, case, interpreter.environment())
+        lengths = (130, 206)
+        found = found_by_runner_v2(PYRAMID, lengths)
         assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
         before = group_stats(fresh)
-        prompts = [tokens(length, seed=length) for length in case["lengths"]]
+        prompts = [tokens(length, seed=length) for length in lengths]
         assert fresh.generate(prompts, 20) == found["answers"]
         # The longer one twice; the other one's first level not yet.
         assert increase(fresh, before, "num_compactions") == found["compactions"] == [2, 3]
@@ -211,17 +143,7 @@ class TestPyramid:
                 assert group["num_compactions"] == compactions[group["group_id"]]
 
     def test_the_start_log_names_the_levels(self, probe):
-        worker, logger = probe.worker, mock.Mock()
-        config = worker.model_runner.kv_cache_config
-        capacity.log_start(
-            logger,
-            load_config(PYRAMID),
-            config,
-            worker._attention_layers(),
-            420,
-            worker._footprint(),
-        )
-        lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
+        lines = start_log(probe, PYRAMID, 420)
         assert any(
             "by level, of a prompt of 420 tokens: 112 in 2 layers, 16 in 2 layers; 0.0% of" in line
             for line in lines
@@ -238,25 +160,6 @@ class TestPyramid:
         taken += (load_config(PYRAMID).workspace_mib << 20) + KERNEL_SCRATCH_BYTES
         memory = 512 << 20
         assert 0.95 * memory < taken <= memory
-
-
-_V2_SCRIPT = """
-import json, sys
-import torch
-torch.cuda.get_device_capability = lambda *args, **kwargs: (9, 0)
-from engine.harness import engine, tokens
-case = json.loads(sys.argv[1])
-prompts = [tokens(length, seed=length) for length in case["lengths"]]
-with engine(case["compression"], case["model"], max_model_len=1280) as probe:
-    answers = probe.generate(prompts, case["max_tokens"])
-    stats = probe.llm.collective_rpc("kv_compression_stats")[0]
-    probe.assert_pool_is_empty()
-    print(json.dumps({
-        "answers": answers,
-        "runner": type(probe.worker.model_runner).__module__,
-        "compactions": [group["num_compactions"] for group in stats],
-    }))
-"""
 
 
 def answers_with_logprobs(compression):
