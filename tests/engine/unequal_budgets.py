@@ -29,8 +29,8 @@ COMPRESSION = {
 }
 OPTIONS = {"max_model_len": 1280}
 
-# Compressed at its prompt's end, and its answer once more. 24 blocks lie before the recent window, of
-# which the two levels of a pyramid keep 7 and 1.
+# Compressed at its end, and its answer once more. 24 blocks lie before the recent window, of which
+# the two levels of a pyramid keep 7 and 1.
 LONG = tokens(420, seed=5)
 # Of its 6 blocks the first level of a pyramid keeps 5, which is not worth a compaction; that comes
 # late in its answer. The second level keeps 3.
