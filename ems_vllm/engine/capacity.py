@@ -169,12 +169,15 @@ def _log_heads(
     spans = []
     for group in kv_cache_config.kv_cache_groups:
         spec = group.kv_cache_spec
-        if isinstance(spec, CompressedAttentionSpec):
+        # A pipeline stage may have no layer of a group.
+        if group.layer_names and isinstance(spec, CompressedAttentionSpec):
             plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
             before_window = prompt_blocks(max_model_len, plan.recent_window, spec.block_size)
             layers = [shares[extract_layer_index(name)] for name in group.layer_names]
             pages = least_and_most(layers, plan.budget_blocks, before_window)
             spans += [count * spec.block_size for count in pages]
+    if not spans:
+        return
     logger.info(
         "KV-cache compression: kv_heads share what their layer keeps: of a prompt of %d tokens "
         "from %d to %d entries.",

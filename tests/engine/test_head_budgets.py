@@ -218,7 +218,14 @@ def test_heads_of_equal_shares_answer_as_uniform(recipe, cache):
 )
 def test_two_workers_answer_as_one(parallel, environment):
     # A rank deals among its own heads, so the heads of both have to want as much.
-    pairs = {**COMPRESSION, "allocator": by_head(lambda layer: (0.8, 0.2, 0.8, 0.2))}
+    # In two levels, of which the first stage of the pipeline has one layer of one.
+    more = (0.04, 0.04, -0.04, -0.04)
+    allocator = by_head(
+        lambda layer: [part + more[layer] for part in (0.8, 0.2, 0.8, 0.2)],
+        lambda layer: 0.5 + more[layer],
+        num_levels=2,
+    )
+    pairs = {**COMPRESSION, "allocator": allocator}
     with engine(pairs, LLAMA, **OPTIONS) as probe:
         expected = probe.generate([LONG, SHORT], 30)
     found = answers_of_workers(LLAMA, pairs, parallel, [LONG, SHORT], 30, environment)

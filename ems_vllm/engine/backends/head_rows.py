@@ -175,33 +175,13 @@ class LayerRows:
         row_query, row_output = query.reshape(group), output.view(group)
         order = batch.token_order
         if order is None:
-            forward(
-                self.impl,
-                layer,
-                row_query,
-                key,
-                value,
-                pages,
-                metadata,
-                row_output,
-                *args,
-                **kwargs,
-            )
-            return output
-        ordered = row_output.new_empty((len(order), *group[1:]))
-        forward(
-            self.impl,
-            layer,
-            row_query[order],
-            key,
-            value,
-            pages,
-            metadata,
-            ordered,
-            *args,
-            **kwargs,
-        )
-        row_output[order] = ordered
+            into = row_output
+        else:
+            row_query = row_query[order]
+            into = row_output.new_empty(row_query.shape)
+        forward(self.impl, layer, row_query, key, value, pages, metadata, into, *args, **kwargs)
+        if order is not None:
+            row_output[order] = into
         return output
 
     def of_tokens(self, lse: torch.Tensor) -> torch.Tensor:
