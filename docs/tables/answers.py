@@ -33,7 +33,7 @@ def scores(report: str) -> str:
     """Mean scores of `ems-vllm eval`, by task; in a protocol's column those of every method."""
     found: dict[str, dict[str, dict[str, list[float]]]] = {}
     for method in read(report)["methods"]:
-        fraction = method["budget_fraction"]
+        fraction = method.get("budget_fraction")
         budget = "" if fraction is None else f" {percent(fraction)}"
         label = method["method"] + budget
         for sample in method["samples"]:

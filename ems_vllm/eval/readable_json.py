@@ -48,7 +48,7 @@ def _is_flat(value: Any) -> bool:
 
 def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, float):
-        return float(f"{value:.{digits}g}")
+        return int(value) if value.is_integer() else float(f"{value:.{digits}g}")
     if isinstance(value, dict):
         return {key: _rounded(item, digits) for key, item in value.items()}
     return [_rounded(item, digits) for item in value] if isinstance(value, list) else value

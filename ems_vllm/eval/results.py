@@ -114,4 +114,7 @@ class EvalResult(_Record):
         return cls.model_validate_json(path.read_text(encoding="utf-8"))
 
     def write(self, path: Path) -> None:
-        path.write_text(readable(json.loads(self.model_dump_json(by_alias=True))), encoding="utf-8")
+        path.write_text(
+            readable(json.loads(self.model_dump_json(by_alias=True, exclude_none=True))),
+            encoding="utf-8",
+        )

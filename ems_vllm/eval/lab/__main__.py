@@ -34,7 +34,7 @@ _WIDTH = 220
 
 
 # More than bfloat16 knows.
-_DIGITS = 7
+_DIGITS = 5
 
 
 def main(
