@@ -35,12 +35,13 @@ class HeadShares:
         """Shares among some heads only, as on a rank of tensor parallelism."""
         return HeadShares(self.ratios, self.fractions[start:stop])
 
-    def pages(self, budget_blocks: int, prompt_blocks: int) -> tuple[int, ...]:
-        """Pages of each head: at least one, never more than there are, as many as equal shares.
+    def pages(self, budget_blocks: int, prompt_blocks: int, least: int = 1) -> tuple[int, ...]:
+        """Pages of each head: at least `least`, never more than there are, as many as equal shares.
 
         Args:
             budget_blocks: Of the layer, at least 1.
             prompt_blocks: Blocks of the prompt that are compressed into them.
+            least: Pages that any head needs, 1 to budget_blocks.
         """
         if budget_blocks >= prompt_blocks:
             return (budget_blocks,) * self.num_heads
@@ -48,7 +49,7 @@ class HeadShares:
             fraction * prompt_blocks for fraction in self._fractions(budget_blocks / prompt_blocks)
         ]
         most = [prompt_blocks] * self.num_heads
-        return tuple(whole_pages(wanted, budget_blocks * self.num_heads, 1, most))
+        return tuple(whole_pages(wanted, budget_blocks * self.num_heads, least, most))
 
     def _fractions(self, of_layer: float) -> list[float]:
         """What each head keeps where their mean is `of_layer`, in (0, 1)."""

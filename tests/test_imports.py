@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # Each layer may import itself and the ones before it.
 LAYERS = (
-    ("_version", "keys", "registry"),
+    ("_version", "keys", "registry", "spans"),
     ("layer_shares", "head_shares"),
     ("_C", "plan"),
     ("ops",),

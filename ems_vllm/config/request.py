@@ -3,17 +3,21 @@
 
 import difflib
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config.errors import ConfigError, shown, shown_key
+from ems_vllm.config.protect import Protect
 from ems_vllm.plan import PlanSettings
+
+if TYPE_CHECKING:
+    from ems_vllm._C import CompressionPlan
 
 # A child of vLLM's logger, so that its settings apply.
 logger = logging.getLogger("vllm.ems")
 
-KEYS = ("kv_compression", "kv_budget", "kv_ratio")
+KEYS = ("kv_compression", "kv_budget", "kv_ratio", "kv_protect")
 # How alike a key and one of ours are when it is taken for a typing error. vLLM and other
 # extensions read keys of their own, some of which begin like ours (kv_cache_report_mode).
 _ALIKE = 0.75
@@ -27,11 +31,13 @@ class RequestOptions:
         enabled: False keeps the request's whole cache.
         budget: Entries kept per kv_head, at most the server's; None: the server's.
         ratio: Fraction of the prompt kept, at most the server's; None: the server's.
+        protect: Which tokens of the prompt stay whole; None: nothing was said, so the server's.
     """
 
     enabled: bool = True
     budget: int | None = None
     ratio: float | None = None
+    protect: Protect | None = None
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
@@ -74,26 +80,56 @@ class RequestOptions:
                 f"vllm_xargs.kv_budget={shown(budget)} and vllm_xargs.kv_ratio={ratio} do not fit "
                 "together: send one of them."
             )
-        if mode == "off" and (budget is not None or ratio is not None):
-            key, value = ("kv_budget", budget) if budget is not None else ("kv_ratio", ratio)
-            raise ConfigError(
-                f"vllm_xargs.{key}={shown(value)} has no effect with "
-                "vllm_xargs.kv_compression='off': send one of them."
-            )
-        return cls(enabled=mode == "on", budget=budget, ratio=ratio)
+        protect = None
+        if extra_args.get("kv_protect") is not None:
+            protect = Protect.parse(extra_args["kv_protect"])
+        # What protects nothing is as little of a wish as nothing.
+        wishes = {"kv_budget": budget, "kv_ratio": ratio, "kv_protect": protect or None}
+        for key, value in wishes.items():
+            if mode == "off" and value is not None:
+                raise ConfigError(
+                    f"vllm_xargs.{key}={shown(extra_args[key])} has no effect with "
+                    "vllm_xargs.kv_compression='off': send one of them."
+                )
+        return cls(enabled=mode == "on", budget=budget, ratio=ratio, protect=protect)
 
     @classmethod
     def parse_admitted(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
         """As `parse`, for the engine, which a bad request must not take down.
 
         The frontend refuses such a request. From a frontend without that check it is served with
-        the server's settings, by scheduler and workers alike, and logged.
+        the server's settings, by scheduler and workers alike, and logged; one that wants tokens
+        protected keeps its whole cache instead, unless the server's `allow_off` forbids that.
         """
         try:
             return cls.parse(extra_args)
         except ConfigError as error:
             logger.warning("A request reached the engine unchecked: %s", error)
-            return cls()
+            return cls(enabled=not (extra_args and extra_args.get("kv_protect")))
+
+    def checked_again(
+        self,
+        prompt_len: int,
+        num_tokens: int,
+        plans: "Iterable[CompressionPlan]",
+        num_sinks: int,
+    ) -> "RequestOptions":
+        """As `parse_admitted`, for what is protected, once the prompt's length is known.
+
+        Args: See Protect.check.
+
+        Returns:
+            These options, or those of a request that keeps its whole cache, where the server allows
+            that: nothing is dropped that should have stayed.
+        """
+        if self.protect is None:
+            return self
+        try:
+            self.protect.check(prompt_len, num_tokens, plans, num_sinks)
+        except ConfigError as error:
+            logger.error("A request reached the engine unchecked: %s", error)
+            return RequestOptions(enabled=False)
+        return self
 
     def check_ceiling(self, settings: PlanSettings) -> None:
         """Refuse a request for what the server does not grant.

@@ -18,6 +18,7 @@ from pydantic import (
 
 from ems_vllm.config import profiles
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown, unknown_key
+from ems_vllm.config.protect import Role
 from ems_vllm.config.recipes import OFF
 from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.base import (
@@ -108,6 +109,9 @@ class KVCompressionConfig(BaseModel):
         workspace_mib: Upper bound of what a compaction allocates, in MiB; a single layer of a
             request of max_model_len may need more. The larger of the two, and what kernels need
             beside it (32 MiB), are kept free when the KV cache is sized.
+        protect: What stays whole of every chat request that says nothing itself through
+            `kv_protect`: any of "system", "last_user" and "tools". A role that is not in a
+            conversation protects nothing.
         scorer, allocator, selector, merger: The four choices of a policy.
     """
 
@@ -128,6 +132,7 @@ class KVCompressionConfig(BaseModel):
     prefix_score_tokens: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     query_ring_rows: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     workspace_mib: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
+    protect: tuple[Role, ...] = ()
     scorer: Scorer
     allocator: BudgetAllocator
     selector: Selector
@@ -247,6 +252,7 @@ class KVCompressionConfig(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data from which `KVCompressionConfig(**data)` rebuilds this object."""
         data = self.model_dump(exclude={"scorer", "allocator", "selector", "merger"})
+        data["protect"] = list(self.protect)
         for key in ("scorer", "allocator", "selector", "merger"):
             component: Component = getattr(self, key)
             data[key] = {"name": component.name(), **component.model_dump()}

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 
 from ems_vllm.engine.compaction_context import context_of, context_of_heads, with_targets
 from ems_vllm.engine.compaction_rows import CompactionRows, by_head, dealt, rows_of
+from ems_vllm.engine.protection import ProtectedEntries, ProtectedWave, num_reserved
 
 if TYPE_CHECKING:
     from ems_vllm.engine.compressed_group import GroupTensors
     from ems_vllm.engine.head_tables import HeadTables
-    from ems_vllm.engine.layer_stack import LayerStack
     from ems_vllm.engine.orders import Compaction
+    from ems_vllm.policies.context import CompactionContext
     from ems_vllm.policies.policy import Policy
 
 
@@ -39,6 +41,9 @@ class Compactor:
         workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
             single request does.
         heads: What kv_heads own; None where all of a layer keep as much.
+
+    Attributes:
+        protected: What requests protect.
     """
 
     def __init__(
@@ -53,65 +58,93 @@ class Compactor:
         self._heads = heads
         self._block_size = tensors.spec.block_size
         self._num_sinks = policy.selector.num_sink_tokens
-        num_heads = tensors.spec.num_kv_heads
-        if heads is None:
-            self._max_entries = policy.max_entries(workspace_bytes, num_heads)
-        else:
-            # Each is a row.
-            self._max_entries = policy.max_entries(workspace_bytes, 1) // num_heads
+        self._workspace_bytes = workspace_bytes
         self.counters = CompactionCounters()
+        self.protected = ProtectedEntries(self._block_size, tensors.device)
 
     @torch.inference_mode()
     def compact(self, orders: Sequence[Compaction]) -> None:
         """Compress requests, before the step's forward pass."""
         for wave, max_layers in self._waves(orders):
             requests = rows_of(wave, self._block_size, self._num_sinks)
+            protected = self.protected.wave(wave)
             if self._heads is None:
-                self._compact_requests(requests, max_layers)
+                self._compact_requests(requests, max_layers, protected)
             else:
-                self._compact_heads(requests, wave, self._heads)
+                self._compact_heads(requests, wave, self._heads, protected)
         for order in orders:
             self.counters.num_compactions += 1
             self.counters.num_entries_in += self._num_entries(order)
             self.counters.num_entries_kept += self._num_kept(order)
 
-    def _compact_requests(self, requests: CompactionRows, max_layers: int) -> None:
+    def _compact_requests(
+        self, requests: CompactionRows, max_layers: int, protected: ProtectedWave | None
+    ) -> None:
         for stack in self._tensors.stacks:
             for part in stack.split(max_layers):
-                self._policy.compact(context_of(self._tensors, requests, part))
+                context = context_of(self._tensors, requests, part)
+                if protected is None:
+                    self._policy.compact(context)
+                    continue
+                mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
+                protected.keep(self._policy.compact(replace(context, is_protected=mask)))
+        if protected is not None:
+            protected.end(requests.budgets.tolist())
 
     def _compact_heads(
-        self, requests: CompactionRows, wave: Sequence[Compaction], heads: HeadTables
+        self,
+        requests: CompactionRows,
+        wave: Sequence[Compaction],
+        heads: HeadTables,
+        protected: ProtectedWave | None,
     ) -> None:
         req_ids = [order.req_id for order in wave]
-        owned, shared = heads.owned(req_ids), heads.deal(wave)
+        owned, shared = heads.owned(req_ids), heads.deal(wave, self._least_pages(wave))
         kept = np.empty_like(owned) if shared is None else shared
         for stack in self._tensors.stacks:
             for part in stack.split(1):
                 layer = part.layers.start
                 rows = by_head(requests, owned[layer], self._block_size)
-                if shared is None:
-                    kept[layer] = self._deal_and_compact(requests, rows, part)
-                else:
+                if shared is not None:
                     rows = dealt(rows, requests, kept[layer], self._block_size)
-                    self._policy.compact(context_of_heads(self._tensors, requests, rows, part))
+                context = context_of_heads(self._tensors, requests, rows, part)
+                if protected is not None:
+                    held = owned[layer] * self._block_size
+                    mask = protected.of_heads(layer, held, context.max_entries)
+                    context = replace(context, is_protected=mask)
+                if shared is None:
+                    kept[layer], kept_idx = self._deal_and_compact(requests, rows, context)
+                else:
+                    kept_idx = self._policy.compact(context)
+                if protected is not None:
+                    protected.keep(kept_idx)
         heads.own(req_ids, kept)
+        if protected is not None:
+            protected.end((kept.max((0, 2)) * self._block_size).tolist())
 
     def _deal_and_compact(
-        self, requests: CompactionRows, rows: CompactionRows, layer: LayerStack
-    ) -> np.ndarray:
+        self, requests: CompactionRows, rows: CompactionRows, context: CompactionContext
+    ) -> tuple[np.ndarray, torch.Tensor]:
         """Compact a layer whose kv_heads, the rows, share what it keeps by their scores.
 
         Returns:
-            [num_requests, num_heads]: pages that each keeps.
+            [num_requests, num_heads]: pages that each keeps; and kept_idx, see Selection.
         """
-        context = context_of_heads(self._tensors, requests, rows, layer)
         scores = self._policy.score(context)
         budgets = requests.budgets.tolist()
         kept: np.ndarray = self._policy.allocator.deal(context, scores, budgets).numpy()
         rows = dealt(rows, requests, kept, self._block_size)
-        self._policy.place(with_targets(context, rows), scores)
-        return kept
+        return kept, self._policy.place(with_targets(context, rows), scores)
+
+    def _least_pages(self, orders: Sequence[Compaction]) -> list[int]:
+        """By order, pages that any kv_head needs for what it must keep."""
+        return [
+            # Sinks alone take what there is: a page may be smaller than they are.
+            max(1, -(-num_reserved(order, self._num_sinks, self._block_size) // self._block_size))
+            if order.protected
+            else 1
+            for order in orders
+        ]
 
     def _num_entries(self, order: Compaction) -> int:
         return (order.tail - order.first_before) * self._block_size
@@ -135,17 +168,25 @@ class Compactor:
         """
         # Heads are compressed a layer at a time.
         num_layers = self._tensors.num_layers if self._heads is None else 1
+        max_entries = self._max_entries(any(order.protected for order in orders))
         wave: list[Compaction] = []
         for order in sorted(orders, key=self._longest):
             size = self._longest(order)
-            if wave and (len(wave) + 1) * size * num_layers > self._max_entries:
-                yield wave, self._max_layers(wave)
+            if wave and (len(wave) + 1) * size * num_layers > max_entries:
+                yield wave, self._max_layers(wave, max_entries)
                 wave = []
             wave.append(order)
         if wave:
-            yield wave, self._max_layers(wave)
+            yield wave, self._max_layers(wave, max_entries)
 
-    def _max_layers(self, wave: list[Compaction]) -> int:
+    def _max_entries(self, protects: bool) -> int:
+        """Entries that fit the workspace, of requests as rows."""
+        num_heads = self._tensors.spec.num_kv_heads
+        fits = partial(self._policy.max_entries, self._workspace_bytes, protects=protects)
+        # Where heads are compressed by themselves, each is a row.
+        return fits(num_heads) if self._heads is None else fits(1) // num_heads
+
+    def _max_layers(self, wave: list[Compaction], max_entries: int) -> int:
         """A single request may exceed the workspace; its layers are taken in turns then."""
         per_layer = len(wave) * self._longest(wave[-1])
-        return max(1, min(self._tensors.num_layers, self._max_entries // per_layer))
+        return max(1, min(self._tensors.num_layers, max_entries // per_layer))

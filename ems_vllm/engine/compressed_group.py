@@ -189,6 +189,12 @@ class CompressedGroup:
                 heads, tensors.spec.block_size, self._block_table, self._seq_lens
             )
 
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Requests gave their blocks back."""
+        self._compactor.protected.release(req_ids)
+        if self.heads is not None:
+            self.heads.release(req_ids)
+
     def compact(self, orders: Sequence[Compaction]) -> None:
         """Compress requests of this group, before anything of the step runs."""
         self._compactor.compact(orders)

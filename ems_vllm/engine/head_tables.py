@@ -66,15 +66,24 @@ class HeadTables:
         """[num_layers, num_requests, num_heads]: pages that are owned, 0 before a compaction."""
         return self._owned[:, self.places(req_ids)]
 
-    def deal(self, orders: Sequence[Compaction]) -> np.ndarray | None:
+    def deal(
+        self, orders: Sequence[Compaction], least_pages: Sequence[int] | None = None
+    ) -> np.ndarray | None:
         """[num_layers, num_orders, num_heads]: pages that will be owned after compactions.
 
         None where that depends on scores.
+
+        Args:
+            least_pages: By order, pages that any head needs for what it must keep; None for 1.
         """
         if self._shares is None:
             return None
+        least_pages = [1] * len(orders) if least_pages is None else least_pages
         dealt = [
-            [of_layer.pages(order.tail - order.first, order.prompt_blocks) for order in orders]
+            [
+                of_layer.pages(order.tail - order.first, order.prompt_blocks, least)
+                for order, least in zip(orders, least_pages, strict=True)
+            ]
             for of_layer in self._shares
         ]
         return np.asarray(dealt, np.int64)

@@ -88,9 +88,9 @@ class Footprint:
     def _policy_bytes(self, spec: CompressedAttentionSpec) -> int:
         num_heads = spec.num_kv_heads
         if not self._is_by_head:
-            return self.policy.workspace_bytes(self.max_model_len, num_heads)
+            return self.policy.workspace_bytes(self.max_model_len, num_heads, protects=True)
         # Each is a row, and may be as long as the longest.
-        return self.policy.workspace_bytes(self.max_model_len * num_heads, 1)
+        return self.policy.workspace_bytes(self.max_model_len * num_heads, 1, protects=True)
 
     def _scratch_bytes(self, spec: CompressedAttentionSpec) -> int:
         if not self._is_by_head:

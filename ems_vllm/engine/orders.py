@@ -9,7 +9,10 @@ index among the KV-cache groups.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from ems_vllm.spans import Span
 
 
 class Compaction(NamedTuple):
@@ -29,6 +32,8 @@ class Compaction(NamedTuple):
         ring_row: Where the queries are recorded; -1 where none are.
         num_queries: Recorded queries; the newest is that of token `num_computed - 1`.
         prompt_blocks: Blocks of the prompt that are compressed; what kv_heads own depends on it.
+        protected: Spans of positions whose entries stay as they are, in order and apart; the same
+            at every compaction of a request.
     """
 
     req_id: str
@@ -44,6 +49,7 @@ class Compaction(NamedTuple):
     ring_row: int
     num_queries: int
     prompt_blocks: int
+    protected: tuple[Span, ...] = ()
 
 
 class ScoredChunk(NamedTuple):

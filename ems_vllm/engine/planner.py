@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
+    from ems_vllm._C import CompressionPlan
     from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 
 
@@ -38,6 +39,7 @@ class Planner:
         cuts_anywhere: Whether a chunk may end wherever it suits. Where states of Mamba layers are
             cached, vLLM cuts at blocks; then a request that is short of something waits instead of
             advancing a little, and a last chunk may look like a decoding step.
+        num_sinks: First tokens of a prompt that always stay.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class Planner:
         max_num_seqs: int,
         decode_query_len: int,
         cuts_anywhere: bool = True,
+        num_sinks: int = 0,
     ) -> None:
         self.requests: dict[str, TrackedRequest] = {}
         self._managers = list(managers)
         self._decode_query_len = decode_query_len
         self._cuts_anywhere = cuts_anywhere
+        self._num_sinks = num_sinks
         observation = managers[0].kv_cache_spec.observation
         self._obs_window = observation.obs_window
         self._scores = observation.score_tokens is not None
@@ -84,17 +88,27 @@ class Planner:
     def _track(self, request: Request) -> TrackedRequest:
         params = request.sampling_params
         options = RequestOptions.parse_admitted(params.extra_args if params else None)
+        plans = self._plans(request, options)
+        if options.protect:
+            num_tokens = request.num_prompt_tokens + request.max_tokens
+            options = options.checked_again(
+                request.num_prompt_tokens, num_tokens, plans, self._num_sinks
+            )
+            plans = self._plans(request, options)
         return TrackedRequest(
             request,
-            tuple(
-                CompactionLedger(
-                    manager.kv_cache_spec.settings.plan(
-                        request.num_prompt_tokens, manager.block_size, options
-                    )
-                )
-                for manager in self._managers
-            ),
+            tuple(map(CompactionLedger, plans)),
+            protected=options.protect.ranges if options.protect else (),
         )
+
+    def _plans(self, request: Request, options: RequestOptions) -> list[CompressionPlan]:
+        """By compressed group."""
+        return [
+            manager.kv_cache_spec.settings.plan(
+                request.num_prompt_tokens, manager.block_size, options
+            )
+            for manager in self._managers
+        ]
 
     def released(self, request: Request) -> None:
         """The request gave its blocks back: it was preempted, or has finished."""
@@ -256,6 +270,7 @@ class Planner:
             ring_row=-1 if tracked.ring_row is None else tracked.ring_row,
             num_queries=min(self._obs_window, start - tracked.num_cached),
             prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
+            protected=tracked.protected,
         )
 
     def _score(self, tracked: TrackedRequest, start: int, end: int, orders: StepOrders) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config import ConfigError, RequestOptions
 from ems_vllm.config.errors import shown
+from ems_vllm.config.protect import KEY
 from ems_vllm.engine.active_config import active_config
 
 if TYPE_CHECKING:
@@ -60,6 +61,64 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
         )
 
 
+def check_protection(vllm_config: VllmConfig, prompt_len: int, params: Any) -> None:
+    """Refuse a request whose `kv_protect` the prompt, or its budget, has no room for.
+
+    Args:
+        vllm_config: Of the engine that will run the request.
+        prompt_len: Tokens of its prompt.
+        params: Its SamplingParams (or PoolingParams, which carry no such settings).
+
+    Raises:
+        VLLMValidationError: an HTTP 400 with the key, the numbers and the remedy.
+    """
+    extra_args = getattr(params, "extra_args", None)
+    if not extra_args or not extra_args.get(KEY):
+        return
+    config = active_config(vllm_config)
+    if config is None:
+        return
+    options = _options(config, extra_args)
+    if options.protect:
+        max_tokens = getattr(params, "max_tokens", None)
+        check_room(vllm_config, config, options, prompt_len, max_tokens)
+
+
+def check_room(
+    vllm_config: VllmConfig,
+    config: KVCompressionConfig,
+    options: RequestOptions,
+    prompt_len: int,
+    max_tokens: int | None,
+    setting: str | None = None,
+) -> None:
+    """Refuse a request with more to protect than it keeps.
+
+    Args:
+        options: Of the request.
+        prompt_len: Tokens of its prompt.
+        max_tokens: Of its answer; None for as many as the model's length allows.
+        setting: See Protect.check.
+
+    Raises:
+        VLLMValidationError: an HTTP 400 with the key, the numbers and the remedy.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    if not options.protect:
+        return
+    model = vllm_config.model_config
+    num_tokens = model.max_model_len if max_tokens is None else prompt_len + max_tokens
+    settings = config.plan_settings_of(model.get_total_num_hidden_layers())
+    block_size = vllm_config.cache_config.block_size
+    plans = [level.plan(prompt_len, block_size, options) for _, level in settings.levels()]
+    num_sinks = config.selector.num_sink_tokens
+    try:
+        options.protect.check(prompt_len, num_tokens, plans, num_sinks, setting)
+    except ConfigError as error:
+        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+
+
 def _options(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
     """What a request may have of what it asks for.
 
@@ -84,16 +143,20 @@ def _options(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
 def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
     """Refuse a prompt that is still growing, as `check_resumable`, before it is taken apart.
 
+    Where its tokens are known, so is what it protects: a streamed answer has not begun.
+
     Args:
         vllm_config: Of the engine that will run the request.
         prompt: As it is given to AsyncLLM.generate.
         params: The request's SamplingParams, which parts of the prompt without their own share.
 
     Raises:
-        VLLMValidationError: the prompt is a stream and would be compressed.
+        VLLMValidationError: the prompt is a stream and would be compressed, or `check_protection`.
     """
     if isinstance(prompt, AsyncGenerator):
         check_resumable(vllm_config, params)
+    elif isinstance(prompt, Mapping) and prompt.get("prompt_token_ids") is not None:
+        check_protection(vllm_config, len(prompt["prompt_token_ids"]), params)
 
 
 def check_resumable(vllm_config: VllmConfig, params: Any) -> None:

@@ -111,8 +111,7 @@ class CompressionRuntime:
         residents = self._residents
         orders = residents.begin_step(attached(output))
         for group in self.groups:
-            if group.heads is not None:
-                group.heads.release(orders.ended)
+            group.release(orders.ended)
         residents.compact(orders.compactions)
         for group in self.groups:
             group.compact([c for c in orders.compactions if c.group_id == group.tensors.group_id])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.orders import attach
 from ems_vllm.engine.planner import Planner
@@ -38,12 +39,15 @@ class CompressionSchedulerMixin(_Base):
         ]
         # Without a compressed layer the worker has refused to start.
         assert managers, "a compressing scheduler was chosen, but no layer is compressed"
+        config = active_config(self.vllm_config)
+        assert config is not None, "a compressing scheduler was chosen without settings"
         self.planner = Planner(
             managers,
             num_blocks=self.kv_cache_config.num_blocks,
             max_num_seqs=self.max_num_running_reqs,
             decode_query_len=1 + self.num_spec_tokens,
             cuts_anywhere=not self.need_mamba_block_aligned_split,
+            num_sinks=config.selector.num_sink_tokens,
         )
 
     def _get_local_prefix_cache_hit(self, request: Request) -> Any:

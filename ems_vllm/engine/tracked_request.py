@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from ems_vllm.engine.compaction_ledger import CompactionLedger
+    from ems_vllm.spans import Span
 
 # Tokens that no request ever has.
 NEVER = 2**62
@@ -28,6 +29,7 @@ class TrackedRequest:
         quiet_until: A step that ends here or before has nothing to compact, score or record.
         ring_row: Its row of the query ring; None while it needs none.
         score_pages: By compressed group, its private score pages; None while it needs none.
+        protected: Spans of positions that stay whole; see Compaction.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
     """
 
@@ -39,6 +41,7 @@ class TrackedRequest:
     quiet_until: int = 0
     ring_row: int | None = None
     score_pages: list[list[int]] | None = None
+    protected: tuple[Span, ...] = ()
     prompt_len: int = field(init=False)
     compresses_prompt: bool = field(init=False)
     max_shared_tokens: int | None = field(init=False)

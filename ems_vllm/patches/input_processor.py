@@ -16,13 +16,22 @@ def _wrap_process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from ems_vllm.engine.request_check import check_request, check_resumable
+        from ems_vllm.engine.request_check import (
+            check_protection,
+            check_request,
+            check_resumable,
+        )
 
         check_request(self.vllm_config, params)
         # Every part of a streamed prompt comes here, with parameters of its own.
         if kwargs.get("resumable"):
             check_resumable(self.vllm_config, params)
-        return original(self, request_id, prompt, params, *args, **kwargs)
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        # Only now its tokens are known, whatever the prompt was.
+        embeds = request.prompt_embeds
+        tokens = request.prompt_token_ids if embeds is None else embeds
+        check_protection(self.vllm_config, len(tokens), request.sampling_params)
+        return request
 
     return process_inputs
 

@@ -66,6 +66,8 @@ class CompactionContext:
             e. Others mix entries of any positions.
         rows_together: Consecutive rows that share blocks: the kv_heads of a request, where each is
             a row. Divides num_rows.
+        is_protected: [num_layers, num_rows, num_kv_heads, max_entries], bool, or None for none -
+            entries beside the sinks that always stay as they are. Budgets hold them and the sinks.
     """
 
     key_cache: Tensor
@@ -91,6 +93,7 @@ class CompactionContext:
     key_scales: Tensor | None = None
     rotations: Sequence[Rotation | None] = ()
     rows_together: int = 1
+    is_protected: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -119,9 +122,22 @@ class CompactionContext:
 
     @cached_property
     def is_eligible(self) -> Tensor:
-        """[1, num_rows, 1, max_entries], bool: the entry exists and is not protected."""
+        """The entry exists, is no sink, and is not protected.
+
+        [1, num_rows, 1, max_entries], bool; where there are protected entries, of the shape of a
+        score.
+        """
         is_free = (self._entries >= self.num_protected[:, None])[None, :, None, :]
-        return is_free.logical_and_(self.is_entry)
+        is_free.logical_and_(self.is_entry)
+        return is_free if self.is_protected is None else is_free & ~self.is_protected
+
+    @property
+    def num_reserved(self) -> Tensor:
+        """[num_rows], integers: sinks and protected entries, of the kv_head that has most."""
+        if self.is_protected is None:
+            return self.num_protected
+        is_reserved = self.is_entry & ~self.is_eligible
+        return is_reserved.sum(-1).amax((0, 2))
 
     @property
     def _entries(self) -> Tensor:

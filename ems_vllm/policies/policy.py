@@ -7,9 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm import ops
+from ems_vllm.policies import protection
 from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
+    import torch
+
     from ems_vllm.config.schema import KVCompressionConfig
     from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Scores, Selector
     from ems_vllm.policies.context import CompactionContext
@@ -23,6 +26,8 @@ _DEALING_TENSORS = 7
 # What keys that keep mass are worth in such tensors, one key of at most 256 numbers for the entries
 # of a row, of which there are 32 at least: two blocks of 16.
 _MASS_TENSORS = 8
+# Masks of a byte for each score: what is protected, what is eligible, and what is made of them.
+_PROTECTION_MASKS = 4
 # Per entry of a row, whatever the number of kv_heads: masks, ranks, and the block table's columns.
 _ROW_BYTES = 16
 
@@ -40,46 +45,57 @@ class Policy:
     def from_config(cls, config: KVCompressionConfig) -> Policy:
         return cls(config.scorer, config.allocator, config.selector, config.merger)
 
-    def workspace_bytes(self, num_entries: int, num_kv_heads: int) -> int:
+    def workspace_bytes(
+        self, num_entries: int, num_kv_heads: int, *, protects: bool = False
+    ) -> int:
         """Bound of what a compaction allocates, scratch memory inside of operators not counted.
 
         Args:
             num_entries: num_layers * num_rows * max_entries of the context.
             num_kv_heads: Of a layer, on this rank.
+            protects: Whether entries are protected.
         """
-        return self._scratch_bytes + num_entries * self._bytes_per_entry(num_kv_heads)
+        return self._scratch_bytes(protects) + num_entries * self._bytes_per_entry(
+            num_kv_heads, protects
+        )
 
-    def max_entries(self, workspace_bytes: int, num_kv_heads: int) -> int:
+    def max_entries(
+        self, workspace_bytes: int, num_kv_heads: int, *, protects: bool = False
+    ) -> int:
         """The most entries that need no more than `workspace_bytes`; 0 where none fits."""
-        left = max(0, workspace_bytes - self._scratch_bytes)
-        return left // self._bytes_per_entry(num_kv_heads)
+        left = max(0, workspace_bytes - self._scratch_bytes(protects))
+        return left // self._bytes_per_entry(num_kv_heads, protects)
 
-    def _bytes_per_entry(self, num_kv_heads: int) -> int:
+    def _bytes_per_entry(self, num_kv_heads: int, protects: bool) -> int:
         num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
         num_dealing = _DEALING_TENSORS if self.allocator.deals_by_scores else 0
         num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_selected)
-        return 4 * num_tensors * num_kv_heads + _ROW_BYTES
+        num_masks = _PROTECTION_MASKS if protects else 0
+        return (4 * num_tensors + num_masks) * num_kv_heads + _ROW_BYTES
 
     @property
     def _keeps_mass(self) -> bool:
         return self.merger.keeps_mass and self.scorer.uses_window
 
-    @property
-    def _scratch_bytes(self) -> int:
-        return max(self.scorer.scratch_bytes, SLICE_BYTES if self._keeps_mass else 0)
+    def _scratch_bytes(self, protects: bool) -> int:
+        return max(self.scorer.scratch_bytes, SLICE_BYTES if self._keeps_mass or protects else 0)
 
-    def compact(self, context: CompactionContext) -> None:
-        """Write the kept and merged entries of every row into its target columns, in place."""
-        self.place(context, self.score(context))
+    def compact(self, context: CompactionContext) -> torch.Tensor:
+        """Write the kept and merged entries of every row into its target columns, in place.
+
+        Returns:
+            kept_idx: See Selection.
+        """
+        return self.place(context, self.score(context))
 
     def score(self, context: CompactionContext) -> Scores:
         """The first half of `compact`; does not depend on budgets, nor on where entries go."""
         return self.scorer.score(context)
 
-    def place(self, context: CompactionContext, scores: Scores) -> None:
+    def place(self, context: CompactionContext, scores: Scores) -> torch.Tensor:
         """The second half of `compact`."""
-        selection = self.selector.select(context, scores, self.merger)
-        class_idx = self.merger.assign(context, selection)
+        selection = protection.select(context, scores, self.selector, self.merger)
+        class_idx = protection.assign(context, selection, self.merger)
         carries = scores.carry is not None
         ops.merge_compact(
             context.key_cache,
@@ -97,3 +113,4 @@ class Policy:
             context.target_columns,
             context.rows_together,
         )
+        return selection.kept_idx

@@ -12,14 +12,14 @@ from ems_vllm.eval.reference.cache import replace_entries
 from ems_vllm.eval.reference.level import CompactionSettings, CompressedLevel, Counts, ring
 from ems_vllm.eval.reference.paging import to_pages
 from ems_vllm.plan import prompt_blocks
+from ems_vllm.spans import num_covered
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from ems_vllm.eval.reference.cache import StoredCache
     from ems_vllm.eval.reference.plans import LevelPlan
     from ems_vllm.eval.reference.prefill import Prefilled
-    from ems_vllm.head_shares import HeadShares
 
 
 class CompressedHeads(CompressedLevel):
@@ -40,7 +40,7 @@ class CompressedHeads(CompressedLevel):
         first_query: int | None,
     ) -> None:
         super().__init__(settings, level, prompt, first_query)
-        self._pages = {} if level.heads is None else _dealt(level.heads, level)
+        self._shares = level.heads
         # By layer and head; those of the kept entries once there are any.
         self._of_heads = None if self._scores is None else [list(one) for one in self._scores]
         self._gaps: dict[int, torch.Tensor] = {}
@@ -74,10 +74,10 @@ class CompressedHeads(CompressedLevel):
             queries: [num_queries, num_heads, head_size].
         """
         block_size = self.plan.block_size
-        held: Any = cache.layers[layer]
+        stored: Any = cache.layers[layer]
         gaps = self._gaps.get(layer)
-        starts = [0] * held.keys.shape[1] if gaps is None else gaps.tolist()
-        keys, values = (_from_gaps(tensor[0], starts) for tensor in (held.keys, held.values))
+        starts = [0] * stored.keys.shape[1] if gaps is None else gaps.tolist()
+        keys, values = (_from_gaps(tensor[0], starts) for tensor in (stored.keys, stored.values))
         num_live = [len(of_head) for of_head in keys]
         num_new = num_processed - tail * block_size
         num_entries = [count - num_new for count in num_live]
@@ -85,7 +85,7 @@ class CompressedHeads(CompressedLevel):
         budget = self.plan.budget_blocks * block_size
         # Until there are scores to deal by, all keep as much.
         by_scores = policy.allocator.deals_by_scores
-        pages = [self.plan.budget_blocks] * num_rows if by_scores else self._pages[layer]
+        pages = [self.plan.budget_blocks] * num_rows if by_scores else self._dealt(layer, tail)
         num_kept = [count * block_size for count in pages]
         longest, most = max(num_live), max(num_entries if by_scores else num_kept)
         scores = None if self._of_heads is None else self._of_heads[at]
@@ -116,13 +116,16 @@ class CompressedHeads(CompressedLevel):
             paged_scores,
             num_processed,
         )
+        held = self.held_positions(at, tail)
+        context = self._protecting(context, [held])
         found = policy.score(context)
         if by_scores:
             (pages,) = policy.allocator.deal(context, found, [budget]).tolist()
             num_kept = [count * block_size for count in pages]
             budgets = torch.tensor(num_kept, dtype=torch.int32, device=context.device)
             context = replace(context, budgets=budgets, max_budget=max(num_kept))
-        policy.place(context, found)
+        kept_idx = policy.place(context, found)
+        self._take_positions(at, held, kept_idx[0, :, 0])
         most, start = max(num_kept), num_columns * block_size
 
         def kept(of_heads: torch.Tensor) -> list[torch.Tensor]:
@@ -144,14 +147,17 @@ class CompressedHeads(CompressedLevel):
         if context.paged_scores is not None and self._of_heads is not None:
             self._of_heads[at] = [one.clone() for one in kept(context.paged_scores)]
 
-
-def _dealt(heads: Mapping[int, HeadShares], level: LevelPlan) -> dict[int, Sequence[int]]:
-    """By layer, the pages of each kv_head, which are the same at every compaction."""
-    plan = level.plan
-    if plan.budget_blocks == 0:
-        return {}
-    num_blocks = prompt_blocks(plan.prompt_len, plan.recent_window, plan.block_size)
-    return {layer: heads[layer].pages(plan.budget_blocks, num_blocks) for layer in level.layers}
+    def _dealt(self, layer: int, tail: int) -> Sequence[int]:
+        """Pages of each kv_head of a layer, after a compaction of columns up to `tail`."""
+        plan, protected = self.plan, self._settings.protected
+        num_blocks = prompt_blocks(plan.prompt_len, plan.recent_window, plan.block_size)
+        least = 1
+        if protected:
+            num_sinks = self._settings.policy.selector.num_sink_tokens
+            num_kept = num_covered([(0, num_sinks), *protected], tail * plan.block_size)
+            least = max(1, -(-num_kept // plan.block_size))
+        assert self._shares is not None
+        return self._shares[layer].pages(plan.budget_blocks, num_blocks, least)
 
 
 def _from_gaps(entries: torch.Tensor, gaps: Sequence[int]) -> list[torch.Tensor]:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ems_vllm.eval.reference.plans import LevelPlan
     from ems_vllm.eval.reference.prefill import Prefilled
     from ems_vllm.policies.rotation import Rotation
+    from ems_vllm.spans import Span
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class CompactionSettings:
         obs_window: Last queries that score.
         scale: Softmax scale of the model.
         rotation: RoPE of the compressed layers; None for none.
+        protected: Spans of positions that stay as they are, in order and apart.
     """
 
     policy: Policy
     obs_window: int
     scale: float
     rotation: Rotation | None = None
+    protected: tuple[Span, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -83,13 +86,16 @@ class CompressedLevel:
         self._settings = settings
         # Of its layers among the compressed ones: queries and scores are of all of these.
         self._places = [prompt.layers.index(layer) for layer in level.layers]
-        self._first = 0
+        self._num_heads = prompt.num_kv_heads
+        self._first = self._tail = 0
         # Tokens whose queries have been accumulated, by the prompt or by a compaction.
         self._num_accumulated = prompt.num_tokens if self.plan.compresses_prompt else 0
         # Scores of the leading entries; the others have none yet.
         self._scores: torch.Tensor | None = None
         if settings.policy.scorer.uses_global:
             self._scores = self._prompt_scores(prompt, first_query)
+        # By layer and head, the position of every kept entry, where some are protected.
+        self._positions: dict[tuple[int, int], torch.Tensor] = {}
 
     def num_live(self, num_processed: int) -> int:
         """Entries per kv_head that each layer holds of so many tokens."""
@@ -111,7 +117,7 @@ class CompressedLevel:
         first, tail = self.plan.columns(num_processed)
         if first > self._first:
             self._compact(cache, queries, num_processed, first, tail)
-            self._first = first
+            self._first, self._tail = first, tail
             self._num_accumulated = num_processed
 
     def _prompt_scores(self, prompt: Prefilled, first_query: int | None) -> torch.Tensor:
@@ -135,7 +141,10 @@ class CompressedLevel:
         entries = read_entries(cache, self.layers)
         keys, values = (to_pages(tensor, block_size) for tensor in entries)
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
-        self._settings.policy.compact(context)
+        held = [self.held_positions(layer, tail) for layer in range(len(self.layers))]
+        kept_idx = self._settings.policy.compact(self._protecting(context, held))
+        for layer, of_heads in enumerate(held):
+            self._take_positions(layer, of_heads, kept_idx[layer, 0])
         start, stop = (first - self._first) * block_size, self.num_live(num_processed)
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)
@@ -223,6 +232,56 @@ class CompressedLevel:
             rotations=[settings.rotation] * keys.shape[0],
             rows_together=counts.rows_together,
         )
+
+    def held_positions(self, layer: int, tail: int) -> list[torch.Tensor]:
+        """By head, the position of every entry that a compaction of columns up to `tail` sees.
+
+        Nothing where nothing is protected.
+
+        Args:
+            layer: Index in the level.
+        """
+        if not self._settings.protected:
+            return []
+        size = self.plan.block_size
+        new = torch.arange(self._tail * size, tail * size)
+        none = new[:0]
+        return [
+            torch.cat([self._positions.get((layer, head), none), new])
+            for head in range(self._num_heads)
+        ]
+
+    def _take_positions(
+        self, layer: int, held: Sequence[torch.Tensor], kept_idx: torch.Tensor
+    ) -> None:
+        """Remember which entries a layer keeps.
+
+        Args:
+            held: Of held_positions.
+            kept_idx: [num_kv_heads, most entries of a head]; see Selection.
+        """
+        # Nothing is held where nothing is protected.
+        for head, (of_head, kept) in enumerate(zip(held, kept_idx.cpu(), strict=bool(held))):
+            self._positions[layer, head] = of_head[kept[kept >= 0].long()]
+
+    def _protecting(
+        self, context: CompactionContext, held: Sequence[Sequence[torch.Tensor]]
+    ) -> CompactionContext:
+        """A context that protects what the request does.
+
+        Args:
+            held: By layer, of held_positions.
+        """
+        if not self._settings.protected:
+            return context
+        mask = torch.zeros((len(held), len(held[0]), context.max_entries), dtype=torch.bool)
+        for of_layer, in_layer in zip(mask, held, strict=True):
+            for row, positions in zip(of_layer, in_layer, strict=True):
+                for start, stop in self._settings.protected:
+                    row[: len(positions)] |= (positions >= start) & (positions < stop)
+        # Heads are heads of one row, or rows.
+        shape = (len(held), context.num_rows, context.num_kv_heads, context.max_entries)
+        return replace(context, is_protected=mask.view(shape).to(context.device))
 
     def _paged_scores(self, num_live: int) -> torch.Tensor | None:
         if self._scores is None:

@@ -141,12 +141,15 @@ class ReferenceModel:
         Args:
             prompt: Processed in the format that `cache_format.prefill` names.
             config: The server's.
-            options: The request's.
+            options: The request's; of what is protected, ranges only.
             cache_format: Of the server's cache; None for the one of the prompt.
         """
         levels = self.plans(prompt.num_tokens, config, options)
         policy = Policy.from_config(config)
-        settings = CompactionSettings(policy, config.obs_window, self.scale, self.rotation)
+        protected = options.protect.ranges if options.protect else ()
+        settings = CompactionSettings(
+            policy, config.obs_window, self.scale, self.rotation, protected
+        )
         stored_as = cache_format or prompt.cache.cache_format
         return ReferenceRequest(self.model, settings, levels, prompt, stored_as)
 

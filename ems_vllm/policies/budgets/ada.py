@@ -52,17 +52,17 @@ class AdaBudget(BudgetAllocator):
         num_heads, page = context.rows_together, context.block_size
         above, tied = _best(context, scores, [num_heads * budget for budget in budgets])
         # The only transfer, and so the only synchronisation.
-        found = torch.stack([above, tied, context.num_entries, context.num_protected]).tolist()
+        found = torch.stack([above, tied, context.num_entries, context.num_reserved]).tolist()
         dealt = []
         for request, budget in enumerate(budgets):
             rows = slice(request * num_heads, (request + 1) * num_heads)
-            of_above, of_tied, num_entries, num_protected = (counts[rows] for counts in found)
+            of_above, of_tied, num_entries, num_reserved = (counts[rows] for counts in found)
             part = (num_heads * budget - sum(of_above)) / sum(of_tied)
             best = [own + part * ties for own, ties in zip(of_above, of_tied, strict=True)]
             wanted = [
                 (self.safeguard * budget + (1 - self.safeguard) * count) / page for count in best
             ]
-            least = max(1, math.ceil(max(num_protected) / page))
+            least = max(1, math.ceil(max(num_reserved) / page))
             most = [count // page for count in num_entries]
             dealt.append(whole_pages(wanted, num_heads * budget // page, least, most))
         return torch.tensor(dealt, dtype=torch.int64)
