@@ -17,6 +17,7 @@ class Arrival:
     step: int
     prompt: list[int]
     max_tokens: int
+    extra_args: dict[str, Any] | None = None
 
 
 def serve(
@@ -39,7 +40,12 @@ def serve(
     while waiting or llm_engine.has_unfinished_requests():
         while waiting and (waiting[0][1].step <= step or not llm_engine.has_unfinished_requests()):
             index, arrival = waiting.pop(0)
-            params = SamplingParams(max_tokens=arrival.max_tokens, temperature=0, ignore_eos=True)
+            params = SamplingParams(
+                max_tokens=arrival.max_tokens,
+                temperature=0,
+                ignore_eos=True,
+                extra_args=arrival.extra_args,
+            )
             llm_engine.add_request(str(index), {"prompt_token_ids": arrival.prompt}, params)
         before_step(step)
         for output in llm_engine.step():

@@ -40,8 +40,9 @@ LONG_ANSWER, SHORT_ANSWER = 40, 140
 IDENTITY_LENGTHS = (1, 15, 16, 17, 130, 1000)
 
 
-def both() -> list[Arrival]:
-    return [Arrival(0, LONG, LONG_ANSWER), Arrival(0, SHORT, SHORT_ANSWER)]
+def both(extra_args: dict[str, Any] | None = None) -> list[Arrival]:
+    """LONG, with arguments of its own, and SHORT."""
+    return [Arrival(0, LONG, LONG_ANSWER, extra_args), Arrival(0, SHORT, SHORT_ANSWER)]
 
 
 def group_stats(probe: EngineProbe) -> list[dict[str, int]]:
@@ -76,24 +77,28 @@ def identity_prompts() -> list[list[int]]:
 
 
 def answers(
-    probe: EngineProbe, before_step: Callable[[int], None] = lambda step: None
+    probe: EngineProbe,
+    before_step: Callable[[int], None] = lambda step: None,
+    extra_args: dict[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Answers to LONG and SHORT, which run at the same time."""
-    outputs = serve(probe, both(), before_step)
+    """Answers to LONG, with arguments of its own, and SHORT, which run at the same time."""
+    outputs = serve(probe, both(extra_args), before_step)
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-def disturbed(probe: EngineProbe) -> dict[str, list[list[int]]]:
+def disturbed(
+    probe: EngineProbe, extra_args: dict[str, Any] | None = None
+) -> dict[str, list[list[int]]]:
     """The same of an engine that is disturbed, by what disturbs it."""
     found = {}
     assert probe.llm.reset_prefix_cache()
     with guarded(probe):
         probe.generate([[*LONG[:240], 7, 7], [*SHORT[:48], 7, 7]], 4)
-        found["shared prefix"] = answers(probe)
-        found["warm"] = answers(probe)
+        found["shared prefix"] = answers(probe, extra_args=extra_args)
+        found["warm"] = answers(probe, extra_args=extra_args)
         assert probe.llm.reset_prefix_cache()
         with chunks_of(probe, 37):
-            found["chunks"] = answers(probe)
+            found["chunks"] = answers(probe, extra_args=extra_args)
         assert probe.llm.reset_prefix_cache()
 
         def preempt(step: int) -> None:
@@ -101,15 +106,18 @@ def disturbed(probe: EngineProbe) -> dict[str, list[list[int]]]:
             if step in (1, 30, SHORT_ANSWER):
                 probe.scheduler._preempt_request(probe.scheduler.running.pop(), 0.0)
 
-        found["preempted"] = answers(probe, preempt)
+        found["preempted"] = answers(probe, preempt, extra_args)
     return found
 
 
 def answers_of_reference(
-    compression: dict[str, Any], prompts: list[list[int]], num_tokens: int
+    compression: dict[str, Any],
+    prompts: list[list[int]],
+    num_tokens: int,
+    extra_args: dict[str, Any] | None = None,
 ) -> list[list[int]]:
     """Greedy answers of the reference on transformers."""
-    config, options = load_config(compression), RequestOptions()
+    config, options = load_config(compression), RequestOptions.parse(extra_args)
     assert config is not None
     reference = ReferenceModel.load(LLAMA, "cpu", "float32")
     found = []
@@ -134,9 +142,20 @@ def start_log(probe: EngineProbe, compression: dict[str, Any], num_tokens: int) 
     return [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
 
 
-def found_by_runner_v2(compression: dict[str, Any], lengths: tuple[int, ...]) -> dict[str, Any]:
-    """Answers of 20 tokens and compactions by group, of vLLM's second model runner."""
-    case = {"compression": compression, "model": LLAMA, "lengths": lengths, "max_tokens": 20}
+def found_by_runner_v2(
+    compression: dict[str, Any],
+    lengths: tuple[int, ...],
+    num_tokens: int = 20,
+    extra_args: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Answers and compactions by group, of vLLM's second model runner."""
+    case = {
+        "compression": compression,
+        "model": LLAMA,
+        "lengths": lengths,
+        "max_tokens": num_tokens,
+        "extra_args": extra_args,
+    }
     found: dict[str, Any] = run_script(_V2_SCRIPT, case, interpreter.environment())
     return found
 
@@ -149,7 +168,7 @@ from engine.harness import engine, tokens
 case = json.loads(sys.argv[1])
 prompts = [tokens(length, seed=length) for length in case["lengths"]]
 with engine(case["compression"], case["model"], max_model_len=1280) as probe:
-    answers = probe.generate(prompts, case["max_tokens"])
+    answers = probe.generate(prompts, case["max_tokens"], case["extra_args"])
     stats = probe.llm.collective_rpc("kv_compression_stats")[0]
     probe.assert_pool_is_empty()
     print(json.dumps({

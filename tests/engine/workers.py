@@ -23,7 +23,10 @@ def main():
         max_num_batched_tokens=256, kv_cache_memory_bytes=256 << 20,
         additional_config={"kv_compression": case["compression"]}, **case["parallel"],
     )
-    params = SamplingParams(temperature=0, max_tokens=case["max_tokens"], ignore_eos=True)
+    params = SamplingParams(
+        temperature=0, max_tokens=case["max_tokens"], ignore_eos=True,
+        extra_args=case["extra_args"],
+    )
     inputs = [{"prompt_token_ids": prompt} for prompt in case["prompts"]]
     outputs = llm.generate(inputs, params, use_tqdm=False)
     stats = llm.collective_rpc("kv_compression_stats")
@@ -57,6 +60,7 @@ def answers_of_workers(
     prompts: Sequence[list[int]],
     max_tokens: int,
     environment: dict[str, str] | None = None,
+    extra_args: dict[str, Any] | None = None,
 ) -> Found:
     """Greedy answers of an engine of several workers.
 
@@ -67,6 +71,7 @@ def answers_of_workers(
         prompts: Token ids.
         max_tokens: Of each answer.
         environment: More variables of the workers.
+        extra_args: Of every request.
     """
     case = {
         "model": model,
@@ -75,5 +80,6 @@ def answers_of_workers(
         "prompts": list(prompts),
         "max_tokens": max_tokens,
         "environment": environment or {},
+        "extra_args": extra_args,
     }
     return Found(**run_script(_SCRIPT, case))
