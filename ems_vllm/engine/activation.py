@@ -9,7 +9,13 @@ from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.compatibility import SCHEDULERS, WORKERS, check_compatibility
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import async_llm, catalogue, input_processor, openai_serving
+from ems_vllm.patches import (
+    async_llm,
+    catalogue,
+    input_processor,
+    online_renderer,
+    openai_serving,
+)
 from ems_vllm.patches.record import PatchError
 
 if TYPE_CHECKING:
@@ -56,8 +62,9 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    for patch in (*input_processor.PATCHES, *async_llm.PATCHES, *openai_serving.PATCHES):
-        patch.apply()
+    for module in (input_processor, async_llm, openai_serving, online_renderer):
+        for patch in module.PATCHES:
+            patch.apply()
 
 
 def check_activated(vllm_config: VllmConfig) -> None:

@@ -457,6 +457,11 @@ MIXED_GROUP = Refusal(
     "group with layers of another kind",
     "drop --disable-hybrid-kv-cache-manager and VLLM_KV_CACHE_LAYOUT",
 )
+HARMONY_ROLES = Refusal(
+    "kv_compression_config.protect",
+    "the chats of gpt-oss are rendered without a template, so roles are not found",
+    "drop it",
+)
 LAYER_REFUSALS = (
     NO_FULL_ATTENTION,
     LAYER_SHARES,
@@ -479,6 +484,8 @@ def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) ->
     """
     # Whether the allocator knows a model of so many layers.
     config.plan_settings_of(vllm_config.model_config.get_total_num_hidden_layers())
+    if config.protect and vllm_config.model_config.hf_config.model_type == "gpt_oss":
+        raise HARMONY_ROLES.error(list(config.protect), config.recipe)
     for rule in RULES:
         if rule.only_with_queries and not config.scorer.reads_queries:
             continue

@@ -30,7 +30,7 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
     extra_args = getattr(params, "extra_args", None)
     config = active_config(vllm_config) if extra_args else None
     if config is not None:
-        _options(config, extra_args)
+        options_of(config, extra_args)
 
 
 def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
@@ -51,7 +51,7 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
     if config is None:
         return
     # Where the API has no such field, vLLM keeps what a client sent all the same.
-    options = _options(config, getattr(request, "vllm_xargs", None))
+    options = options_of(config, getattr(request, "vllm_xargs", None))
     if options.enabled and getattr(request, "use_beam_search", False):
         remedy = "; send vllm_xargs.kv_compression='off' with it" if config.allow_off else ""
         raise VLLMValidationError(
@@ -78,7 +78,7 @@ def check_protection(vllm_config: VllmConfig, prompt_len: int, params: Any) -> N
     config = active_config(vllm_config)
     if config is None:
         return
-    options = _options(config, extra_args)
+    options = options_of(config, extra_args)
     if options.protect:
         max_tokens = getattr(params, "max_tokens", None)
         check_room(vllm_config, config, options, prompt_len, max_tokens)
@@ -119,7 +119,7 @@ def check_room(
         raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
 
 
-def _options(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
+def options_of(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
     """What a request may have of what it asks for.
 
     Raises:

@@ -9,6 +9,7 @@ from ems_vllm.patches import (
     executor,
     flash_attn,
     input_processor,
+    online_renderer,
     openai_serving,
 )
 from ems_vllm.patches.contracts import CONTRACTS, Contract
@@ -22,6 +23,7 @@ PATCHES: tuple[Patch, ...] = (
     *input_processor.PATCHES,
     *async_llm.PATCHES,
     *openai_serving.PATCHES,
+    *online_renderer.PATCHES,
     *flash_attn.PATCHES,
 )
 

@@ -40,6 +40,17 @@ def test_nothing_asked_means_the_servers_settings():
         ({"kv_ratio": float("nan")}, ["kv_ratio=nan"]),
         ({"kv_budget": 5, "kv_ratio": 0.5}, ["kv_budget=5", "kv_ratio=0.5", "one of them"]),
         ({"kv_compression": "off", "kv_budget": 5}, ["kv_budget=5", "no effect"]),
+        ({"kv_compression": "off", "kv_protect": "0-5"}, ["kv_protect='0-5'", "no effect"]),
+        ({"kv_protct": "0-5"}, ["kv_protct='0-5'", "use 'kv_protect'"]),
+        ({"kv_protect": 5}, ["kv_protect=5", "a list of ranges"]),
+        ({"kv_protect": [0, 128]}, ["kv_protect=[0, 128]", "such as '0-128'"]),
+        ({"kv_protect": ["0-5", "users"]}, ["'users' is neither", "system, last_user, tools"]),
+        ({"kv_protect": "0:5"}, ["'0:5' is neither a range nor a role"]),
+        ({"kv_protect": ""}, ["'' is neither a range nor a role"]),
+        ({"kv_protect": "-5-9"}, ["'-5-9' is neither"]),
+        ({"kv_protect": "none,0-5"}, ["'none' is neither"]),
+        ({"kv_protect": ["7-7"]}, ["'7-7' holds no token", "the one behind the last"]),
+        ({"kv_protect": ["9-7"]}, ["'9-7' holds no token"]),
     ],
 )
 def test_mistake_is_answered(extra_args, parts):
