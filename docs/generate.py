@@ -13,8 +13,9 @@ from pathlib import Path
 import tables
 
 from ems_vllm.config import load_config, recipes
+from ems_vllm.config.protect import KEY, NOTHING, ROLES
 from ems_vllm.config.schema import KVCompressionConfig
-from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, Refusal
+from ems_vllm.engine.compatibility import HARMONY_ROLES, LAYER_REFUSALS, RULES, Refusal
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.contracts import CONTRACTS
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
@@ -33,7 +34,7 @@ def compatibility() -> str:
         "| setting | why | instead |",
         "|---|---|---|",
     ]
-    lines += [_row(rule) for rule in RULES]
+    lines += [_row(rule) for rule in (*RULES, HARMONY_ROLES)]
     lines += [
         "",
         "And, once the model is loaded, from its layers and their attention backend:",
@@ -172,6 +173,12 @@ def configuration() -> str:
         "(fraction of the prompt), at most the server's size or, where that is more, its "
         "`max_budget`. Anything else is an HTTP 400, and so is a misspelt key; keys that vLLM and "
         "other extensions read are left alone.",
+        "",
+        f"`{KEY}` names tokens of the prompt that stay whole ([what must not be dropped]"
+        "(budgets.md#what-must-not-be-dropped)): a list, or one text with commas, of half-open "
+        "ranges of positions (`0-128`: the first 128 tokens), and in chat completions of roles "
+        f"({', '.join(f'`{role}`' for role in ROLES)}). It replaces the server's `protect`; "
+        f"`{NOTHING}` protects nothing.",
         "",
         "A change of any setting makes vLLM compile the model once more on the next start, because "
         "its compilation cache is keyed by all of `additional_config`. vLLM has no way to leave a "

@@ -190,3 +190,48 @@ def test_server_answers_after_refusals(server: Server) -> None:
         client_of(server).completions.create(prompt=LONG, **greedy(server, 4, {"kv_budget": 4096}))
     assert complete(server, LONG, 4)
     assert wait_until_idle(server).num_used_blocks == 0
+
+
+def test_a_chat_protects_roles(server: Server, client: OpenAI, chapter: str) -> None:
+    """Found through the model's own template, and refused with the arithmetic."""
+    system = {"role": "system", "content": "Answer in verse, and never mention the sea."}
+    messages = [system, {"role": "user", "content": chapter[:2500]}]
+
+    def ask(messages: list[Any], xargs: dict[str, Any], num_tokens: int = 48) -> str | None:
+        arguments = greedy(server, num_tokens, xargs)
+        answer = client.chat.completions.create(messages=messages, **arguments)
+        return answer.choices[0].message.content
+
+    def num_tokens(messages: list[Any]) -> int:
+        body = {"model": server.model, "messages": messages, "add_generation_prompt": False}
+        return int(httpx.post(f"{server.url}/tokenize", json=body).json()["count"])
+
+    count = num_tokens([system])
+    assert 4 < count < 100
+    found = ask(messages, {"kv_protect": ["system"]})
+    # What comes behind the system message may begin with a letter that belongs to its last token.
+    ranges = [{"kv_protect": [f"0-{stop}"]} for stop in (count - 1, count)]
+    assert found in [ask(messages, xargs) for xargs in ranges]
+    assert found != ask(messages, {})
+    with pytest.raises(BadRequestError, match=r"last_user'\] is not allowed: it covers \d+ tokens"):
+        ask(messages, {"kv_protect": "last_user"})
+    with pytest.raises(BadRequestError, match="'tools' is not in the conversation"):
+        ask(messages, {"kv_protect": "tools"})
+    with pytest.raises(BadRequestError, match="'system' is not in the conversation"):
+        ask(messages[1:], {"kv_protect": "system"})
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_completion_protects_ranges_only(server: Server, client: OpenAI, stream: bool) -> None:
+    create = client.completions.create
+    for value, match in (
+        ("system", "system can be found in chat completions only"),
+        ("0-1501", "the prompt has 1500 tokens"),
+        (
+            "100-300",
+            "covers 200 tokens of what is compressed, which with 4 sinks makes 204, and 128",
+        ),
+    ):
+        with pytest.raises(BadRequestError, match=match):
+            create(prompt=LONG, stream=stream, **greedy(server, 8, {"kv_protect": value}))
+    assert complete(server, LONG, 48, {"kv_protect": "700-800"}) != complete(server, LONG, 48)
