@@ -48,6 +48,9 @@ def test_worked_example():
     assert shared.pages(10, 100) == (19, 1)
     assert shared.pages(75, 100) == (95, 55)
     assert shared.pages(7, 7) == (7, 7)
+    # What heads must keep comes first.
+    assert shared.pages(20, 100, 8) == (32, 8)
+    assert shared.pages(20, 100, 20) == (20, 20)
     # Ranks deal among their own heads.
     assert shared.of_heads(1, 2).pages(20, 100) == (20,)
 

@@ -178,7 +178,7 @@ def test_the_second_model_runner_protects_alike():
         expected = probe.generate([tokens(n, seed=n) for n in lengths], 60, PROTECT)
         unprotected = probe.generate([tokens(n, seed=n) for n in lengths], 60)
     found = found_by_runner_v2(COMPRESSION, lengths, 60, PROTECT)
-    assert "worker.gpu.model_runner" in found["runner"]
+    assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert found["answers"] == expected != unprotected
 
 

@@ -8,6 +8,7 @@ cost nothing. Operators allocate beside this; csrc/launchers.h bounds what.
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -145,6 +146,25 @@ def test_what_fits_the_workspace_stays_within(policy, num_rows, num_entries, num
         used = peak(policy, context)
         assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
         del context
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_entries"), [(1, 32_768), (200, 32)], ids=["long", "short"]
+)
+@pytest.mark.parametrize("policy", policies())
+def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
+    per_layer, num_kv_heads = num_rows * num_entries, 8
+    num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=True) // per_layer
+    assert num_layers >= 1
+    for budget in (BLOCK_SIZE, num_entries // 2, num_entries - BLOCK_SIZE):
+        context = meta_context(num_layers, num_rows, num_entries, budget)
+        with torch.inference_mode(), Allocations() as allocations:
+            shape = (num_layers, num_rows, num_kv_heads, num_entries)
+            mask = torch.zeros(shape, dtype=torch.bool, device="meta")
+            policy.compact(replace(context, is_protected=mask))
+        most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=True)
+        assert allocations.peak <= most <= WORKSPACE
+        del context, mask
 
 
 @pytest.mark.parametrize("policy", policies())
