@@ -38,18 +38,27 @@ void check_range(const char* name, int64_t value, int64_t low) {
                         std::to_string(kMaxParam) + ", got " + std::to_string(value));
 }
 
+void check_whole_blocks(const char* name, int64_t tokens, int64_t block_size) {
+  if (tokens % block_size == 0) return;
+  throw py::value_error(std::string(name) + " must be a multiple of block_size (" +
+                        std::to_string(block_size) + "), got " + std::to_string(tokens));
+}
+
 class CompressionPlan {
  public:
   CompressionPlan(int64_t prompt_len, int64_t block_size, int64_t budget_blocks,
                   int64_t recent_window, int64_t recompress_interval, int64_t min_blocks_saved,
-                  std::optional<int64_t> global_queries)
+                  std::optional<int64_t> global_queries, int64_t prefill_interval,
+                  std::optional<int64_t> prefill_budget_blocks)
       : params_{prompt_len,
                 block_size,
                 budget_blocks,
                 recent_window,
                 recompress_interval,
                 min_blocks_saved,
-                global_queries.value_or(ems::kNoLimit)} {
+                global_queries.value_or(ems::kNoLimit),
+                prefill_interval,
+                prefill_budget_blocks.value_or(budget_blocks)} {
     check_range("prompt_len", prompt_len, 0);
     check_range("block_size", block_size, 1);
     check_range("budget_blocks", budget_blocks, 0);
@@ -57,11 +66,10 @@ class CompressionPlan {
     check_range("recompress_interval", recompress_interval, 0);
     check_range("min_blocks_saved", min_blocks_saved, 1);
     if (global_queries) check_range("global_queries", *global_queries, 1);
-    if (recompress_interval % block_size != 0) {
-      throw py::value_error("recompress_interval must be a multiple of block_size (" +
-                            std::to_string(block_size) + "), got " +
-                            std::to_string(recompress_interval));
-    }
+    check_range("prefill_interval", prefill_interval, 0);
+    check_range("prefill_budget_blocks", params_.prefill_budget_blocks, budget_blocks);
+    check_whole_blocks("recompress_interval", recompress_interval, block_size);
+    check_whole_blocks("prefill_interval", prefill_interval, block_size);
   }
 
   const ems::PlanParams& params() const { return params_; }
@@ -83,7 +91,11 @@ class CompressionPlan {
     return none_if_unlimited(ems::max_shared_tokens(params_));
   }
 
-  int64_t first_scored_query() const { return ems::first_scored_query(params_); }
+  int64_t first_scored_query(int64_t num_processed) const {
+    return ems::first_scored_query(params_, checked(num_processed));
+  }
+
+  int64_t num_within_prompt() const { return ems::num_within_prompt(params_); }
 
   int64_t max_replay_columns(int64_t num_tokens) const {
     return ems::max_replay_columns(params_, checked(num_tokens));
@@ -96,7 +108,8 @@ class CompressionPlan {
   py::tuple as_tuple() const {
     return py::make_tuple(params_.prompt_len, params_.block_size, params_.budget_blocks,
                           params_.recent_window, params_.recompress_interval,
-                          params_.min_blocks_saved, global_queries());
+                          params_.min_blocks_saved, global_queries(), params_.prefill_interval,
+                          params_.prefill_budget_blocks);
   }
 
   std::string repr() const {
@@ -106,7 +119,9 @@ class CompressionPlan {
            ", recent_window=" + std::to_string(params_.recent_window) +
            ", recompress_interval=" + std::to_string(params_.recompress_interval) +
            ", min_blocks_saved=" + std::to_string(params_.min_blocks_saved) + ", global_queries=" +
-           (global_queries() ? std::to_string(*global_queries()) : std::string("None")) + ")";
+           (global_queries() ? std::to_string(*global_queries()) : std::string("None")) +
+           ", prefill_interval=" + std::to_string(params_.prefill_interval) +
+           ", prefill_budget_blocks=" + std::to_string(params_.prefill_budget_blocks) + ")";
   }
 
  private:
@@ -167,10 +182,12 @@ PYBIND11_MODULE(_C, m) {
     return [member](const CompressionPlan& self) { return self.params().*member; };
   };
   py::class_<CompressionPlan>(m, "CompressionPlan")
-      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::optional<int64_t>>(),
+      .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, std::optional<int64_t>,
+                    int64_t, std::optional<int64_t>>(),
            py::kw_only(), py::arg("prompt_len"), py::arg("block_size"), py::arg("budget_blocks"),
            py::arg("recent_window"), py::arg("recompress_interval"), py::arg("min_blocks_saved"),
-           py::arg("global_queries") = py::none())
+           py::arg("global_queries") = py::none(), py::arg("prefill_interval") = 0,
+           py::arg("prefill_budget_blocks") = py::none())
       .def("columns", &CompressionPlan::columns, py::arg("num_processed"))
       .def("max_live_columns", &CompressionPlan::max_live_columns, py::arg("num_processed"))
       .def("next_compaction", &CompressionPlan::next_compaction, py::arg("num_processed"))
@@ -188,7 +205,12 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("recompress_interval", param(&ems::PlanParams::recompress_interval))
       .def_property_readonly("min_blocks_saved", param(&ems::PlanParams::min_blocks_saved))
       .def_property_readonly("global_queries", &CompressionPlan::global_queries)
-      .def_property_readonly("first_scored_query", &CompressionPlan::first_scored_query)
+      .def_property_readonly("prefill_interval", param(&ems::PlanParams::prefill_interval))
+      .def_property_readonly("prefill_budget_blocks",
+                             param(&ems::PlanParams::prefill_budget_blocks))
+      .def_property_readonly("num_within_prompt", &CompressionPlan::num_within_prompt)
+      .def("first_scored_query", &CompressionPlan::first_scored_query,
+           py::arg("num_processed") = 0)
       .def("max_replay_columns", &CompressionPlan::max_replay_columns, py::arg("num_tokens"))
       .def("__repr__", &CompressionPlan::repr)
       .def("__hash__", [](const CompressionPlan& self) { return py::hash(self.as_tuple()); })
@@ -204,6 +226,8 @@ PYBIND11_MODULE(_C, m) {
                         return CompressionPlan(state[0].cast<int64_t>(), state[1].cast<int64_t>(),
                                                state[2].cast<int64_t>(), state[3].cast<int64_t>(),
                                                state[4].cast<int64_t>(), state[5].cast<int64_t>(),
-                                               state[6].cast<std::optional<int64_t>>());
+                                               state[6].cast<std::optional<int64_t>>(),
+                                               state[7].cast<int64_t>(),
+                                               state[8].cast<std::optional<int64_t>>());
                       }));
 }

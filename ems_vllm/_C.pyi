@@ -22,8 +22,12 @@ class CompressionPlan:
         recompress_interval: tokens between two compactions while decoding, a multiple of
             block_size; 0 compresses the prompt only.
         min_blocks_saved: a first compaction that frees fewer blocks is skipped, >= 1.
-        global_queries: last queries of the prompt that score its entries, >= 1; None for all that
-            are computed.
+        global_queries: last queries before a compaction of the prompt that score its entries, >= 1;
+            None for all that are computed.
+        prefill_interval: tokens after which a prompt is compacted while it is processed, a multiple
+            of block_size; 0 for not before its end.
+        prefill_budget_blocks: the most that any level of layers keeps, >= budget_blocks; None where
+            there is one level.
     Raises:
         ValueError: an argument is outside its range.
     """
@@ -38,6 +42,8 @@ class CompressionPlan:
         recompress_interval: int,
         min_blocks_saved: int,
         global_queries: int | None = None,
+        prefill_interval: int = 0,
+        prefill_budget_blocks: int | None = None,
     ) -> None: ...
     @property
     def prompt_len(self) -> int: ...
@@ -54,8 +60,16 @@ class CompressionPlan:
     @property
     def global_queries(self) -> int | None: ...
     @property
+    def prefill_interval(self) -> int: ...
+    @property
+    def prefill_budget_blocks(self) -> int: ...
+    @property
     def compresses_prompt(self) -> bool:
-        """Whether the first compaction comes at the end of the prompt."""
+        """Whether there is a compaction at the end of the prompt."""
+
+    @property
+    def num_within_prompt(self) -> int:
+        """Compactions before the one at the prompt's end."""
 
     @property
     def may_compress(self) -> bool:
@@ -69,12 +83,11 @@ class CompressionPlan:
         the request runs.
         """
 
-    @property
-    def first_scored_query(self) -> int:
-        """Position of the first prompt query that scores; 0 where all do that are computed.
+    def first_scored_query(self, num_processed: int = 0) -> int:
+        """Position of the first query that scores for the next compaction of the prompt.
 
-        With a limited number of queries none lies before max_shared_tokens, so a hit in the prefix
-        cache changes nothing.
+        0 where all do that are computed, and nothing has been compressed. With a limited number of
+        queries none lies before max_shared_tokens, so a hit in the prefix cache changes nothing.
         """
 
     def columns(self, num_processed: int) -> tuple[int, int]:

@@ -43,6 +43,9 @@ def plan(
     ratio: Annotated[float | None, typer.Option(help="Fraction of the prompt kept.")] = None,
     recent_window: Annotated[int | None, typer.Option(min=1)] = None,
     recompress_interval: Annotated[int | None, typer.Option(min=0)] = None,
+    prefill_interval: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which a prompt is compressed.")
+    ] = None,
     block_size: _COUNT = 16,
     model: Annotated[
         Path | None, typer.Option(help="Model folder or config.json, for bytes.")
@@ -54,6 +57,7 @@ def plan(
         "ratio": ratio,
         "recent_window": recent_window,
         "recompress_interval": recompress_interval,
+        "prefill_interval": prefill_interval,
     }
     given = {key: value for key, value in overrides.items() if value is not None}
     config = load_config({"recipe": recipe, **given})
@@ -81,10 +85,10 @@ def plan(
         Console().print(
             "kv_heads share what their layer keeps, by the scores of each compaction.", style="dim"
         )
-    Console().print(
-        "'at most' is reached between two compressions; the prompt itself is processed dense.",
-        style="dim",
-    )
+    whole = "the prompt itself is processed dense"
+    if config.prefill_interval:
+        whole = "that of a prompt, while it is processed, is among them"
+    Console().print(f"'at most' is reached between two compressions; {whole}.", style="dim")
 
 
 def _settings(config: KVCompressionConfig, shape: CacheShape | None) -> PlanSettings:
@@ -118,6 +122,8 @@ def _plan_row(
         after_prompt += part * (-(-(prompt_len + 1) // block_size) - plan.columns(prompt_len)[0])
         at_end += part * (dense - plan.columns(end)[0])
         most = max((plan.max_live_columns(n) for n in decoding), default=dense)
+        if plan.num_within_prompt:
+            most = max(most, plan.max_replay_columns(prompt_len))
         at_most += part * min(dense, most)
     row = [
         f"{prompt_len:,}",

@@ -2,8 +2,9 @@
 """From settings and a prompt length to the CompressionPlan that the scheduler follows."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Protocol
 
 from ems_vllm.layer_shares import LayerShares
@@ -43,6 +44,7 @@ class PlanSettings:
     global_queries: int | None = None
     allow_off: bool = True
     max_budget: int | None = None
+    prefill_interval: int = 0
     shares: LayerShares | None = None
     level: int = 0
 
@@ -60,6 +62,17 @@ class PlanSettings:
             return self
         return replace(self, level=self.shares.level_of(layer))
 
+    def most_columns(self, block_size: int, max_model_len: int) -> int | None:
+        """Columns that any request holds at most; None where one may hold its whole length.
+
+        Args:
+            block_size: Tokens per block.
+            max_model_len: Longest request, in tokens.
+        """
+        if self.prefill_interval == 0 or self.allow_off:
+            return None
+        return _most_columns(self, block_size, max_model_len)
+
     def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
         """The plan of one request.
 
@@ -72,29 +85,57 @@ class PlanSettings:
         # Imported here: reading settings must not need the compiled extension.
         from ems_vllm._C import CompressionPlan
 
+        budgets = self._budget_blocks(prompt_len, block_size, request)
         return CompressionPlan(
             prompt_len=prompt_len,
             block_size=block_size,
-            budget_blocks=self._budget_blocks(prompt_len, block_size, request),
+            budget_blocks=budgets[self.level],
             recent_window=self.recent_window,
             recompress_interval=_round_up(self.recompress_interval, block_size),
             min_blocks_saved=self.min_blocks_saved,
             global_queries=self.global_queries,
+            prefill_interval=_round_up(self.prefill_interval, block_size),
+            prefill_budget_blocks=max(budgets),
         )
 
-    def _budget_blocks(self, prompt_len: int, block_size: int, request: SizeRequest) -> int:
-        """Budget in whole blocks; 0 keeps everything."""
+    def _budget_blocks(
+        self, prompt_len: int, block_size: int, request: SizeRequest
+    ) -> Sequence[int]:
+        """Budget of each level in whole blocks; 0 keeps everything."""
         if not request.enabled and self.allow_off:
-            return 0
+            return [0] * (self.level + 1)
         entries = _entries(self.budget, self.ratio, prompt_len)
         if request.budget is not None or request.ratio is not None:
             ceiling = max(entries, self.max_budget or 0)
             entries = min(ceiling, _entries(request.budget, request.ratio, prompt_len))
         blocks = max(1, -(-entries // block_size))
         if self.shares is None:
-            return blocks
+            return [blocks]
         before_window = prompt_blocks(prompt_len, self.recent_window, block_size)
-        return self.shares.blocks(blocks, before_window)[self.level]
+        return self.shares.blocks(blocks, before_window)
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """A request that asks for as much as it may have."""
+
+    budget: int | None
+    enabled: bool = True
+    ratio: float | None = None
+
+
+@cache
+def _most_columns(settings: PlanSettings, block_size: int, max_model_len: int) -> int:
+    requests = [_Largest(None)]
+    if settings.max_budget is not None:
+        requests.append(_Largest(settings.max_budget))
+    # The last token of a block; what a plan says of the others is at most a block more.
+    ends = {*range(block_size, max_model_len, block_size), max_model_len}
+    return 1 + max(
+        settings.plan(end - 1, block_size, request).max_replay_columns(max_model_len)
+        for request in requests
+        for end in ends
+    )
 
 
 def prompt_blocks(prompt_len: int, recent_window: int, block_size: int) -> int:

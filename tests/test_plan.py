@@ -19,18 +19,23 @@ PARAMS = {
     "min_blocks_saved": 1,
 }
 
+NAMES = (*PARAMS, "global_queries", "prefill_interval", "prefill_budget_blocks")
+
 
 @st.composite
 def plans(draw: st.DrawFn) -> CompressionPlan:
     block_size = draw(st.sampled_from([1, 2, 8, 16]))
+    budget_blocks = draw(st.integers(0, 12))
     return CompressionPlan(
         prompt_len=draw(st.integers(0, 400)),
         block_size=block_size,
-        budget_blocks=draw(st.integers(0, 12)),
+        budget_blocks=budget_blocks,
         recent_window=draw(st.integers(0, 80)),
         recompress_interval=block_size * draw(st.integers(0, 6)),
         min_blocks_saved=draw(st.integers(1, 5)),
         global_queries=draw(st.none() | st.integers(1, 100)),
+        prefill_interval=block_size * draw(st.sampled_from([0, 0, 1, 2, 5])),
+        prefill_budget_blocks=budget_blocks + draw(st.sampled_from([0, 0, 3])),
     )
 
 
@@ -54,6 +59,34 @@ def test_worked_example():
     # The step that compacts at 1000 has not been processed yet, the one after it has.
     assert plan.max_live_columns(1000) == 63
     assert plan.max_live_columns(1001) == 63 - 52
+
+
+def test_worked_example_within_a_prompt():
+    plan = CompressionPlan(**PARAMS, prefill_interval=128, global_queries=64)
+    # For the first time when 128 tokens more than budget and recent window have been processed.
+    at = [0]
+    while at[-1] < 1000:
+        at.append(plan.next_compaction(at[-1]))
+    assert at == [0, 288, 416, 544, 672, 800, 928, 1000]
+    assert plan.num_within_prompt == 6
+    assert [plan.columns(n) for n in at[1:4]] == [(8, 16), (16, 24), (24, 32)]
+    assert plan.columns(1000) == (52, 60)
+    # What others may share ends where the first compaction writes.
+    assert plan.max_shared_tokens == 8 * 16
+    # The last 64 queries before each, or as many as there are since the one before.
+    assert [plan.first_scored_query(n) for n in (0, 300, 928)] == [288 - 64, 416 - 64, 936]
+    assert plan.max_replay_columns(1000) == plan.max_replay_columns(10**6) == 27
+
+
+def test_levels_are_compacted_together_within_a_prompt():
+    most = CompressionPlan(**PARAMS, prefill_interval=128)
+    least = CompressionPlan(
+        **PARAMS | {"budget_blocks": 2}, prefill_interval=128, prefill_budget_blocks=8
+    )
+    for num_processed in range(1000):
+        assert least.next_compaction(num_processed) == most.next_compaction(num_processed)
+        assert least.columns(num_processed)[1] == most.columns(num_processed)[1]
+    assert least.columns(288) == (14, 16)
 
 
 def test_never_compressed():
@@ -99,8 +132,11 @@ def test_budget_lies_between_the_columns(plan):
         assert live >= plan.budget_blocks * plan.block_size + plan.recent_window
         if plan.recompress_interval > 0:
             in_tail = num_processed - tail * plan.block_size
-            bound = plan.recent_window + plan.recompress_interval + plan.block_size
-            assert in_tail < bound
+            interval = plan.recompress_interval
+            if num_processed < plan.prompt_len:
+                # The last chunk of a prompt is longer than an interval by a block at most.
+                interval = plan.prefill_interval + plan.block_size
+            assert in_tail < plan.recent_window + interval + plan.block_size
 
 
 @settings(deadline=None)
@@ -130,14 +166,31 @@ def test_first_compaction_frees_enough(plan):
     if at is None:
         assert plan.columns(horizon(plan)) == plan.columns(0)
     else:
-        assert plan.columns(at)[0] >= plan.min_blocks_saved
+        enough = plan.min_blocks_saved
+        if plan.num_within_prompt:
+            # The compactions after it free as much each.
+            enough = min(enough, plan.prefill_interval // plan.block_size)
+        assert plan.columns(at)[0] >= enough
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(1, 3))
+def test_a_prompt_of_any_length_takes_as_many_columns(plan, times):
+    if plan.num_within_prompt and plan.recompress_interval:
+        longer = CompressionPlan(
+            prompt_len=plan.prompt_len + times * plan.prefill_interval,
+            **{name: getattr(plan, name) for name in NAMES if name != "prompt_len"},
+        )
+        assert longer.num_within_prompt == plan.num_within_prompt + times
+        if plan.num_within_prompt > 1:
+            assert longer.max_replay_columns(10**6) == plan.max_replay_columns(10**6)
 
 
 @settings(deadline=None)
 @given(plans())
 def test_live_columns_bound(plan):
     """Replays decoding token by token; a step's columns are given back once it is processed."""
-    freed = 0
+    freed = plan.columns(max(0, plan.prompt_len - 1))[0]
     for started_at in range(plan.prompt_len, horizon(plan)):
         held = -(-(started_at + 1) // plan.block_size) - freed
         assert held <= plan.max_live_columns(started_at)
@@ -180,6 +233,9 @@ def test_value_semantics(one, other):
         ("recent_window", 2**31, "recent_window must be in 0..2147483647, got 2147483648"),
         ("recompress_interval", -16, "recompress_interval must be in 0..2147483647, got -16"),
         ("recompress_interval", 40, r"recompress_interval must be a multiple of block_size \(16\)"),
+        ("prefill_interval", -16, "prefill_interval must be in 0..2147483647, got -16"),
+        ("prefill_interval", 40, r"prefill_interval must be a multiple of block_size \(16\)"),
+        ("prefill_budget_blocks", 7, "prefill_budget_blocks must be in 8..2147483647, got 7"),
         ("min_blocks_saved", 0, "min_blocks_saved must be in 1..2147483647, got 0"),
     ],
 )
@@ -199,18 +255,35 @@ def test_arguments_are_keywords():
 
 
 @settings(deadline=None)
-@given(plans(), st.integers(0, 400))
-def test_a_limited_number_of_queries_does_not_depend_on_hits(plan, hit):
+@given(plans())
+def test_a_limited_number_of_queries_does_not_depend_on_hits(plan):
     """Whatever hit is taken, the same queries of the prompt are left to score."""
-    first = plan.first_scored_query
+    first = plan.first_scored_query()
     if plan.global_queries is None or not plan.compresses_prompt:
         assert first == 0
         return
+    due = plan.next_compaction(0)
     assert first >= plan.max_shared_tokens
-    assert plan.prompt_len - first <= plan.global_queries
+    assert due - first <= plan.global_queries
     # As many as were asked for, where a hit always leaves them.
-    if plan.global_queries <= plan.budget_blocks * plan.block_size + plan.recent_window:
-        assert plan.prompt_len - first == plan.global_queries
+    if plan.global_queries <= due - plan.max_shared_tokens:
+        assert due - first == plan.global_queries
+
+
+@settings(deadline=None)
+@given(plans())
+def test_queries_within_a_prompt_score_once(plan):
+    """For the compaction that comes next after them, and whichever chunk they are in."""
+    if not plan.compresses_prompt:
+        return
+    before, due = 0, plan.next_compaction(0)
+    while before < plan.prompt_len:
+        first = plan.first_scored_query(before)
+        assert {plan.first_scored_query(n) for n in range(before, due)} == {first}
+        assert before <= first < due
+        if before and plan.global_queries is None:
+            assert first == before
+        before, due = due, plan.next_compaction(due)
 
 
 @settings(deadline=None)

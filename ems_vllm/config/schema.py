@@ -96,8 +96,13 @@ class KVCompressionConfig(BaseModel):
         obs_window: Last queries that score the entries; at most `recent_window`.
         recompress_interval: Generated tokens beyond `recent_window` after which the request is
             compressed again, rounded up to whole blocks; 0 compresses the prompt only.
+        prefill_interval: Tokens after which a prompt is compressed while it is still processed,
+            rounded up to whole blocks and at least `obs_window`; 0: not before its end. A request
+            then never holds much more than budget + recent_window + 2 * prefill_interval entries,
+            whatever its length; later parts of a prompt attend to what was kept of earlier ones.
         min_blocks_saved: Compress a prompt only if this many columns of blocks are given back.
-        global_queries: Last queries of the prompt whose attention a scorer accumulates, or "all"
+        global_queries: Last queries of the prompt (with a prefill_interval, before each of its
+            compactions) whose attention a scorer accumulates, or "all"
             for every query that is computed. At most `budget + recent_window`, which a hit in the
             prefix cache always leaves to be computed; then neither hits nor chunks change which
             queries score. By default 256, or as many as are allowed.
@@ -125,6 +130,7 @@ class KVCompressionConfig(BaseModel):
     recent_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
     recompress_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 256
+    prefill_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 0
     min_blocks_saved: Annotated[int, Field(ge=1, le=_LARGEST)] = 4
     global_queries: Annotated[int, Field(ge=1, le=_LARGEST)] | Literal["all"] = Field(
         default_factory=lambda data: min(_GLOBAL_QUERIES, _always_computed(data))
@@ -198,6 +204,19 @@ class KVCompressionConfig(BaseModel):
                 f"{KEY_PREFIX}obs_window={self.obs_window} is not allowed: it must be at most "
                 f"recent_window={self.recent_window}; lower it or raise recent_window."
             )
+        if 0 < self.prefill_interval < self.obs_window:
+            raise ConfigError(
+                f"{KEY_PREFIX}prefill_interval={self.prefill_interval} is not allowed: it must be "
+                f"at least obs_window={self.obs_window}; raise it, or set it to 0 to compress "
+                "prompts at their end only."
+            )
+        if self.prefill_interval and self.allocator.deals_to_heads:
+            # The prompt's queries score whole blocks; such heads own parts of them.
+            raise ConfigError(
+                f"{KEY_PREFIX}prefill_interval={self.prefill_interval} does not fit together with "
+                f"allocator={self.allocator.name()!r}, under which kv_heads keep different numbers "
+                "of entries: set it to 0, or choose an allocator that gives all as many."
+            )
         computed = _always_computed(self.model_dump(include={"budget", "recent_window"}))
         if self.global_queries != "all" and self.global_queries > computed:
             raise ConfigError(
@@ -224,6 +243,7 @@ class KVCompressionConfig(BaseModel):
             global_queries=None if self.global_queries == "all" else self.global_queries,
             allow_off=self.allow_off,
             max_budget=self.max_budget,
+            prefill_interval=self.prefill_interval,
         )
 
     def plan_settings_of(self, num_layers: int) -> PlanSettings:

@@ -98,6 +98,7 @@ def log_start(
         len(specs),
         choose_layers(others, layers, config.scorer).describe_kept(),
     )
+    _log_within_prompts(logger, config, kv_cache_config, max_model_len)
     _log_levels(logger, kv_cache_config, max_model_len)
     _log_heads(logger, config, kv_cache_config, max_model_len)
     blocks = kv_cache_config.num_blocks
@@ -124,6 +125,33 @@ def log_start(
         columns.dense,
         num_blocks / columns.compressed,
         columns.compressed,
+    )
+
+
+def _log_within_prompts(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    max_model_len: int,
+) -> None:
+    """Say that prompts are compressed before they end, and what a request then holds."""
+    if config.prefill_interval == 0:
+        return
+    columns = blocks = 0
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, CompressedAttentionSpec):
+            plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+            of_group = plan.max_replay_columns(max_model_len)
+            columns, blocks = max(columns, of_group * spec.block_size), blocks + of_group
+    logger.info(
+        "KV-cache compression: prompts are compressed as they come, every %d tokens, so that a "
+        "request of %d tokens holds at most %d entries per kv_head (%d blocks); what comes later "
+        "in a prompt attends to what was kept of it.",
+        config.prefill_interval,
+        max_model_len,
+        columns,
+        blocks,
     )
 
 

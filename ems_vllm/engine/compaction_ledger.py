@@ -50,12 +50,21 @@ class CompactionLedger:
         Returns:
             Whether a compaction falls due in it; `first` and `tail` are those after it.
         """
-        first, tail = self.plan.columns(start)
-        if first <= self.first:
+        if not self.falls_due(start):
             return False
-        self.first, self.tail = first, tail
+        first, self.tail = self.plan.columns(start)
+        self.first = first
         self._in_flight.append((start, first))
         return True
+
+    def falls_due(self, start: int) -> bool:
+        """Whether a step that begins with `start` processed tokens compacts."""
+        return self.plan.columns(start)[0] > self.first
+
+    def is_settled(self, num_processed_tokens: int) -> bool:
+        """Whether the output of every step that compacts has been processed."""
+        self.columns_to_free(num_processed_tokens)
+        return not self._in_flight
 
     def columns_to_free(self, num_processed_tokens: int) -> int:
         """Leading columns that no step, in flight or to come, will read.

@@ -39,6 +39,8 @@ SCHEDULERS = (
 # vLLM's names of caches that are not quantised.
 _PLAIN_CACHES = ("auto", "float16", "bfloat16", "float32")
 _DEVICES_WITH_KERNELS = ("cpu", "cuda")
+# Tokens per block where vLLM has not chosen yet: its default.
+_BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,23 @@ def _one_group_of_layers_with_shares(config: VllmConfig) -> bool | None:
         return None
     num_layers = config.model_config.get_total_num_hidden_layers()
     return None if settings.plan_settings_of(num_layers).shares is None else True
+
+
+def _prefill_interval_where(
+    is_in_the_way: Callable[[VllmConfig], Any],
+) -> Callable[[VllmConfig], int | None]:
+    """The interval after which prompts are compressed, where something is in its way."""
+
+    def value(config: VllmConfig) -> int | None:
+        settings = active_config(config)
+        interval = 0 if settings is None else settings.prefill_interval
+        return interval if interval and is_in_the_way(config) else None
+
+    return value
+
+
+def _drafts_fill_a_block(config: VllmConfig) -> bool:
+    return config.num_speculative_tokens + 1 >= (config.cache_config.block_size or _BLOCK_SIZE)
 
 
 def _device_without_kernels(config: VllmConfig) -> str | None:
@@ -375,6 +394,19 @@ RULES = (
         "would wait for ever",
         "raise it to at least max_model_len, or leave it out",
         _private_scores_for_part_of_a_prompt,
+    ),
+    Rule(
+        "kv_compression_config.prefill_interval",
+        "image tokens of this model see each other, and a compression could fall among them",
+        "set it to 0",
+        _prefill_interval_where(lambda c: c.model_config.is_mm_prefix_lm),
+    ),
+    Rule(
+        "kv_compression_config.prefill_interval",
+        "what is left of a prompt after a compression may be as short as a block, and must be "
+        "longer than a decoding step, drafts included",
+        "set it to 0, or draft fewer tokens",
+        _prefill_interval_where(_drafts_fill_a_block),
     ),
     Rule(
         "worker_cls",

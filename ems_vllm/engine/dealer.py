@@ -54,7 +54,8 @@ class Dealer:
         for block_size, pool, ledger in zip(
             self._block_sizes, self.pages, tracked.ledgers, strict=True
         ):
-            scores = ledger.plan.compresses_prompt
+            # What was compacted has blocks of its own, and their pages.
+            scores = ledger.plan.compresses_prompt and ledger.first == 0
             pages = pool.take(tracked.num_cached // block_size if scores else 0)
             if pages is None:
                 for earlier, its_pages in zip(self.pages, dealt, strict=False):

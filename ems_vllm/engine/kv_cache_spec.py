@@ -5,9 +5,11 @@ Workers build the spec and the engine core unpickles it, so the registration hap
 the processes that need it, and only when compression is on.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
@@ -15,6 +17,9 @@ from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.observation import ObservationSettings
 from ems_vllm.plan import PlanSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 _OWN_FIELDS = ("settings", "observation")
 
@@ -37,6 +42,12 @@ class CompressedAttentionSpec(FullAttentionSpec):
     ) -> Self:
         """`spec` with compression; layout and page size are unchanged."""
         return replace_as(spec, cls, settings=settings, observation=observation)
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        dense = super().max_memory_usage_bytes(vllm_config)
+        max_model_len = vllm_config.model_config.max_model_len
+        columns = self.settings.most_columns(self.block_size, max_model_len)
+        return dense if columns is None else min(dense, columns * self.page_size_bytes)
 
     @property
     def num_score_pages(self) -> int:

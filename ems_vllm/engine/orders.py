@@ -60,9 +60,10 @@ class ScoredChunk(NamedTuple):
         group_id: In whose layers.
         first_query: Position of the first query that scores in this step.
         seq_len: Position after the last one.
-        num_accumulated: Leading entries that have a score to add to; those of the others, left
+        first_column: First live column.
+        num_accumulated: Leading live entries that have a score to add to; those of the others, left
             behind by an earlier owner of the page, are overwritten.
-        block_ids: Block of every column up to `seq_len`.
+        block_ids: Block of every column from `first_column` up to `seq_len`.
         score_pages: As in Compaction.
     """
 
@@ -70,6 +71,7 @@ class ScoredChunk(NamedTuple):
     group_id: int
     first_query: int
     seq_len: int
+    first_column: int
     num_accumulated: int
     block_ids: list[int]
     score_pages: list[int]

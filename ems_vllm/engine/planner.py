@@ -83,7 +83,7 @@ class Planner:
             return limit
         # A preempted request finds its own prompt in the cache. Queries that scored at first have
         # to score again, or the preemption would change the answer.
-        return first_hit if tracked.first_scored_query < limit else limit
+        return first_hit if tracked.first_scored_query(0) < limit else limit
 
     def _track(self, request: Request) -> TrackedRequest:
         params = request.sampling_params
@@ -142,6 +142,8 @@ class Planner:
             return num_tokens
         if tracked.is_new:
             tracked.num_cached = start
+        if tracked.waits_for_blocks(start):
+            return 0
         due = tracked.next_compaction(start)
         if due == NEVER:
             return num_tokens
@@ -149,7 +151,7 @@ class Planner:
         recorded_from = due - self._obs_window
         scores = self._scores and tracked.compresses_prompt and start < tracked.prompt_len
         if scores:
-            needed_from = min(tracked.first_scored_query, recorded_from)
+            needed_from = min(tracked.first_scored_query(start), recorded_from)
             if start + num_tokens > needed_from and not self._dealer.deal_pages(tracked):
                 num_tokens = self._until(needed_from, start)
         if (
@@ -159,7 +161,7 @@ class Planner:
         ):
             num_tokens = self._until(recorded_from, start)
         if scores and self._cuts_anywhere:
-            num_tokens = self._unlike_decoding(tracked.prompt_len - start, num_tokens)
+            num_tokens = self._unlike_decoding(due - start, num_tokens)
         return num_tokens
 
     def _until(self, position: int, start: int) -> int:
@@ -169,8 +171,9 @@ class Planner:
     def _unlike_decoding(self, remaining: int, num_tokens: int) -> int:
         """At most `num_tokens`, so that this chunk and what is left exceed a decoding step.
 
-        0 where that cannot be. A batch in which no request has more tokens than a decoding one
-        replays the CUDA graph of decoding batches, which scores nothing.
+        What is left of a prompt, or of it until it is compacted. 0 where that cannot be. A batch
+        in which no request has more tokens than a decoding one replays the CUDA graph of decoding
+        batches, which scores nothing.
         """
         longest = self._decode_query_len
         if num_tokens < remaining <= num_tokens + longest:
@@ -251,11 +254,12 @@ class Planner:
     ) -> Compaction:
         manager, ledger = self._managers[index], tracked.ledgers[index]
         plan, (first_before, tail_before) = ledger.plan, before
+        is_of_prompt = plan.compresses_prompt and start <= tracked.prompt_len
         num_scored = 0
-        if self._scores and first_before > 0:
+        if self._scores and is_of_prompt:
+            num_scored = (ledger.tail - first_before) * manager.block_size
+        elif self._scores and first_before > 0:
             num_scored = (tail_before - first_before) * manager.block_size
-        elif self._scores and plan.compresses_prompt:
-            num_scored = min(ledger.tail * manager.block_size, tracked.prompt_len)
         return Compaction(
             req_id=tracked.request.request_id,
             group_id=manager.kv_cache_group_id,
@@ -264,9 +268,9 @@ class Planner:
             tail=ledger.tail,
             num_computed=start,
             block_ids=manager.block_ids(tracked.request.request_id, first_before, start),
-            score_pages=[] if tracked.score_pages is None else tracked.score_pages[index],
+            score_pages=tracked.score_pages_of(index),
             num_scored=num_scored,
-            num_represented=start - ledger.accumulated_until,
+            num_represented=0 if is_of_prompt else start - ledger.accumulated_until,
             ring_row=-1 if tracked.ring_row is None else tracked.ring_row,
             num_queries=min(self._obs_window, start - tracked.num_cached),
             prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
@@ -274,22 +278,27 @@ class Planner:
         )
 
     def _score(self, tracked: TrackedRequest, start: int, end: int, orders: StepOrders) -> None:
-        first_query = max(start, tracked.first_scored_query)
-        seq_len = min(end, tracked.prompt_len)
+        first_scored = tracked.first_scored_query(start)
+        first_query, seq_len = max(start, first_scored), min(end, tracked.prompt_len)
         if first_query >= seq_len:
             return
-        assert tracked.score_pages is not None
         for index, manager in enumerate(self._managers):
-            if not tracked.ledgers[index].plan.compresses_prompt:
+            ledger = tracked.ledgers[index]
+            if not ledger.plan.compresses_prompt:
                 continue
+            assert ledger.first > 0 or tracked.score_pages is not None
+            # Where all queries score, what was kept has the scores of those before.
+            carries = ledger.first > 0 and ledger.plan.global_queries is None
+            is_fresh = start <= first_scored and not carries
             orders.scored.append(
                 ScoredChunk(
                     req_id=tracked.request.request_id,
                     group_id=manager.kv_cache_group_id,
                     first_query=first_query,
                     seq_len=seq_len,
-                    num_accumulated=0 if start <= tracked.first_scored_query else start,
-                    block_ids=manager.block_ids(tracked.request.request_id, 0, seq_len),
-                    score_pages=tracked.score_pages[index],
+                    first_column=ledger.first,
+                    num_accumulated=0 if is_fresh else start - ledger.first * manager.block_size,
+                    block_ids=manager.block_ids(tracked.request.request_id, ledger.first, seq_len),
+                    score_pages=tracked.score_pages_of(index),
                 )
             )

@@ -99,7 +99,7 @@ class Residents:
             expected = (order.ring_row, order.num_computed)
             if found != expected:
                 raise StepRefused(f"{what} by its queries (row, end)", expected, found)
-        if order.first_before == 0 and order.num_scored:
+        if order.num_scored and not order.num_represented:
             found = resident.scored_until.get(order.group_id)
             if found != order.num_computed:
                 raise StepRefused(f"{what} by its prompt's queries", order.num_computed, found)

@@ -200,7 +200,7 @@ class GroupBinding:
             int(batch.query_starts[row] + chunk.first_query - batch.starts[row])
             for row, chunk in zip(rows, chunks, strict=True)
         ]
-        return score_rows(chunks, starts, tensors.device)
+        return score_rows(chunks, starts, tensors.spec.block_size, tensors.device)
 
     def layer(self, name: str) -> LayerBinding:
         return LayerBinding(self, self.group.layer_names.index(name))

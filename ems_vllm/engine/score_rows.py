@@ -28,13 +28,17 @@ class ScoreRows:
 
 
 def score_rows(
-    chunks: Sequence[ScoredChunk], query_starts: Sequence[int], device: torch.device
+    chunks: Sequence[ScoredChunk],
+    query_starts: Sequence[int],
+    block_size: int,
+    device: torch.device,
 ) -> ScoreRows | None:
     """The prompt chunks of a batch that score.
 
     Args:
         chunks: Of one group.
         query_starts: Index in the batch of the first query of each that scores.
+        block_size: Tokens per block.
         device: Of the result.
 
     Returns:
@@ -42,11 +46,12 @@ def score_rows(
     """
     if not chunks:
         return None
+    live_lens = [chunk.seq_len - chunk.first_column * block_size for chunk in chunks]
     return ScoreRows(
         block_table=pad_rows([chunk.block_ids for chunk in chunks], device),
         query_starts=to_device(query_starts, device),
         query_lens=to_device([chunk.seq_len - chunk.first_query for chunk in chunks], device),
-        seq_lens=to_device([chunk.seq_len for chunk in chunks], device),
+        seq_lens=to_device(live_lens, device),
         accumulate_lens=to_device([chunk.num_accumulated for chunk in chunks], device),
         score_table=pad_rows([score_pages(c.score_pages, c.block_ids) for c in chunks], device),
     )

@@ -31,6 +31,7 @@ class TrackedRequest:
         score_pages: By compressed group, its private score pages; None while it needs none.
         protected: Spans of positions that stay whole; see Compaction.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
+        compresses_within_prompt: Whether there are compactions before the prompt's end.
     """
 
     request: Request
@@ -44,19 +45,16 @@ class TrackedRequest:
     protected: tuple[Span, ...] = ()
     prompt_len: int = field(init=False)
     compresses_prompt: bool = field(init=False)
+    compresses_within_prompt: bool = field(init=False)
     max_shared_tokens: int | None = field(init=False)
-    _first_scored_query: int = field(init=False)
 
     def __post_init__(self) -> None:
         plans = [ledger.plan for ledger in self.ledgers]
         self.prompt_len = plans[0].prompt_len
         self.compresses_prompt = any(plan.compresses_prompt for plan in plans)
+        self.compresses_within_prompt = any(plan.num_within_prompt > 0 for plan in plans)
         shared = (plan.max_shared_tokens for plan in plans)
         self.max_shared_tokens = min((limit for limit in shared if limit is not None), default=None)
-        # Queries score for all groups alike, so for the one that keeps most of the prompt.
-        self._first_scored_query = min(
-            (plan.first_scored_query for plan in plans if plan.compresses_prompt), default=0
-        )
         self.restart()
 
     def restart(self) -> None:
@@ -77,8 +75,33 @@ class TrackedRequest:
             default=NEVER,
         )
 
-    @property
-    def first_scored_query(self) -> int:
-        """The first prompt query that scores, as it was when the request was first admitted."""
-        hit = self.num_cached if self.first_hit is None else self.first_hit
-        return max(self._first_scored_query, hit)
+    def score_pages_of(self, index: int) -> list[int]:
+        """Its private score pages in a compressed group, if it has any."""
+        return [] if self.score_pages is None else self.score_pages[index]
+
+    def first_scored_query(self, num_processed: int) -> int:
+        """The first query that scores for the next compaction of the prompt.
+
+        It does so for all groups alike, and hence for the one that keeps most of the prompt; and
+        as it did when the request was first admitted.
+        """
+        plans = (ledger.plan for ledger in self.ledgers)
+        first = min(
+            (plan.first_scored_query(num_processed) for plan in plans if plan.compresses_prompt),
+            default=0,
+        )
+        return max(first, self.num_cached if self.first_hit is None else self.first_hit)
+
+    def waits_for_blocks(self, start: int) -> bool:
+        """Whether a step from `start` must wait until blocks of an earlier compaction are back.
+
+        A prompt that is compacted while it is processed would hold ever more of them, the more
+        steps are in flight. With one compaction at a time it holds what max_replay_columns says.
+        """
+        if not self.compresses_within_prompt:
+            return False
+        num_processed = start - self.request.num_in_flight_tokens
+        return any(
+            ledger.falls_due(start) and not ledger.is_settled(num_processed)
+            for ledger in self.ledgers
+        )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.build_scheduler import specs_of
-from engine.levels import LEVELS
+from engine.levels import LEVELS, WITHIN_PROMPTS
 from engine.simulator import Simulator
 
 SETTINGS = {
@@ -25,9 +25,13 @@ BASE = list(range(60))
 MODES: tuple[dict[str, Any], ...] = ({}, {"async_scheduling": True}, {"num_drafts": 3})
 
 
+def modes_of(levels: str) -> tuple[dict[str, Any], ...]:
+    return MODES[:2] if levels in WITHIN_PROMPTS else MODES
+
+
 def busy_run(levels: str, global_queries: int | str = "all", **options: Any) -> Simulator:
     """Hits, preemptions, recompressions, and late ones where levels differ."""
-    settings = {**SETTINGS, "global_queries": global_queries, **LEVELS[levels]}
+    settings = {**SETTINGS, "global_queries": global_queries, **(LEVELS | WITHIN_PROMPTS)[levels]}
     groups = len(specs_of(settings))
     simulator = Simulator(settings, num_blocks=40 * groups, **options)
     for round_ in range(6):
@@ -44,6 +48,6 @@ def busy_run(levels: str, global_queries: int | str = "all", **options: Any) -> 
 
 
 def busy_runs(levels: str) -> None:
-    for mode in MODES:
+    for mode in modes_of(levels):
         for global_queries in ("all", 12):
             busy_run(levels, global_queries, **mode)

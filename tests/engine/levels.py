@@ -64,3 +64,9 @@ LEVELS: dict[str, dict[str, Any]] = {
         "budget": 12,
     },
 }
+
+# Prompts are compacted as they come. Drafts would fill the simulator's blocks, of 4 tokens.
+WITHIN_PROMPTS: dict[str, dict[str, Any]] = {
+    "within prompts": {"prefill_interval": 8},
+    "pyramid within prompts": {**LEVELS["pyramid of 2"], "prefill_interval": 8},
+}

@@ -178,6 +178,18 @@ class Simulator:
         assert self.pool.get_num_free_blocks() == self.pool.num_gpu_blocks - 1 - len(references)
         if self.planner is not None:
             self._check_dealer()
+            self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        """A prompt that is compacted as it comes holds what its plan says, whatever its length."""
+        for request in self.scheduler.running:
+            tracked = self.planner.requests[request.request_id]
+            if not tracked.compresses_within_prompt:
+                continue
+            for manager, ledger in zip(self.managers, tracked.ledgers, strict=True):
+                held = manager.req_to_blocks[request.request_id]
+                live = sum(not block.is_null for block in held)
+                assert live <= ledger.plan.max_replay_columns(request.num_tokens), request
 
     def _check_dealer(self) -> None:
         dealer, requests = self.planner._dealer, self.planner.requests.values()

@@ -3,12 +3,25 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from engine.block_tables import Request
 from engine.symbolic_cache import BLOCK_SIZE, Columns
 
 _UNSCORED: tuple[Any, range] = (None, range(0))
+
+
+class Scoring(NamedTuple):
+    """Which of the prompt's queries score for a compaction.
+
+    Attributes:
+        carries: Whether entries that were kept before have the scores of earlier queries, too.
+        of_kept, of_new: The first one for entries that were kept before, and for the others.
+    """
+
+    carries: bool
+    of_kept: int
+    of_new: int
 
 
 class SymbolicScores:
@@ -23,45 +36,53 @@ class SymbolicScores:
 
     def score(self, chunk: Any, request: Request) -> None:
         """Accumulate the queries of a ScoredChunk; what is added to must be its own."""
-        columns = -(-chunk.seq_len // BLOCK_SIZE)
-        assert chunk.block_ids == request.tables[chunk.group_id][:columns], chunk
+        columns = slice(chunk.first_column, -(-chunk.seq_len // BLOCK_SIZE))
+        assert chunk.block_ids == request.tables[chunk.group_id][columns], chunk
         assert request.num_computed <= chunk.first_query < chunk.seq_len <= request.end
         pages = [*chunk.score_pages, *chunk.block_ids[len(chunk.score_pages) :]]
-        owner, span = (chunk.req_id, chunk.group_id), range(chunk.first_query, chunk.seq_len)
-        for position in range(chunk.seq_len):
-            page = self._pages[pages[position // BLOCK_SIZE]]
-            queries = span
-            if position < chunk.num_accumulated:
-                found, earlier = page[position % BLOCK_SIZE]
+        span = range(chunk.first_query, chunk.seq_len)
+        for entry in range(chunk.seq_len - chunk.first_column * BLOCK_SIZE):
+            page, slot = self._pages[pages[entry // BLOCK_SIZE]], entry % BLOCK_SIZE
+            owner, queries = (chunk.req_id, chunk.group_id), span
+            if entry < chunk.num_accumulated:
+                found, earlier = page[slot]
+                if found == ("carried", *owner, chunk.first_column):
+                    # What was kept; of the queries, those since.
+                    owner = found
                 assert found == owner, (found, chunk)
-                assert earlier.stop == span.start, (earlier, chunk)
-                queries = range(earlier.start, span.stop)
-            page[position % BLOCK_SIZE] = (owner, queries)
+                if earlier:
+                    assert earlier.stop == span.start, (earlier, chunk)
+                    queries = range(earlier.start, span.stop)
+            page[slot] = (owner, queries)
 
-    def check(self, order: Any, request: Request, before: Columns, scored_from: int | None) -> None:
+    def check(self, order: Any, before: Columns, scoring: Scoring | None) -> None:
         """What a Compaction compresses was scored by the right queries and nobody else's.
 
         Args:
             before: What is compressed in its group until now.
-            scored_from: The first prompt query that counts; None where those of the prompt do not.
+            scoring: Of the prompt's queries; None where none counts.
         """
         pages = [*order.score_pages, *order.block_ids[len(order.score_pages) :]]
+        carried = _carried(order, before)
         for entry in range((order.tail - order.first_before) * BLOCK_SIZE):
             found = self._pages[pages[entry // BLOCK_SIZE]][entry % BLOCK_SIZE]
             position = order.first_before * BLOCK_SIZE + entry
-            if order.first_before and position < before[1] * BLOCK_SIZE:
-                assert entry < order.num_scored, order
-                assert found == _carried(order, before), found
-            elif scored_from is not None and position < request.prompt_len and not before[0]:
-                assert entry < order.num_scored, order
-                # Of the queries that count, all that can see the entry.
-                owner, queries = found
-                assert owner == (order.req_id, order.group_id), (order, position, found)
-                seen = range(max(queries.start, position), queries.stop)
-                expected = range(max(scored_from, position), request.prompt_len)
-                assert seen == expected, (order, position, queries)
-            else:
-                assert entry >= order.num_scored, order
+            is_kept = order.first_before > 0 and position < before[1] * BLOCK_SIZE
+            if scoring is None:
+                assert (entry < order.num_scored) == is_kept, order
+                assert not is_kept or found == carried, found
+                continue
+            assert entry < order.num_scored, order
+            if is_kept:
+                tag = carried[0] if scoring.carries else (order.req_id, order.group_id)
+                assert found == (tag, range(scoring.of_kept, order.num_computed)), (order, found)
+                continue
+            # Of the queries that count, all that can see the entry.
+            owner, queries = found
+            assert owner == (order.req_id, order.group_id), (order, position, found)
+            seen = range(max(queries.start, position), queries.stop)
+            expected = range(max(scoring.of_new, position), order.num_computed)
+            assert seen == expected, (order, position, queries)
 
     def carry(self, order: Any, request: Request) -> None:
         """Kept entries take their scores along."""
@@ -71,4 +92,4 @@ class SymbolicScores:
 
 
 def _carried(order: Any, columns: Columns) -> tuple[Any, range]:
-    return ("carried", order.req_id, order.group_id, *columns), range(0)
+    return ("carried", order.req_id, order.group_id, columns[0]), range(0)

@@ -22,7 +22,7 @@ from engine.symbolic_cache import (
 )
 from engine.symbolic_heads import SymbolicHeads
 from engine.symbolic_ring import SymbolicRing
-from engine.symbolic_scores import SymbolicScores
+from engine.symbolic_scores import Scoring, SymbolicScores
 
 from ems_vllm.config import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
@@ -72,6 +72,8 @@ class SymbolicWorker:
         self.plans: dict[str, list[Any]] = {}
         # By group, the first ones of prompts that were too short apart.
         self.num_compactions = [0] * len(specs)
+        # Those of them before a prompt had ended.
+        self.num_within_prompts = [0] * len(specs)
         self.num_late_compactions = [0] * len(specs)
         self.num_accepted_drafts = 0
         self._nothing: State = ((0, 0),) * len(specs)
@@ -149,13 +151,25 @@ class SymbolicWorker:
             known.append(tuple(plan.columns(position) for plan in plans))
         return known[:num_tokens]
 
-    def _scored_from(self, order: Any) -> int | None:
-        """The first prompt query that scores, in all groups the same; None where none does."""
-        plans = self.plans[order.req_id]
-        if not plans[order.group_id].compresses_prompt:
+    def _is_of_prompt(self, order: Any, request: Request) -> bool:
+        """Whether the prompt's queries score for a compaction, recorded ones beside them."""
+        plan = self.plans[order.req_id][order.group_id]
+        return plan.compresses_prompt and order.num_computed <= request.prompt_len
+
+    def _scoring(self, order: Any, request: Request) -> Scoring | None:
+        """Which queries score for a compaction, in all groups the same; None where none does."""
+        if not self._is_of_prompt(order, request):
             return None
-        earliest = min(plan.first_scored_query for plan in plans if plan.compresses_prompt)
-        return max(self.first_hits[order.req_id], earliest)
+        plans = self.plans[order.req_id]
+        earliest = min(
+            plan.first_scored_query(order.num_computed - 1)
+            for plan in plans
+            if plan.compresses_prompt
+        )
+        first = max(self.first_hits[order.req_id], earliest)
+        if not order.first_before or plans[order.group_id].global_queries is not None:
+            return Scoring(False, first, first)
+        return Scoring(True, first, self.first_hits[order.req_id])
 
     def _prefixes_of(self, request: Request, drafts: Sequence[int] = ()) -> list[int]:
         """For every position of a request, a number that stands for the tokens up to it."""
@@ -223,7 +237,7 @@ class SymbolicWorker:
         self.ring.check(order)
         self._check_represented(order, request)
         if self.scores is not None:
-            self.scores.check(order, request, before[group_id], self._scored_from(order))
+            self.scores.check(order, before[group_id], self._scoring(order, request))
             self.scores.carry(order, request)
         after = (order.first, order.tail)
         self.cache.compress(request, group_id, after)
@@ -231,12 +245,14 @@ class SymbolicWorker:
         late = not order.first_before and not self.plans[order.req_id][group_id].compresses_prompt
         counts = self.num_late_compactions if late else self.num_compactions
         counts[group_id] += 1
+        self.num_within_prompts[group_id] += order.num_computed < request.prompt_len
 
     def _check_represented(self, order: Any, request: Request) -> None:
         """The recorded queries stand for all tokens whose queries were never scored."""
         plan, key = self.plans[order.req_id][order.group_id], (order.req_id, order.group_id)
         since = self._compacted_at.get(key, request.prompt_len if plan.compresses_prompt else 0)
-        assert order.num_represented == order.num_computed - since, (order, since)
+        expected = 0 if self._is_of_prompt(order, request) else order.num_computed - since
+        assert order.num_represented == expected, (order, since)
         self._compacted_at[key] = order.num_computed
 
     def _write(self, request: Request, drafts: list[int]) -> None:

@@ -3,8 +3,8 @@
 
 import pytest
 from engine.build_scheduler import specs_of
-from engine.busy_run import BASE, MODES, SETTINGS, busy_run
-from engine.levels import LEVELS
+from engine.busy_run import BASE, MODES, SETTINGS, busy_run, modes_of
+from engine.levels import LEVELS, WITHIN_PROMPTS
 from engine.simulator import Simulator
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -34,10 +34,12 @@ class SchedulingMachine(RuleBasedStateMachine):
         method=st.sampled_from(
             [("ems", "all"), ("ems", 12), ("ems", 6), ("ems", 1), ("snapkv", 6), ("knorm", 6)]
         ),
-        levels=st.sampled_from(list(LEVELS.values())),
+        levels=st.sampled_from(list((LEVELS | WITHIN_PROMPTS).values())),
     )
     def start(self, mode, recompress_interval, num_blocks, max_num_batched_tokens, method, levels):
         recipe, global_queries = method
+        if "prefill_interval" in levels and mode == "drafts":
+            mode = "sync"
         self.compression = {
             **SETTINGS,
             "recipe": recipe,
@@ -116,12 +118,23 @@ SchedulingMachine.TestCase.settings = settings(max_examples=20, stateful_step_co
 TestScheduling = SchedulingMachine.TestCase
 
 
-@pytest.mark.parametrize("levels", LEVELS)
-@pytest.mark.parametrize("mode", MODES, ids=["sync", "async", "drafts"])
-def test_busy_run_exercises_what_the_planted_bugs_break(mode, levels):
+MODE_NAMES = ["sync", "async", "drafts"]
+
+
+@pytest.mark.parametrize(
+    ("levels", "mode"),
+    [
+        pytest.param(levels, mode, id=f"{levels}-{MODE_NAMES[MODES.index(mode)]}")
+        for levels in LEVELS | WITHIN_PROMPTS
+        for mode in modes_of(levels)
+    ],
+)
+def test_busy_run_exercises_what_the_planted_bugs_break(levels, mode):
     simulator = busy_run(levels, **mode)
     worker = simulator.worker
     assert min(worker.num_compactions) + min(worker.num_late_compactions) > 30
+    is_within = levels in WITHIN_PROMPTS
+    assert all((count > 20) == is_within for count in worker.num_within_prompts)
     if len(simulator.managers) > 1:
         assert min(worker.num_late_compactions) > 0
     assert sum(hit > 0 for hit in worker.first_hits.values()) > 20

@@ -114,6 +114,20 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
             }
         },
     ),
+    (
+        "kv_compression_config.prefill_interval",
+        {
+            "": {"additional_config": {CONFIG_KEY: {"recipe": "ems", "prefill_interval": 512}}},
+            **with_property("is_mm_prefix_lm"),
+        },
+    ),
+    (
+        "kv_compression_config.prefill_interval",
+        {
+            "": {"additional_config": {CONFIG_KEY: {"recipe": "ems", "prefill_interval": 512}}},
+            "cache_config": {"block_size": 1},
+        },
+    ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
     (

@@ -108,7 +108,7 @@ class TestResidents:
         residents.recorded(RecordedQueries("a", 3, 16), end=200)
 
     def test_a_prompt_scores_without_gaps(self, residents):
-        chunk = ScoredChunk("a", 0, 100, 140, 0, list(range(1, 10)), [])
+        chunk = ScoredChunk("a", 0, 100, 140, 0, 0, list(range(1, 10)), [])
         residents.scored(chunk)
         with pytest.raises(StepRefused, match=r"request a.*queries up to 150.*has 140"):
             residents.scored(chunk._replace(first_query=150, seq_len=180, num_accumulated=150))
@@ -131,7 +131,7 @@ def test_orders_travel_with_the_output():
         starts=[160],
         first_columns={0: [6]},
         compactions=[first_compaction()],
-        scored=[ScoredChunk("a", 0, 100, 140, 0, [1, 2], [900])],
+        scored=[ScoredChunk("a", 0, 100, 140, 0, 0, [1, 2], [900])],
         recorded=[RecordedQueries("a", 3, 16)],
     )
     attach(output, orders)

@@ -3,6 +3,7 @@
 
 import pytest
 from engine.busy_run import SETTINGS, busy_runs
+from engine.levels import WITHIN_PROMPTS
 
 from ems_vllm.engine.compaction_ledger import CompactionLedger
 from ems_vllm.engine.dealer import Dealer
@@ -91,11 +92,15 @@ def _preempted_request_hits_its_own_prompt(monkeypatch):
 
 
 def _preempted_request_scores_more_than_at_first(monkeypatch):
-    monkeypatch.setattr(
-        TrackedRequest,
-        "first_scored_query",
-        property(lambda self: max(self._first_scored_query, self.num_cached)),
-    )
+    first_scored_query = TrackedRequest.first_scored_query
+
+    def of_this_hit(self, num_processed):
+        first_hit, self.first_hit = self.first_hit, None
+        found = first_scored_query(self, num_processed)
+        self.first_hit = first_hit
+        return found
+
+    monkeypatch.setattr(TrackedRequest, "first_scored_query", of_this_hit)
 
 
 def _chunks_look_like_decoding(monkeypatch):
@@ -205,14 +210,11 @@ def _columns_are_hashed_up_to_the_group_that_keeps_least(monkeypatch):
 
 
 def _queries_score_for_the_group_that_keeps_least(monkeypatch):
-    post_init = TrackedRequest.__post_init__
-
-    def post_init_late(self):
-        post_init(self)
+    def first_scored_query(self, num_processed):
         plans = [ledger.plan for ledger in self.ledgers]
-        self._first_scored_query = max(plan.first_scored_query for plan in plans)
+        return max(plan.first_scored_query(num_processed) for plan in plans)
 
-    monkeypatch.setattr(TrackedRequest, "__post_init__", post_init_late)
+    monkeypatch.setattr(TrackedRequest, "first_scored_query", first_scored_query)
 
 
 def _late_group_represents_the_generated_tokens_only(monkeypatch):
@@ -223,6 +225,39 @@ def _late_group_represents_the_generated_tokens_only(monkeypatch):
         self.accumulated_until = self.plan.prompt_len
 
     monkeypatch.setattr(CompactionLedger, "restart", restart_scored)
+
+
+def _prompt_does_not_wait_for_its_blocks(monkeypatch):
+    monkeypatch.setattr(TrackedRequest, "waits_for_blocks", lambda self, start: False)
+
+
+def _what_was_kept_of_a_prompt_is_scored_by_its_old_columns(monkeypatch):
+    def edit(planner, output, orders):
+        orders.scored[:] = [chunk._replace(first_column=0) for chunk in orders.scored]
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _scores_of_what_was_kept_are_lost(monkeypatch):
+    def edit(planner, output, orders):
+        orders.scored[:] = [
+            chunk._replace(num_accumulated=0) if chunk.first_column else chunk
+            for chunk in orders.scored
+        ]
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _queries_score_twice(monkeypatch):
+    first_scored_query = TrackedRequest.first_scored_query
+    # Those before the prompt's end, whatever is compacted before.
+    monkeypatch.setattr(
+        TrackedRequest,
+        "first_scored_query",
+        lambda self, num_processed: first_scored_query(self, self.prompt_len - 1),
+    )
 
 
 PLANTS = [
@@ -251,6 +286,13 @@ PLANTS_OF_LEVELS = [
     _queries_score_for_the_group_that_keeps_least,
     _late_group_represents_the_generated_tokens_only,
 ]
+# These need prompts that are compacted as they come.
+PLANTS_WITHIN_PROMPTS = [
+    _prompt_does_not_wait_for_its_blocks,
+    _what_was_kept_of_a_prompt_is_scored_by_its_old_columns,
+    _scores_of_what_was_kept_are_lost,
+    _queries_score_twice,
+]
 
 
 @pytest.mark.parametrize("levels", ["alike", "one whole"])
@@ -264,6 +306,16 @@ def test_planted_bug_is_caught(plant, levels, monkeypatch):
 @pytest.mark.parametrize("levels", ["pyramid of 2", "one whole"])
 @pytest.mark.parametrize("plant", PLANTS_OF_LEVELS, ids=lambda plant: plant.__name__.strip("_"))
 def test_bug_planted_between_groups_is_caught(plant, levels, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, StepRefused)):
+        busy_runs(levels)
+
+
+@pytest.mark.parametrize("levels", WITHIN_PROMPTS)
+@pytest.mark.parametrize(
+    "plant", PLANTS_WITHIN_PROMPTS, ids=lambda plant: plant.__name__.strip("_")
+)
+def test_bug_planted_within_prompts_is_caught(plant, levels, monkeypatch):
     plant(monkeypatch)
     with pytest.raises((AssertionError, StepRefused)):
         busy_runs(levels)

@@ -122,10 +122,8 @@ def answers_of_reference(
     reference = ReferenceModel.load(LLAMA, "cpu", "float32")
     found = []
     for prompt in prompts:
-        first = reference.first_query(len(prompt), config, options)
-        prefilled = reference.prefill(prompt, config.obs_window, [] if first is None else [first])
-        request = reference.request(prefilled, config, options)
-        answer = [int(prefilled.logits.argmax())]
+        logits, request = reference.process(prompt, config, options)
+        answer = [int(logits.argmax())]
         while len(answer) < num_tokens:
             answer.append(int(request.step(answer[-1]).argmax()))
         found.append(answer)

@@ -102,11 +102,11 @@ def test_each_layer_keeps_what_its_level_does(reference):
 def test_levels_score_by_the_same_queries(reference):
     """The first of them is what the level asks for that gives the longest hits no room."""
     by_level = [level.plan for level in plans(reference, PYRAMID)]
-    assert [plan.first_scored_query for plan in by_level] == [600 - 96, (35 - 1) * 16]
+    assert [plan.first_scored_query() for plan in by_level] == [600 - 96, (35 - 1) * 16]
     late, *others = (level.plan for level in plans(reference, LATE, budget=288))
     assert not late.compresses_prompt
-    assert late.first_scored_query == 0
-    assert {plan.first_scored_query for plan in others} == {600 - 96}
+    assert late.first_scored_query() == 0
+    assert {plan.first_scored_query() for plan in others} == {600 - 96}
     for allocator, budget in ((PYRAMID, 64), (LATE, 288)):
         config = load_config({**COMPRESSION, "allocator": allocator, "budget": budget})
         assert reference.first_query(600, config, RequestOptions()) == 600 - 96

@@ -84,7 +84,7 @@ class Expected:
         plan = self._plans[request.req_id]
         if not plan.compresses_prompt:
             return range(0)
-        first = max(request.num_computed, plan.first_scored_query)
+        first = max(request.num_computed, plan.first_scored_query(request.num_computed))
         return range(first, min(end(request), request.prompt_len))
 
 

@@ -70,7 +70,7 @@ class Lab:
                 prefilled = self._prefill(prompt, group, FORMATS[name], window)
             for cell, options in group:
                 with self._operators():
-                    found = self._cell(prefilled, forced, cell, options, full, errors)
+                    found = self._cell(prompt, prefilled, forced, cell, options, full, errors)
                 measured[cell.digest] = found
         return Record(prompt=prompt_digest(prompt), full=own, cells=measured)
 
@@ -108,6 +108,7 @@ class Lab:
 
     def _cell(
         self,
+        prompt: PromptLine,
         prefilled: Prefilled,
         forced: Forced,
         cell: Cell,
@@ -115,7 +116,14 @@ class Lab:
         full: torch.Tensor,
         errors: AttentionErrors | None,
     ) -> Measurement:
-        request = self._reference.request(prefilled, cell.config, options, cell.cache_format)
+        logits = prefilled.logits
+        if cell.config.prefill_interval:
+            # What is compressed as the prompt comes is a prompt of its own.
+            logits, request = self._reference.process(
+                prompt.prompt_token_ids, cell.config, options, cell.cache_format
+            )
+        else:
+            request = self._reference.request(prefilled, cell.config, options, cell.cache_format)
         request.compress()
         kv_bytes = self._bytes(request.num_live, cell.cache_format.name)
         error = None
@@ -129,7 +137,7 @@ class Lab:
             gaps = [found.get(layer) for layer in self._reference.compressed_layers]
             error = errors.mean(*request.entries(), num_compared, gaps)
         logprobs = forced.logprobs(request.extend(forced.fed))
-        measurement = forced.measure(prefilled.logits, logprobs, full)
+        measurement = forced.measure(logits, logprobs, full)
         return measurement.model_copy(update={"attention_error": error, "kv_bytes": kv_bytes})
 
     def _operators(self) -> AbstractContextManager[None]:

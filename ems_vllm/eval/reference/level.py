@@ -116,9 +116,36 @@ class CompressedLevel:
         """
         first, tail = self.plan.columns(num_processed)
         if first > self._first:
+            if self._is_of_prompt(num_processed):
+                self._num_accumulated = num_processed
             self._compact(cache, queries, num_processed, first, tail)
             self._first, self._tail = first, tail
             self._num_accumulated = num_processed
+
+    def accumulate(self, layer: int, received: torch.Tensor) -> None:
+        """Add what a layer's entries received from queries within the prompt.
+
+        They are those before the next compaction; with a limited number of them, nothing that was
+        carried from earlier ones is added to.
+
+        Args:
+            layer: Index of one of the level's layers.
+            received: [num_kv_heads, num_live], float32.
+        """
+        assert self._scores is not None
+        at, num_live = self.layers.index(layer), received.shape[1]
+        if self._scores.shape[2] < num_live:
+            # The first layer of this chunk.
+            carried, self._scores = (
+                self._scores,
+                received.new_zeros((*self._scores.shape[:2], num_live)),
+            )
+            if self.plan.global_queries is None:
+                self._scores[:, :, : carried.shape[2]] = carried
+        self._scores[at] += received
+
+    def _is_of_prompt(self, num_processed: int) -> bool:
+        return self.plan.compresses_prompt and num_processed <= self.plan.prompt_len
 
     def _prompt_scores(self, prompt: Prefilled, first_query: int | None) -> torch.Tensor:
         """Accumulated scores to begin with, [num_layers, num_kv_heads, num_scored]."""
@@ -149,8 +176,10 @@ class CompressedLevel:
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)
         if context.paged_scores is not None:
-            num_kept = (tail - first) * block_size
-            self._scores = from_pages(context.paged_scores, start, start + num_kept)
+            if num_processed >= self.plan.prompt_len:
+                # Of what comes behind, the next compaction sees recorded queries alone.
+                stop = (tail - self._first) * block_size
+            self._scores = from_pages(context.paged_scores, start, stop)
 
     def _context(
         self,

@@ -17,7 +17,12 @@ from ems_vllm.eval.reference.answer import Vocabulary
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.cache import FULL, SLIDING, compressed_layers, layer_kinds
 from ems_vllm.eval.reference.level import CompactionSettings
-from ems_vllm.eval.reference.plans import LevelPlan, first_scored_query, level_settings
+from ems_vllm.eval.reference.plans import (
+    LevelPlan,
+    first_scored_query,
+    level_settings,
+    next_compaction,
+)
 from ems_vllm.eval.reference.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.eval.reference.request import ReferenceRequest
@@ -143,8 +148,55 @@ class ReferenceModel:
             config: The server's.
             options: The request's; of what is protected, ranges only.
             cache_format: Of the server's cache; None for the one of the prompt.
+
+        Raises:
+            ConfigError: the server would compress within the prompt; see `process`.
         """
         levels = self.plans(prompt.num_tokens, config, options)
+        if any(level.plan.num_within_prompt for level in levels):
+            raise ConfigError(
+                f"prefill_interval={config.prefill_interval} compresses a prompt of "
+                f"{prompt.num_tokens} tokens while it is processed, and this one has been: set it "
+                "to 0, or raise it."
+            )
+        return self._request(prompt, levels, config, cache_format)
+
+    def process(
+        self,
+        token_ids: Sequence[int],
+        config: KVCompressionConfig,
+        options: RequestOptions,
+        cache_format: CacheFormat = FORMATS[PLAIN],
+    ) -> tuple[torch.Tensor, ReferenceRequest]:
+        """Process a prompt for one request, and compress within it where the server would.
+
+        Args:
+            token_ids: The prompt.
+            config: The server's.
+            options: The request's.
+            cache_format: Of the server's cache.
+
+        Returns:
+            Logits after the prompt, [vocabulary], and the request.
+        """
+        levels = self.plans(len(token_ids), config, options)
+        first = self.first_query(len(token_ids), config, options)
+        within = any(level.plan.num_within_prompt for level in levels)
+        num_first = next_compaction(levels, 0) if within else None
+        firsts = [] if first is None else [first]
+        seen_as = FORMATS[cache_format.prefill]
+        prompt = self.prefill(token_ids[:num_first], config.obs_window, firsts, seen_as)
+        request = self._request(prompt, levels, config, cache_format)
+        rest = token_ids[prompt.num_tokens :]
+        return request.extend(rest)[-1] if rest else prompt.logits, request
+
+    def _request(
+        self,
+        prompt: Prefilled,
+        levels: Sequence[LevelPlan],
+        config: KVCompressionConfig,
+        cache_format: CacheFormat | None,
+    ) -> ReferenceRequest:
         policy = Policy.from_config(config)
         protected = options.protect.ranges if options.protect else ()
         settings = CompactionSettings(

@@ -66,12 +66,23 @@ def level_settings(
     return [(layers, replace(settings, level=level)) for level, layers in enumerate(shares.levels)]
 
 
-def first_scored_query(levels: Iterable[LevelPlan]) -> int | None:
-    """Position of the first prompt query that scores, for all levels; None where none does.
+def first_scored_query(levels: Iterable[LevelPlan], num_processed: int = 0) -> int | None:
+    """Position of the first query that scores for the next compaction of the prompt.
 
-    Levels that keep the whole prompt need no scores of it.
+    The same for all levels. None where none does: levels that keep the whole prompt need no scores
+    of it.
     """
     return min(
-        (level.plan.first_scored_query for level in levels if level.plan.compresses_prompt),
+        (
+            level.plan.first_scored_query(num_processed)
+            for level in levels
+            if level.plan.compresses_prompt
+        ),
         default=None,
     )
+
+
+def next_compaction(levels: Iterable[LevelPlan], num_processed: int) -> int | None:
+    """Tokens processed when the next compaction of any level falls due; None for never."""
+    due = (level.plan.next_compaction(num_processed) for level in levels)
+    return min((at for at in due if at is not None), default=None)

@@ -12,7 +12,8 @@ from ems_vllm.eval.reference.attention import masked_by, observed_by
 from ems_vllm.eval.reference.cache import entries_of, fork
 from ems_vllm.eval.reference.heads import CompressedHeads
 from ems_vllm.eval.reference.level import CompactionSettings, CompressedLevel
-from ems_vllm.eval.reference.plans import LevelPlan, first_scored_query
+from ems_vllm.eval.reference.plans import LevelPlan, first_scored_query, next_compaction
+from ems_vllm.eval.reference.prefill import received_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 
 
 class ReferenceRequest:
-    """Decodes after a prompt, compressing each level of layers whenever its plan says so.
+    """Goes on after a prompt, compressing each level of layers whenever its plan says so.
 
     Args:
         model: Loaded with attention.IMPLEMENTATION.
         settings: How it is compressed.
         levels: Of all compressed layers, each with its plan.
-        prompt: The processed prompt; not changed.
+        prompt: The processed prompt; not changed. Where plans compact within the prompt, as much of
+            it as comes before that; the rest is for `extend`.
         cache_format: How entries are stored. What a compaction merges is what is read of them, and
             the result is stored again.
     """
@@ -44,6 +46,10 @@ class ReferenceRequest:
         self._model = model
         self._obs_window = settings.obs_window
         self._num_processed = prompt.num_tokens
+        self._plans = list(levels)
+        self._scale = settings.scale
+        self._prompt_len = levels[0].plan.prompt_len
+        self._accumulates = settings.policy.scorer.uses_global
         self._queries = prompt.queries
         self._new_queries: dict[int, torch.Tensor] = {}
         self._layers = prompt.layers
@@ -64,8 +70,7 @@ class ReferenceRequest:
 
     def next_compaction(self) -> int | None:
         """Tokens processed when the next compaction of any level falls due; None for never."""
-        due = [level.plan.next_compaction(self._num_processed) for level in self._levels]
-        return min((at for at in due if at is not None), default=None)
+        return next_compaction(self._plans, self._num_processed)
 
     def step(self, token_id: int) -> torch.Tensor:
         """Logits after one more token, [vocabulary], compressing first where it is due."""
@@ -132,3 +137,10 @@ class ReferenceRequest:
 
     def _observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         self._new_queries[layer] = queries
+        if not self._accumulates or self._num_processed >= self._prompt_len:
+            return
+        first = first_scored_query(self._plans, self._num_processed)
+        for level in self._levels:
+            if first is not None and layer in level.layers and level.plan.compresses_prompt:
+                scored = queries[max(0, first - self._num_processed) :]
+                level.accumulate(layer, received_attention(scored, keys, self._scale))

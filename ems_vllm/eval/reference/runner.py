@@ -90,7 +90,16 @@ class Runner:
             request = self._reference.request(prefilled, any_config, everything)
             full = self._run(recording(prompt, logits, self._vocabulary), request)
         for method, config, options in asked:
-            request = self._reference.request(prefilled, config, options)
+            if config.prefill_interval:
+                with self._operators():
+                    logits, request = self._reference.process(
+                        prompt.prompt_token_ids, config, options
+                    )
+            else:
+                logits, request = (
+                    prefilled.logits,
+                    self._reference.request(prefilled, config, options),
+                )
             if prompt.continuation_token_ids:
                 with self._operators():
                     yield method, predicted(prompt, logits, request.extend)
