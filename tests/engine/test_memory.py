@@ -82,7 +82,9 @@ def workspace(recipe, max_model_len, kv_heads=8):
 def test_the_workspace_has_room_for_a_layer_of_the_longest_request(recipe):
     policy = Policy.from_config(load_config(recipe))
     assert workspace(recipe, 32_768) == 64 << 20
-    assert workspace(recipe, 1 << 20) == policy.workspace_bytes(1 << 20, 8) > 64 << 20
+    assert (
+        workspace(recipe, 1 << 20) == policy.workspace_bytes(1 << 20, 8, protects=True) > 64 << 20
+    )
     # Tensor parallelism: a rank has a share of the kv_heads.
     assert workspace(recipe, 131_072, kv_heads=1) == 64 << 20
 
@@ -206,7 +208,7 @@ def test_unequal_heads_are_counted(allocator):
     assert alike.head_bytes(1000) == 0
     policy = heads.policy
     staged = merge_scratch_bytes(8, 1 << 20, 1 << 20, 128, 2)
-    assert heads.workspace_bytes == policy.workspace_bytes(8 << 20, 1) + staged
+    assert heads.workspace_bytes == policy.workspace_bytes(8 << 20, 1, protects=True) + staged
     tables = batch_bytes(1024, (1 << 20) // 16, 8) + 2 * page_start_bytes(1024, 8)
     # The queries of a layer are put in the order of its heads.
     assert heads.head_bytes(1000) == tables + heads.ring_bytes(1000) // 2

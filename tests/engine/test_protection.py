@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine.arrivals import serve
 from engine.harness import BLOCK_SIZE, LLAMA, EngineProbe, engine, tokens
-from engine.test_head_budgets import LEVELS
+from engine.test_head_budgets import LEVELS, NUM_HEADS, NUM_LAYERS
 from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
@@ -35,6 +35,7 @@ SHARED = {
     "ems": COMPRESSION,
     "h2o": {**COMPRESSION, "recipe": "h2o"},
     "by head, two levels": LEVELS,
+    "as it comes": {**COMPRESSION, "prefill_interval": 48},
     "ada": {**COMPRESSION, "allocator": {"name": "ada", "safeguard": 0.0}},
 }
 
@@ -70,37 +71,40 @@ class Watch:
     """Looks for the keys and values of LONG's protected tokens while it runs.
 
     Attributes:
-        num_found: By step: protected entries of all layers and heads that are in live columns.
+        num_missing: By step: entries of these tokens, of any layer and head, that are not in live
+            columns as they were computed.
         num_all: How many there are.
         num_remembered: The most requests that any group knew of.
     """
 
     def __init__(self, probe: EngineProbe) -> None:
         self._probe = probe
-        self._expected: list[list[torch.Tensor]] | None = None
-        self.num_found: list[int] = []
+        self._managers = {m.kv_cache_group_id: m for m in probe.managers}
+        # By span, layer and head, [num_tokens, 2 * head_size].
+        self._computed: dict[tuple[int, int], list[list[torch.Tensor]]] = {}
+        self.num_missing: list[int] = []
         self.num_all = 0
         self.num_remembered = 0
 
     def __call__(self, step: int) -> None:
         running = {r.num_prompt_tokens: r for r in self._probe.scheduler.running}
         request = running.get(len(LONG))
-        if request is None or request.num_computed_tokens < len(LONG):
+        if request is None:
             return
         self.num_remembered = max(self.num_remembered, *remembered(self._probe))
-        live = self._live(request.request_id)
-        if self._expected is None:
-            positions = [p for start, stop in SPANS for p in range(start, stop)]
-            self._expected = [[head[positions] for head in layer] for layer in live]
-            self.num_all = sum(len(head) for layer in self._expected for head in layer)
-            return
-        self.num_found.append(
-            sum(
-                int((head[:, None] == entries[None]).all(-1).any(1).sum())
-                for layer, of_live in zip(self._expected, live, strict=True)
-                for head, entries in zip(layer, self._of_heads(of_live), strict=True)
-            )
-        )
+        live = self._entries(request.request_id, None)
+        found = [
+            (head[:, None] == entries[None]).all(-1).any(1)
+            for layers in self._computed.values()
+            for layer, of_live in zip(layers, live, strict=True)
+            for head, entries in zip(layer, self._of_heads(of_live), strict=True)
+        ]
+        self.num_missing.append(sum(int((~of_head).sum()) for of_head in found))
+        for span in SPANS:
+            # As soon as it has been computed; no step runs across a compaction.
+            if span not in self._computed and request.num_computed_tokens >= span[1]:
+                self._computed[span] = self._entries(request.request_id, span)
+                self.num_all += sum(len(h) for layer in self._computed[span] for h in layer)
 
     def _of_heads(self, of_live: list[torch.Tensor]) -> list[torch.Tensor]:
         """A page that a head owns may lie in any slot of a block."""
@@ -108,17 +112,24 @@ class Watch:
             return of_live
         return [torch.cat(of_live)] * len(of_live)
 
-    def _live(self, req_id: str) -> list[list[torch.Tensor]]:
-        """By layer and slot of a block, [num_entries, 2 * head_size] of the live columns."""
-        managers = {m.kv_cache_group_id: m for m in self._probe.managers}
+    def _entries(self, req_id: str, span: tuple[int, int] | None) -> list[list[torch.Tensor]]:
+        """By layer and slot of a block, [num_entries, 2 * head_size].
+
+        Args:
+            span: Positions that were not compressed yet; None for all live columns.
+        """
         found = []
         for group in self._probe.worker.compression.groups:
-            columns = managers[group.tensors.group_id].req_to_blocks[req_id]
-            blocks = [block.block_id for block in columns if not block.is_null]
+            columns = self._managers[group.tensors.group_id].req_to_blocks[req_id]
+            if span is not None:
+                columns = columns[: -(-span[1] // BLOCK_SIZE)]
+            blocks = [block.block_id for block in columns if span or not block.is_null]
             for stack in group.tensors.stacks:
                 caches = (stack.key_cache[:, blocks], stack.value_cache[:, blocks])
                 # [num_layers, num_kv_heads, entries, 2 * head_size].
                 entries = torch.cat(caches, dim=-1).transpose(1, 2).flatten(2, 3)
+                if span is not None:
+                    entries = entries[:, :, slice(*span)]
                 found += [list(layer.clone()) for layer in entries]
         return found
 
@@ -134,8 +145,9 @@ class TestProtection:
         for group, earlier in zip(after, before, strict=True):
             # Two of LONG at least, and one of SHORT.
             assert group["num_compactions"] >= earlier["num_compactions"] + 3
-        assert set(watch.num_found) == {watch.num_all}
-        assert len(watch.num_found) > LONG_ANSWER // 2
+        assert set(watch.num_missing) == {0}
+        assert len(watch.num_missing) > LONG_ANSWER
+        assert watch.num_all == sum(stop - start for start, stop in SPANS) * NUM_LAYERS * NUM_HEADS
         # Of SHORT nothing has to be known.
         assert watch.num_remembered == 1
 
@@ -143,7 +155,7 @@ class TestProtection:
         """The control of the test above."""
         watch = Watch(fresh)
         serve(fresh, both(), watch)
-        assert watch.num_found[-1] < watch.num_all
+        assert watch.num_missing[-1] > 0
         assert watch.num_remembered == 0
 
     def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
@@ -202,8 +214,7 @@ def test_a_worker_that_forgets_what_it_kept_is_noticed(monkeypatch):
     with engine(COMPRESSION, LLAMA, **OPTIONS) as probe:
         watch = Watch(probe)
         serve(probe, both(PROTECT), watch)
-    assert watch.num_found[0] == watch.num_all
-    assert watch.num_found[-1] < watch.num_all
+    assert watch.num_missing[-1] > 0
 
 
 class TestUnchecked:

@@ -159,7 +159,7 @@ class ReferenceModel:
                 f"{prompt.num_tokens} tokens while it is processed, and this one has been: set it "
                 "to 0, or raise it."
             )
-        return self._request(prompt, levels, config, cache_format)
+        return self._request(prompt, levels, config, options, cache_format)
 
     def process(
         self,
@@ -173,7 +173,7 @@ class ReferenceModel:
         Args:
             token_ids: The prompt.
             config: The server's.
-            options: The request's.
+            options: The request's; of what is protected, ranges only.
             cache_format: Of the server's cache.
 
         Returns:
@@ -186,7 +186,7 @@ class ReferenceModel:
         firsts = [] if first is None else [first]
         seen_as = FORMATS[cache_format.prefill]
         prompt = self.prefill(token_ids[:num_first], config.obs_window, firsts, seen_as)
-        request = self._request(prompt, levels, config, cache_format)
+        request = self._request(prompt, levels, config, options, cache_format)
         rest = token_ids[prompt.num_tokens :]
         return request.extend(rest)[-1] if rest else prompt.logits, request
 
@@ -195,6 +195,7 @@ class ReferenceModel:
         prompt: Prefilled,
         levels: Sequence[LevelPlan],
         config: KVCompressionConfig,
+        options: RequestOptions,
         cache_format: CacheFormat | None,
     ) -> ReferenceRequest:
         policy = Policy.from_config(config)
