@@ -154,7 +154,7 @@ class SymbolicPolicy:
             for block_id in order.block_ids[order.first - order.first_before :]:
                 self._by_target[block_id] = compaction
 
-    def max_entries(self, workspace_bytes: int, num_heads: int) -> int:
+    def max_entries(self, workspace_bytes: int, num_heads: int, *, protects: bool = False) -> int:
         return _WAVE_ENTRIES * self._num_heads // num_heads
 
     def compact(self, context: Any) -> None:

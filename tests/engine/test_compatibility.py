@@ -283,3 +283,13 @@ def test_refusals_of_layers_name_key_value_and_remedy():
         assert sentence.startswith(f"{refusal.key}='VALUE' cannot be combined with")
         assert "{" not in sentence
         assert sentence.endswith("or set kv_compression to off.")
+
+
+def test_roles_are_refused_where_no_template_shows_them(vllm_config):
+    config = load_config({"recipe": "ems", "protect": ["system"]})
+    check_compatibility(vllm_config, config)
+    with (
+        mock.patch.object(vllm_config.model_config.hf_config, "model_type", "gpt_oss"),
+        pytest.raises(ConfigError, match=r"protect=\['system'\] cannot be combined .*gpt-oss"),
+    ):
+        check_compatibility(vllm_config, config)
