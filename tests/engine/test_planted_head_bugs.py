@@ -139,7 +139,7 @@ def _requests_of_a_wave_are_mixed_up(monkeypatch):
 
 def _compaction_of_another_layer(monkeypatch):
     deal = HeadTables.deal
-    monkeypatch.setattr(HeadTables, "deal", lambda self, orders: deal(self, orders)[::-1])
+    monkeypatch.setattr(HeadTables, "deal", lambda self, *args: deal(self, *args)[::-1])
 
 
 def _attention_by_the_pages_of_another_layer(monkeypatch):
@@ -172,7 +172,7 @@ def _everybody_is_dealt_alike(monkeypatch):
     monkeypatch.setattr(
         HeadTables,
         "deal",
-        lambda self, orders: np.array(
+        lambda self, orders, *args: np.array(
             [[(o.tail - o.first,) * self.num_heads for o in orders] for _ in self._shares]
         ),
     )
