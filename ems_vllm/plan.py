@@ -73,6 +73,17 @@ class PlanSettings:
             return None
         return _most_columns(self, block_size, max_model_len)
 
+    def most_entries(self, block_size: int, max_model_len: int) -> int:
+        """Entries per kv_head that any request holds at most in any layer, and most of a hit.
+
+        Args: as of most_columns.
+        """
+        columns = [
+            of_level.most_columns(block_size, max_model_len) for _, of_level in self.levels()
+        ]
+        known = [count * block_size for count in columns if count is not None]
+        return min(max_model_len, max(known, default=max_model_len))
+
     def plan(self, prompt_len: int, block_size: int, request: SizeRequest) -> "CompressionPlan":
         """The plan of one request.
 

@@ -88,7 +88,8 @@ class Footprint:
     def _policy_bytes(self, spec: CompressedAttentionSpec) -> int:
         num_heads = spec.num_kv_heads
         if not self._is_by_head:
-            return self.policy.workspace_bytes(self.max_model_len, num_heads, protects=True)
+            longest = spec.settings.most_entries(spec.block_size, self.max_model_len)
+            return self.policy.workspace_bytes(longest, num_heads, protects=True)
         # Each is a row, and may be as long as the longest.
         return self.policy.workspace_bytes(self.max_model_len * num_heads, 1, protects=True)
 

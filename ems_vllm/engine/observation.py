@@ -72,7 +72,7 @@ class ObservationSettings:
         return recording * block_size / entries
 
 
-def score_tokens(configured: int | None, max_model_len: int, max_num_batched_tokens: int) -> int:
+def score_tokens(configured: int | None, longest_hit: int, max_num_batched_tokens: int) -> int:
     """Capacity of the private score pages, in tokens.
 
     Unless configured: room for one prefix of the greatest length and for the shorter ones that
@@ -80,4 +80,4 @@ def score_tokens(configured: int | None, max_model_len: int, max_num_batched_tok
     """
     if configured is not None:
         return configured
-    return max_model_len + 4 * max_num_batched_tokens
+    return longest_hit + 4 * max_num_batched_tokens

@@ -214,3 +214,19 @@ def test_unequal_heads_are_counted(allocator):
     assert heads.head_bytes(1000) == tables + heads.ring_bytes(1000) // 2
     grows = heads.score_bytes(1000) + heads.ring_bytes(1000) + heads.head_bytes(1000)
     assert heads.total_bytes(1000) == heads.workspace_bytes + grows
+
+
+def test_a_request_that_is_bounded_needs_no_room_for_its_length():
+    bounded = {"prefill_interval": 512, "allow_off": False}
+    usual = footprint(max_model_len=1 << 20, workspace_mib=1)
+    found = footprint(max_model_len=1 << 20, workspace_mib=1, **bounded)
+    assert found.workspace_bytes < usual.workspace_bytes / 5
+    # Whoever may switch compression off may be as long as any.
+    may_be_off = footprint(max_model_len=1 << 20, workspace_mib=1, prefill_interval=512)
+    assert may_be_off.workspace_bytes == usual.workspace_bytes
+    entries = [
+        next(iter(one.specs.values())).settings.most_entries(16, 1 << 20)
+        for one in (usual, found, may_be_off)
+    ]
+    assert entries[0] == entries[2] == 1 << 20
+    assert 1024 + 2 * 512 < entries[1] < 2 * (1024 + 512)

@@ -118,7 +118,7 @@ class CompressionWorkerMixin(_Base):
             obs_window=config.obs_window if scorer.uses_window else 0,
             score_tokens=score_tokens(
                 config.prefix_score_tokens,
-                self.model_config.max_model_len,
+                settings.most_entries(spec.block_size, self.model_config.max_model_len),
                 self.scheduler_config.max_num_batched_tokens,
             )
             if scorer.uses_global
