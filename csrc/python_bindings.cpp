@@ -209,8 +209,7 @@ PYBIND11_MODULE(_C, m) {
       .def_property_readonly("prefill_budget_blocks",
                              param(&ems::PlanParams::prefill_budget_blocks))
       .def_property_readonly("num_within_prompt", &CompressionPlan::num_within_prompt)
-      .def("first_scored_query", &CompressionPlan::first_scored_query,
-           py::arg("num_processed") = 0)
+      .def("first_scored_query", &CompressionPlan::first_scored_query, py::arg("num_processed") = 0)
       .def("max_replay_columns", &CompressionPlan::max_replay_columns, py::arg("num_tokens"))
       .def("__repr__", &CompressionPlan::repr)
       .def("__hash__", [](const CompressionPlan& self) { return py::hash(self.as_tuple()); })

@@ -32,9 +32,9 @@ struct PlanParams {
   int64_t recent_window;        // newest tokens that are never compressed
   int64_t recompress_interval;  // tokens, a multiple of block_size; 0: not while decoding
   int64_t min_blocks_saved;     // >= 1; a first compaction that frees less is not worth its loss
-  int64_t global_queries;  // last queries before a compaction of the prompt that score; kNoLimit:
-                           // all computed ones
-  int64_t prefill_interval;       // tokens, a multiple of block_size; 0: not before the prompt's end
+  int64_t global_queries;    // last queries before a compaction of the prompt that score; kNoLimit:
+                             // all computed ones
+  int64_t prefill_interval;  // tokens, a multiple of block_size; 0: not before the prompt's end
   int64_t prefill_budget_blocks;  // >= budget_blocks; the most that any level of layers keeps
 };
 
@@ -78,8 +78,9 @@ EMS_HOST_DEVICE constexpr int64_t num_recompressions(const PlanParams& p, int64_
   return beyond > 0 ? beyond / p.recompress_interval : 0;
 }
 
-// Processed tokens at which the compaction number `index` within the prompt falls due, from 1 on. It
-// moves the tail to (prefill_budget_blocks * block_size + index * prefill_interval) / block_size.
+// Processed tokens at which the compaction number `index` within the prompt falls due, from 1 on.
+// It moves the tail to (prefill_budget_blocks * block_size + index * prefill_interval) /
+// block_size.
 EMS_HOST_DEVICE constexpr int64_t due_within_prompt(const PlanParams& p, int64_t index) {
   const int64_t window_blocks = ceil_div(p.recent_window, p.block_size);
   return (p.prefill_budget_blocks + window_blocks) * p.block_size + index * p.prefill_interval;
@@ -157,9 +158,9 @@ EMS_HOST_DEVICE constexpr int64_t next_compaction(const PlanParams& p, int64_t n
   return p.recent_window + prompt_tail(p) * p.block_size + steps * p.recompress_interval;
 }
 
-// Position of the first query that scores for the compaction of the prompt that comes next. A limited
-// number of them lies behind every hit that may be taken, so which queries score does not depend on
-// what others have computed.
+// Position of the first query that scores for the compaction of the prompt that comes next. A
+// limited number of them lies behind every hit that may be taken, so which queries score does not
+// depend on what others have computed.
 EMS_HOST_DEVICE constexpr int64_t first_scored_query(const PlanParams& p, int64_t num_processed) {
   if (!compresses_prompt(p)) return 0;
   const int64_t index = num_within_prompt_at(p, num_processed);
