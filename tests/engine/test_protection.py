@@ -33,7 +33,6 @@ SPANS = ((100, 131), (380, 388))
 PROTECT = {"kv_protect": ["100-120", "110-131", "380-388"]}
 SHARED = {
     "ems": COMPRESSION,
-    "h2o": {**COMPRESSION, "recipe": "h2o"},
     "by head, two levels": LEVELS,
     "as it comes": {**COMPRESSION, "prefill_interval": 48},
     "ada": {**COMPRESSION, "allocator": {"name": "ada", "safeguard": 0.0}},
@@ -168,9 +167,12 @@ class TestProtection:
         _, beside = answers(fresh, extra_args=PROTECT)
         assert beside == alone
 
-    def test_hits_chunks_and_preemptions_change_no_answer(self, fresh):
-        cold = answers(fresh, extra_args=PROTECT)
-        found = disturbed(fresh, PROTECT)
+
+@pytest.mark.parametrize("name", ["by head, two levels", "as it comes"])
+def test_hits_chunks_and_preemptions_change_no_answer(name):
+    with unlike_heads(), engine(SHARED[name], LLAMA, **OPTIONS) as probe:
+        cold = answers(probe, extra_args=PROTECT)
+        found = disturbed(probe, PROTECT)
         assert {name: found[name] == cold for name in found} == dict.fromkeys(found, True)
 
 
