@@ -170,8 +170,9 @@ class CompressedLevel:
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
         held = [self.held_positions(layer, tail) for layer in range(len(self.layers))]
         kept_idx = self._settings.policy.compact(self._protecting(context, held))
-        for layer, of_heads in enumerate(held):
-            self._take_positions(layer, of_heads, kept_idx[layer, 0])
+        if self._settings.protected:
+            for layer, of_heads in enumerate(held):
+                self._take_positions(layer, of_heads, kept_idx[layer, 0])
         start, stop = (first - self._first) * block_size, self.num_live(num_processed)
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)
@@ -289,8 +290,7 @@ class CompressedLevel:
             held: Of held_positions.
             kept_idx: [num_kv_heads, most entries of a head]; see Selection.
         """
-        # Nothing is held where nothing is protected.
-        for head, (of_head, kept) in enumerate(zip(held, kept_idx.cpu(), strict=bool(held))):
+        for head, (of_head, kept) in enumerate(zip(held, kept_idx.cpu(), strict=True)):
             self._positions[layer, head] = of_head[kept[kept >= 0].long()]
 
     def _protecting(
