@@ -97,7 +97,7 @@ class KVCompressionConfig(BaseModel):
         recompress_interval: Generated tokens beyond `recent_window` after which the request is
             compressed again, rounded up to whole blocks; 0 compresses the prompt only.
         prefill_interval: Tokens after which a prompt is compressed while it is still processed,
-            rounded up to whole blocks and at least `obs_window`; 0: not before its end. A request
+            rounded up to whole blocks and at least `obs_window`; 0: not before its end. A prompt
             then never holds much more than budget + recent_window + 2 * prefill_interval entries,
             whatever its length; later parts of a prompt attend to what was kept of earlier ones.
         min_blocks_saved: Compress a prompt only if this many columns of blocks are given back.
