@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.plan import PlanSettings
 
 if TYPE_CHECKING:

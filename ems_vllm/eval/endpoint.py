@@ -125,7 +125,7 @@ class Endpoint:
     ) -> Answer:
         """Make the server generate given tokens, then go on freely.
 
-        The server runs with our logits processor (engine/forced_tokens.py) unless there is nothing
+        The server runs with our logits processor (engine/measuring/forced_tokens.py) unless there is nothing
         to prescribe.
 
         Args:

@@ -144,8 +144,8 @@ def choose(model: KnownModel, device: str, recipe: str) -> Any:
         ConfigError: the model is refused.
     """
     from ems_vllm.config import load_config
-    from ems_vllm.engine import layer_choice
-    from ems_vllm.engine.compatibility import NO_FULL_ATTENTION, check_compatibility
+    from ems_vllm.engine.frontend.compatibility import NO_FULL_ATTENTION, check_compatibility
+    from ems_vllm.engine.worker import layer_choice
 
     config = load_config({"recipe": recipe})
     assert config is not None

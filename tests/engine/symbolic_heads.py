@@ -17,12 +17,12 @@ from engine.block_tables import Request
 from engine.symbolic_cache import BLOCK_SIZE, Columns
 from engine.symbolic_pages import ExpectedCompaction, SymbolicPages, SymbolicPolicy, Symbols
 
-from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
-from ems_vllm.engine.head_tables import HeadTables
-from ems_vllm.engine.layer_stack import LayerStack
+from ems_vllm.engine.group.compressed_group import CompressedGroup, GroupTensors
+from ems_vllm.engine.group.head_tables import HeadTables
+from ems_vllm.engine.group.layer_stack import LayerStack
+from ems_vllm.engine.group.prompt_chunks import score_pages
 from ems_vllm.engine.orders import attached
-from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding
-from ems_vllm.engine.score_rows import score_pages
+from ems_vllm.engine.worker.step import CompressionRuntime, GroupBinding
 
 if TYPE_CHECKING:
     from ems_vllm.head_shares import HeadShares

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from engine.block_tables import Request
 
-from ems_vllm.engine.runtime import Batch, ring_slots
+from ems_vllm.engine.worker.step import Batch, ring_slots
 
 
 class SymbolicRing:

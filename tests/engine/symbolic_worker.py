@@ -27,7 +27,7 @@ from engine.symbolic_scores import Scoring, SymbolicScores
 from ems_vllm.config import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.orders import attached
-from ems_vllm.engine.residents import Residents
+from ems_vllm.engine.worker.requests import Residents
 
 
 class SymbolicWorker:

@@ -18,7 +18,12 @@ from vllm.platforms.interface import DeviceCapability
 
 import ems_vllm
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility, covers
+from ems_vllm.engine.frontend.compatibility import (
+    LAYER_REFUSALS,
+    RULES,
+    check_compatibility,
+    covers,
+)
 from ems_vllm.keys import CONFIG_KEY
 
 CONFIG = load_config({"recipe": "ems"})

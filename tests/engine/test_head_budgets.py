@@ -29,7 +29,7 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.head_tables import HeadTables
+from ems_vllm.engine.group.head_tables import HeadTables
 
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE

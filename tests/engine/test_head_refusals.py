@@ -8,7 +8,7 @@ import torch
 from engine.harness import LLAMA, engine
 
 from ems_vllm.config import ConfigError
-from ems_vllm.engine.head_deal import shares_of_rank
+from ems_vllm.engine.worker.head_deal import shares_of_rank
 from ems_vllm.head_shares import HeadShares
 
 PROFILE = {

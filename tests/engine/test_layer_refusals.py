@@ -13,10 +13,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine import capacity
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.layer_settings import LayersDiffer, by_layer
 from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.worker import start_log as capacity
+from ems_vllm.engine.worker.layer_settings import LayersDiffer, by_layer
 from ems_vllm.policies.policy import Policy
 
 CONFIG = load_config({"recipe": "ems", "budget": 64})

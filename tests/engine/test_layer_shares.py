@@ -24,7 +24,7 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import load_config
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
+from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES
 
 # The model's four layers in two levels, each a KV-cache group.
 PYRAMID = {**COMPRESSION, "allocator": {"name": "pyramid", "num_levels": 2}}

@@ -18,7 +18,7 @@ from ems_vllm.engine.orders import (
     attach,
     attached,
 )
-from ems_vllm.engine.residents import Residents, StepRefused
+from ems_vllm.engine.worker.requests import Residents, StepRefused
 
 COMPRESSION = {
     "recipe": "knorm",

@@ -20,7 +20,7 @@ from engine.harness import engine, tokens
 
 from ems_vllm import ops
 from ems_vllm.config.request import RequestOptions
-from ems_vllm.engine.compactor import Compactor
+from ems_vllm.engine.group.compactor import Compactor
 from ems_vllm.platform.attention import ReferenceAttentionBuilder
 from ems_vllm.policies.policy import Policy
 

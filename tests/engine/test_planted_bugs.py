@@ -5,13 +5,13 @@ import pytest
 from engine.busy_run import SETTINGS, busy_runs
 from engine.levels import WITHIN_PROMPTS
 
-from ems_vllm.engine.compaction_ledger import CompactionLedger
-from ems_vllm.engine.dealer import Dealer
-from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
-from ems_vllm.engine.planner import Planner
 from ems_vllm.engine.pools import Pool
-from ems_vllm.engine.residents import Residents, StepRefused
-from ems_vllm.engine.tracked_request import TrackedRequest
+from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
+from ems_vllm.engine.scheduler.dealer import Dealer
+from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.scheduler.planner import Planner
+from ems_vllm.engine.scheduler.request import TrackedRequest
+from ems_vllm.engine.worker.requests import Residents, StepRefused
 
 
 def _freed_one_step_early(monkeypatch):

@@ -15,7 +15,7 @@ from engine.harness import LLAMA, EngineProbe, tokens
 from processes import run_script
 
 from ems_vllm.config import RequestOptions, load_config
-from ems_vllm.engine import capacity
+from ems_vllm.engine.worker import start_log as capacity
 from ems_vllm.eval.reference.model import ReferenceModel
 
 BUDGET = 64

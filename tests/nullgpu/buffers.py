@@ -87,7 +87,7 @@ class _Checks:
         }
 
     def installed(self) -> Any:
-        from ems_vllm.engine.runtime import GroupBinding
+        from ems_vllm.engine.worker.step import GroupBinding
 
         execute, rewrite = self._worker.execute_model, GroupBinding.rewrite
 
