@@ -42,10 +42,10 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         if not isinstance(additional, dict) or CONFIG_KEY not in additional:
             return original(self, *args, **kwargs)
         from ems_vllm.engine.frontend.arguments import answer_mistakes
-        from ems_vllm.engine.frontend.switch_on import activate, normalize
+        from ems_vllm.engine.frontend.switch_on import activate, write_out_settings
 
         with answer_mistakes(additional):
-            config = normalize(self)
+            config = write_out_settings(self)
         vllm_config = original(self, *args, **kwargs)
         if config is not None:
             with answer_mistakes(additional):

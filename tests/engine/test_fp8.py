@@ -261,16 +261,16 @@ def test_everything_beside_the_cache_is_counted():
     with engine({**settings("ems"), "workspace_mib": 16}, **options) as probe:
         (group,) = probe.worker.compression.groups
         tensors = group.tensors
-        assert tensors.query_ring.dtype == torch.float32
+        assert tensors.query_ring.queries.dtype == torch.float32
         assert tensors.scores.dtype == torch.float32
         elements = sum(2 * stack.key_cache.numel() for stack in tensors.stacks)
         assert tensors.spec.page_size_bytes * tensors.num_layers * tensors.num_blocks == elements
         footprint = probe.worker._footprint()
         assert footprint.score_bytes(tensors.num_blocks) == tensors.scores.nbytes
-        assert footprint.ring_bytes(tensors.num_blocks) == tensors.query_ring.nbytes
+        assert footprint.ring_bytes(tensors.num_blocks) == tensors.query_ring.queries.nbytes
         total = elements + footprint.total_bytes(tensors.num_blocks)
         assert limit - (1 << 20) < total <= limit
-        assert footprint.query_itemsize == tensors.query_ring.itemsize
+        assert footprint.query_itemsize == tensors.query_ring.queries.itemsize
 
 
 class TestRefusals:

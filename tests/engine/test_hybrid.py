@@ -149,7 +149,7 @@ def test_scores_and_cache_together_fit_the_memory(folder):
             cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes()
             for cache in probe.worker.model_runner.kv_caches
         }
-        taken = sum(caches.values()) + tensors.scores.nbytes + tensors.query_ring.nbytes
+        taken = sum(caches.values()) + tensors.scores.nbytes + tensors.query_ring.queries.nbytes
         taken += (workspace << 20) + KERNEL_SCRATCH_BYTES
         assert 0.95 * memory < taken <= memory
         probe.generate(PROMPTS, MAX_TOKENS)

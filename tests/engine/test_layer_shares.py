@@ -152,7 +152,7 @@ class TestPyramid:
     def test_scores_and_cache_together_fit_the_memory(self, probe):
         groups = [group.tensors for group in probe.worker.compression.groups]
         held = [*probe.worker.model_runner.kv_caches, *(tensors.scores for tensors in groups)]
-        held += [tensors.query_ring for tensors in groups]
+        held += [tensors.query_ring.queries for tensors in groups]
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in held
         }

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     )
     from vllm.v1.kv_cache_interface import KVCacheLayout
 
-    from ems_vllm.engine.worker.step import GroupBinding, LayerBinding
+    from ems_vllm.engine.attention.bindings import MetadataRewriter, QueryObserver
 
 
 def wrap_backend(
@@ -57,7 +57,7 @@ def _wrap_builder(base: type[Any], module: str) -> type[Any]:
     class CompressedBuilder(base):
         # A table swapped into finished metadata would bypass the rewrite.
         supports_update_block_table: ClassVar[bool] = False
-        compression: GroupBinding | None = None
+        compression: MetadataRewriter | None = None
 
         @classmethod
         def get_cudagraph_support(cls, *args: Any, **kwargs: Any) -> AttentionCGSupport:
@@ -82,7 +82,7 @@ def _wrap_builder(base: type[Any], module: str) -> type[Any]:
 
 def _wrap_impl(base: type[Any], module: str) -> type[Any]:
     class CompressedImpl(base):
-        compression: LayerBinding | None = None
+        compression: QueryObserver | None = None
         # Where kv_heads hold different numbers of entries.
         head_rows: LayerRows | None = None
         # An implementation that can, keeps the log of its softmax denominators here when asked to.

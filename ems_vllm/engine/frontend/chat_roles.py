@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ems_vllm.config import settings_of
 from ems_vllm.config.errors import shown
 from ems_vllm.config.protect import KEY, Protect
-from ems_vllm.engine.active_config import active_config
 from ems_vllm.engine.frontend.request_check import check_room, options_of
 from ems_vllm.spans import merged
 
@@ -56,7 +56,7 @@ async def protect_roles(
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.exceptions import VLLMValidationError
 
-    config = active_config(vllm_config)
+    config = settings_of(vllm_config)
     if config is None or not isinstance(request, ChatCompletionRequest):
         return
     options = options_of(config, request.vllm_xargs)

@@ -6,10 +6,9 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.config import ConfigError, RequestOptions
+from ems_vllm.config import ConfigError, RequestOptions, settings_of
 from ems_vllm.config.errors import shown
 from ems_vllm.config.protect import KEY
-from ems_vllm.engine.active_config import active_config
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -28,7 +27,7 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
         VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
     """
     extra_args = getattr(params, "extra_args", None)
-    config = active_config(vllm_config) if extra_args else None
+    config = settings_of(vllm_config) if extra_args else None
     if config is not None:
         options_of(config, extra_args)
 
@@ -47,7 +46,7 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    config = active_config(vllm_config)
+    config = settings_of(vllm_config)
     if config is None:
         return
     # Where the API has no such field, vLLM keeps what a client sent all the same.
@@ -75,7 +74,7 @@ def check_protection(vllm_config: VllmConfig, prompt_len: int, params: Any) -> N
     extra_args = getattr(params, "extra_args", None)
     if not extra_args or not extra_args.get(KEY):
         return
-    config = active_config(vllm_config)
+    config = settings_of(vllm_config)
     if config is None:
         return
     options = options_of(config, extra_args)
@@ -173,7 +172,7 @@ def check_resumable(vllm_config: VllmConfig, params: Any) -> None:
     """
     from vllm.exceptions import VLLMValidationError
 
-    config = active_config(vllm_config)
+    config = settings_of(vllm_config)
     if config is None:
         return
     if RequestOptions.parse(getattr(params, "extra_args", None)).enabled:

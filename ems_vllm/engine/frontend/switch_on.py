@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
-from ems_vllm.engine.active_config import active_config
-from ems_vllm.engine.frontend.compatibility import SCHEDULERS, WORKERS, check_compatibility
+from ems_vllm.config import ConfigError, KVCompressionConfig, load_config, settings_of
+from ems_vllm.engine.frontend.compatibility import check_compatibility
+from ems_vllm.engine.scheduler import SCHEDULERS
+from ems_vllm.engine.worker import WORKERS
 from ems_vllm.keys import CONFIG_KEY
 from ems_vllm.patches import (
     async_llm,
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
 
-def normalize(engine_args: EngineArgs) -> KVCompressionConfig | None:
+def write_out_settings(engine_args: EngineArgs) -> KVCompressionConfig | None:
     """Validate the settings and write them out in full, so that the config hash covers them."""
     additional = engine_args.additional_config
     config = load_config(additional[CONFIG_KEY])
@@ -73,7 +74,7 @@ def check_activated(vllm_config: VllmConfig) -> None:
     Raises:
         ConfigError: the VllmConfig was not made by EngineArgs, so nothing would be compressed.
     """
-    config = active_config(vllm_config)
+    config = settings_of(vllm_config)
     if config is not None and vllm_config.parallel_config.worker_cls not in WORKERS.values():
         raise ConfigError(
             f"VllmConfig.additional_config[{CONFIG_KEY!r}] with recipe={config.recipe!r} has no "

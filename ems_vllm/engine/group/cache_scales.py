@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ems_vllm.engine.cache_dtype import FLOAT8_CACHES
+
 if TYPE_CHECKING:
     import torch
-
-# vLLM's names of float8 e4m3 with one scale per layer for keys and one for values.
-FLOAT8_CACHES = ("fp8", "fp8_e4m3")
 
 
 @dataclass(frozen=True)

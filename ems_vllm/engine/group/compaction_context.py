@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ems_vllm.engine.group.compaction_rows import CompactionRows
-    from ems_vllm.engine.group.compressed_group import GroupTensors
     from ems_vllm.engine.group.layer_stack import LayerStack
+    from ems_vllm.engine.group.tensors import GroupTensors
 
 
 def context_of(tensors: GroupTensors, rows: CompactionRows, stack: LayerStack) -> CompactionContext:
     """Requests as rows, in some layers of a group."""
     scores = None if tensors.scores is None else tensors.scores[stack.layers]
-    ring = None if tensors.query_ring is None else tensors.query_ring[stack.layers]
+    ring = None if tensors.query_ring is None else tensors.query_ring.queries[stack.layers]
     return _context(tensors, rows, stack, stack.key_cache, stack.value_cache, scores, ring)
 
 
@@ -42,7 +42,7 @@ def context_of_heads(
     if tensors.scores is not None:
         scores = as_pages(tensors.scores[stack.layers], 1)
     if tensors.query_ring is not None:
-        of_layer = tensors.query_ring[stack.layers.start]
+        of_layer = tensors.query_ring.queries[stack.layers.start]
         at = to_device(requests.ring_rows, tensors.device, torch.int64)
         # Query heads of a kv_head lie next to each other.
         of_heads = of_layer[at].unflatten(2, (num_heads, -1)).transpose(1, 2)

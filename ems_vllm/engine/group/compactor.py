@@ -16,8 +16,8 @@ from ems_vllm.engine.group.compaction_rows import CompactionRows, by_head, dealt
 from ems_vllm.engine.group.protection import ProtectedEntries, ProtectedWave, num_reserved
 
 if TYPE_CHECKING:
-    from ems_vllm.engine.group.compressed_group import GroupTensors
     from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.tensors import GroupTensors
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.context import CompactionContext
     from ems_vllm.policies.policy import Policy

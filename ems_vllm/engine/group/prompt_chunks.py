@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which prompt queries of a step are accumulated into the global scores, as tensors."""
+"""Prompt chunks of a step whose queries are accumulated into the global scores, as tensors."""
 
 from __future__ import annotations
 
@@ -16,8 +16,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ScoreRows:
-    """Prompt chunks whose queries are accumulated; arguments of ops.score_queries by name."""
+class PromptChunks:
+    """Prompt chunks whose queries are accumulated; arguments of ops.score_queries by name.
+
+    Attributes:
+        block_table: [num_chunks, num_columns], int32 - live columns of each.
+        query_starts: [num_chunks], int32 - the first query of each that scores, in the batch.
+        query_lens: [num_chunks], int32 - its queries.
+        seq_lens: [num_chunks], int32 - entries that its last query sees.
+        accumulate_lens: [num_chunks], int32 - leading entries that have a score to add to; those
+            of the others are overwritten.
+        score_table: [num_chunks, num_columns], int32 - score pages of the columns.
+    """
 
     block_table: torch.Tensor
     query_starts: torch.Tensor
@@ -27,12 +37,12 @@ class ScoreRows:
     score_table: torch.Tensor
 
 
-def score_rows(
+def prompt_chunks(
     chunks: Sequence[ScoredChunk],
     query_starts: Sequence[int],
     block_size: int,
     device: torch.device,
-) -> ScoreRows | None:
+) -> PromptChunks | None:
     """The prompt chunks of a batch that score.
 
     Args:
@@ -47,7 +57,7 @@ def score_rows(
     if not chunks:
         return None
     live_lens = [chunk.seq_len - chunk.first_column * block_size for chunk in chunks]
-    return ScoreRows(
+    return PromptChunks(
         block_table=pad_rows([chunk.block_ids for chunk in chunks], device),
         query_starts=to_device(query_starts, device),
         query_lens=to_device([chunk.seq_len - chunk.first_query for chunk in chunks], device),

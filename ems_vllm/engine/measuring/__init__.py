@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an evaluation asks of a server beside answers."""
+"""For evaluations: what a server is asked for beside answers."""

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from ems_vllm.engine.pools import Pool
 
 if TYPE_CHECKING:
-    from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-    from ems_vllm.engine.scheduler.request import TrackedRequest
+    from ems_vllm.engine.scheduler.group_spec import GroupSpec
+    from ems_vllm.engine.scheduler.request import SchedulerRequest
 
 
 class Dealer:
@@ -31,9 +31,7 @@ class Dealer:
         max_num_seqs: Most requests that run at a time.
     """
 
-    def __init__(
-        self, specs: Sequence[CompressedAttentionSpec], num_blocks: int, max_num_seqs: int
-    ) -> None:
+    def __init__(self, specs: Sequence[GroupSpec], num_blocks: int, max_num_seqs: int) -> None:
         self._block_sizes = [spec.block_size for spec in specs]
         # One row serves a request in all groups.
         self.rows = Pool(0, min(spec.num_ring_rows(num_blocks, max_num_seqs) for spec in specs))
@@ -44,9 +42,9 @@ class Dealer:
             self.pages.append(Pool(first, spec.num_score_pages))
             first += spec.num_score_pages
         # What was dealt in the step that is being scheduled: to whom, and how to undo it.
-        self._dealt: list[tuple[TrackedRequest, Callable[[TrackedRequest], None]]] = []
+        self._dealt: list[tuple[SchedulerRequest, Callable[[SchedulerRequest], None]]] = []
 
-    def deal_pages(self, tracked: TrackedRequest) -> bool:
+    def deal_pages(self, tracked: SchedulerRequest) -> bool:
         """Give a request its score pages, unless it has them; False where there are too few."""
         if tracked.score_pages is not None:
             return True
@@ -66,7 +64,7 @@ class Dealer:
         self._dealt.append((tracked, self.take_back_pages))
         return True
 
-    def deal_row(self, tracked: TrackedRequest) -> bool:
+    def deal_row(self, tracked: SchedulerRequest) -> bool:
         """Give a request a row of the query ring, unless it has one; False where none is left."""
         if tracked.ring_row is not None:
             return True
@@ -77,13 +75,13 @@ class Dealer:
         self._dealt.append((tracked, self.take_back_row))
         return True
 
-    def take_back_pages(self, tracked: TrackedRequest) -> None:
+    def take_back_pages(self, tracked: SchedulerRequest) -> None:
         if tracked.score_pages is not None:
             for pool, pages in zip(self.pages, tracked.score_pages, strict=True):
                 pool.give_back(pages)
             tracked.score_pages = None
 
-    def take_back_row(self, tracked: TrackedRequest) -> None:
+    def take_back_row(self, tracked: SchedulerRequest) -> None:
         if tracked.ring_row is not None:
             self.rows.give_back([tracked.ring_row])
             tracked.ring_row = None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scheduler side of one group: frees compressed columns and keeps the prefix cache exact.
+"""One KV-cache group in the scheduler: frees compressed columns and keeps the prefix cache exact.
 
 Rules for the prefix cache, with a = first live column after the prompt's compaction:
   * columns [0, a) hold exact attention KV: hashed and shared as always;
@@ -23,28 +23,30 @@ if TYPE_CHECKING:
     from vllm.v1.core.kv_cache_utils import KVCacheBlock
     from vllm.v1.request import Request
 
-    from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-    from ems_vllm.engine.scheduler.request import TrackedRequest
+    from ems_vllm.engine.scheduler.group_spec import GroupSpec
+    from ems_vllm.engine.scheduler.request import SchedulerRequest
 
 
 class CompressedAttentionManager(FullAttentionManager):
     """Full-attention manager that gives compressed columns back.
 
     vLLM makes it from the group's spec; the scheduler's planner then lets it see its requests.
-    """
 
-    kv_cache_spec: CompressedAttentionSpec
+    Attributes:
+        group_spec: That spec.
+    """
 
     # vLLM looks hits up in a classmethod that is not told which request asks, so the limit of the
     # request at hand is kept here while `limit_hits` is active. The scheduler is single-threaded.
     _hit_limit: int | None = None
 
-    def __init__(self, kv_cache_spec: CompressedAttentionSpec, **kwargs: Any) -> None:
+    def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
         super().__init__(kv_cache_spec, **kwargs)
-        self._requests: Mapping[str, TrackedRequest] = {}
+        self.group_spec: GroupSpec = kv_cache_spec
+        self._requests: Mapping[str, SchedulerRequest] = {}
         self._index = 0
 
-    def follow(self, requests: Mapping[str, TrackedRequest], index: int) -> None:
+    def follow(self, requests: Mapping[str, SchedulerRequest], index: int) -> None:
         """Learn about requests from the planner; before that none can be admitted.
 
         Args:
@@ -58,8 +60,6 @@ class CompressedAttentionManager(FullAttentionManager):
         """Blocks of the columns from `first_column` on that hold the first `num_tokens` tokens."""
         stop = -(-num_tokens // self.block_size)
         return [block.block_id for block in self.req_to_blocks[request_id][first_column:stop]]
-
-    # -- the prefix cache ----------------------------------------------------------------------
 
     @classmethod
     @contextmanager
@@ -84,8 +84,6 @@ class CompressedAttentionManager(FullAttentionManager):
         if limit is not None:
             num_tokens = min(num_tokens, limit)
         super().cache_blocks(request, num_tokens, *args, **kwargs)
-
-    # -- blocks --------------------------------------------------------------------------------
 
     def get_num_blocks_to_allocate(
         self,
@@ -131,7 +129,7 @@ class CompressedAttentionManager(FullAttentionManager):
             self._hash_untouched(tracked)
         return super().pop_blocks_for_free(request_id)
 
-    def _hash_untouched(self, tracked: TrackedRequest) -> None:
+    def _hash_untouched(self, tracked: SchedulerRequest) -> None:
         """Share the generated columns of a request that was never compressed, as vLLM would."""
         if tracked.max_shared_tokens is None or tracked.compresses_prompt:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler's side: decides what every step compacts, scores and records.
+"""Decides what every step compacts, scores and records.
 
 The one place where a request's CompressionPlan is evaluated. A worker is told the outcome
 (`orders.StepOrders`) and derives nothing.
@@ -17,7 +17,7 @@ from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
 from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
 from ems_vllm.engine.scheduler.dealer import Dealer
-from ems_vllm.engine.scheduler.request import NEVER, TrackedRequest
+from ems_vllm.engine.scheduler.request import NEVER, SchedulerRequest
 from ems_vllm.plan import prompt_blocks
 
 if TYPE_CHECKING:
@@ -51,16 +51,16 @@ class Planner:
         cuts_anywhere: bool = True,
         num_sinks: int = 0,
     ) -> None:
-        self.requests: dict[str, TrackedRequest] = {}
+        self.requests: dict[str, SchedulerRequest] = {}
         self._managers = list(managers)
         self._decode_query_len = decode_query_len
         self._cuts_anywhere = cuts_anywhere
         self._num_sinks = num_sinks
-        observation = managers[0].kv_cache_spec.observation
+        observation = managers[0].group_spec.observation
         self._obs_window = observation.obs_window
         self._scores = observation.score_tokens is not None
         self._dealer = Dealer(
-            [manager.kv_cache_spec for manager in managers], num_blocks, max_num_seqs
+            [manager.group_spec for manager in managers], num_blocks, max_num_seqs
         )
         self._num_steps = 0
         self._ended: list[str] = []
@@ -85,7 +85,7 @@ class Planner:
         # to score again, or the preemption would change the answer.
         return first_hit if tracked.first_scored_query(0) < limit else limit
 
-    def _track(self, request: Request) -> TrackedRequest:
+    def _track(self, request: Request) -> SchedulerRequest:
         params = request.sampling_params
         options = RequestOptions.parse_admitted(params.extra_args if params else None)
         plans = self._plans(request, options)
@@ -95,7 +95,7 @@ class Planner:
                 request.num_prompt_tokens, num_tokens, plans, self._num_sinks
             )
             plans = self._plans(request, options)
-        return TrackedRequest(
+        return SchedulerRequest(
             request,
             tuple(map(CompactionLedger, plans)),
             protected=options.protect.ranges if options.protect else (),
@@ -104,9 +104,7 @@ class Planner:
     def _plans(self, request: Request, options: RequestOptions) -> list[CompressionPlan]:
         """By compressed group."""
         return [
-            manager.kv_cache_spec.settings.plan(
-                request.num_prompt_tokens, manager.block_size, options
-            )
+            manager.group_spec.settings.plan(request.num_prompt_tokens, manager.block_size, options)
             for manager in self._managers
         ]
 
@@ -206,7 +204,7 @@ class Planner:
             ]
         return orders
 
-    def _order(self, tracked: TrackedRequest, start: int, end: int, orders: StepOrders) -> None:
+    def _order(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:
         """Add what a request's step from `start` to `end` asks for."""
         if tracked.is_new:
             self._begin(tracked, start, orders)
@@ -226,19 +224,19 @@ class Planner:
             )
         tracked.quiet_until = self._quiet_until(tracked, end, due)
 
-    def _begin(self, tracked: TrackedRequest, start: int, orders: StepOrders) -> None:
+    def _begin(self, tracked: SchedulerRequest, start: int, orders: StepOrders) -> None:
         tracked.is_new = False
         tracked.num_cached = start
         if tracked.first_hit is None:
             tracked.first_hit = start
         orders.admitted.append(tracked.request.request_id)
 
-    def _quiet_until(self, tracked: TrackedRequest, end: int, due: int) -> int:
+    def _quiet_until(self, tracked: SchedulerRequest, end: int, due: int) -> int:
         if tracked.compresses_prompt and end < tracked.prompt_len:
             return 0
         return due - self._obs_window if due != NEVER else NEVER
 
-    def _compact(self, tracked: TrackedRequest, start: int, orders: StepOrders) -> bool:
+    def _compact(self, tracked: SchedulerRequest, start: int, orders: StepOrders) -> bool:
         """Order the compactions that fall due; whether there is one."""
         compacted = False
         for index, ledger in enumerate(tracked.ledgers):
@@ -250,7 +248,7 @@ class Planner:
         return compacted
 
     def _compaction(
-        self, tracked: TrackedRequest, index: int, start: int, before: tuple[int, int]
+        self, tracked: SchedulerRequest, index: int, start: int, before: tuple[int, int]
     ) -> Compaction:
         manager, ledger = self._managers[index], tracked.ledgers[index]
         plan, (first_before, tail_before) = ledger.plan, before
@@ -277,7 +275,7 @@ class Planner:
             protected=tracked.protected,
         )
 
-    def _score(self, tracked: TrackedRequest, start: int, end: int, orders: StepOrders) -> None:
+    def _score(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:
         first_scored = tracked.first_scored_query(start)
         first_query, seq_len = max(start, first_scored), min(end, tracked.prompt_len)
         if first_query >= seq_len:

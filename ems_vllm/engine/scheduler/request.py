@@ -17,7 +17,7 @@ NEVER = 2**62
 
 
 @dataclass
-class TrackedRequest:
+class SchedulerRequest:
     """What the scheduler knows of a request from its first look-up to its end.
 
     Attributes:

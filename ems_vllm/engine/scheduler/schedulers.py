@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from ems_vllm.engine.active_config import active_config
+from ems_vllm.config import settings_of
 from ems_vllm.engine.orders import attach
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
@@ -39,7 +39,7 @@ class CompressionSchedulerMixin(_Base):
         ]
         # Without a compressed layer the worker has refused to start.
         assert managers, "a compressing scheduler was chosen, but no layer is compressed"
-        config = active_config(self.vllm_config)
+        config = settings_of(self.vllm_config)
         assert config is not None, "a compressing scheduler was chosen without settings"
         self.planner = Planner(
             managers,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.engine.attention.head_batch import batch_bytes
 from ems_vllm.engine.group.head_tables import page_start_bytes
+from ems_vllm.engine.group.query_ring import QueryRing
 from ems_vllm.engine.group.score_store import score_bytes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 
@@ -170,5 +171,6 @@ class Footprint:
     def _ring_bytes(self, name: str, num_blocks: int) -> int:
         """Of the query ring of a layer."""
         spec = self._compressed[name]
-        row = self.config.obs_window * self.num_heads[name] * spec.head_size * self.query_itemsize
+        num_heads, itemsize = self.num_heads[name], self.query_itemsize
+        row = QueryRing.row_bytes(self.config.obs_window, num_heads, spec.head_size, itemsize)
         return spec.num_ring_rows(num_blocks, self.max_num_seqs) * row

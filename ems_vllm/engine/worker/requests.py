@@ -26,7 +26,7 @@ class StepRefused(RuntimeError):
 
 
 @dataclass
-class Resident:
+class WorkerRequest:
     """What a worker holds of one request.
 
     Attributes:
@@ -42,11 +42,11 @@ class Resident:
     ring_row: int = -1
 
 
-class Residents:
+class WorkerRequests:
     """All requests of a worker that hold blocks."""
 
     def __init__(self) -> None:
-        self._residents: dict[str, Resident] = {}
+        self._residents: dict[str, WorkerRequest] = {}
         self._row_owners: dict[int, str] = {}
         self._last_step: int | None = None
 
@@ -73,7 +73,7 @@ class Residents:
         for req_id in orders.admitted:
             if req_id in self._residents:
                 raise StepRefused(f"request {req_id} begins", "it to be new", "it already")
-            self._residents[req_id] = Resident()
+            self._residents[req_id] = WorkerRequest()
         return orders
 
     def compact(self, orders: Sequence[Compaction]) -> None:
@@ -164,13 +164,13 @@ class Residents:
             self._row_owners[order.ring_row] = order.req_id
         resident.recorded_until = end
 
-    def _resident(self, req_id: str) -> Resident:
+    def _resident(self, req_id: str) -> WorkerRequest:
         try:
             return self._residents[req_id]
         except KeyError:
             raise StepRefused(f"request {req_id}", "it to be here", "no such request") from None
 
-    def _give_back_row(self, resident: Resident) -> None:
+    def _give_back_row(self, resident: WorkerRequest) -> None:
         if resident.ring_row >= 0:
             del self._row_owners[resident.ring_row]
             resident.ring_row = -1

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Worker side: what happens in a step, in which order.
+"""A step of a worker, in order.
 
     begin_step   check the scheduler's orders; compact what they say
-    rewrite      (metadata build) point attention at the live columns; lay out scores and ring
-    observe      (after each layer's attention) record queries, accumulate prompt scores
+    batch        (metadata build) the step in the order of the model runner's batch
     end_step     from here on, dummy and profiling runs see no request
 
-Compaction runs once per real step, before the forward pass and outside CUDA graphs.
+Compaction runs once per real step, before the forward pass and outside CUDA graphs. In between,
+metadata builders and layers work through attention/bindings.py.
 """
 
 from __future__ import annotations
@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from ems_vllm import ops
-from ems_vllm.engine.group.layer_stack import split_kv
-from ems_vllm.engine.group.prompt_chunks import ScoreRows, score_rows
-from ems_vllm.engine.group.to_device import to_device
+from ems_vllm.engine.group.batch import Batch
 from ems_vllm.engine.orders import StepOrders, attached
-from ems_vllm.engine.worker.requests import Residents, StepRefused
+from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,33 +47,8 @@ class _Step:
     num_scheduled: list[int]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """A step in the order of the model runner's batch.
-
-    Attributes:
-        orders: The scheduler's.
-        row: Row of each request.
-        order: [num_reqs] - for each row, where its request is in the lists of `orders`.
-        query_starts: [num_reqs] - for each row, its first token in the batch.
-        num_scheduled: [num_reqs] - for each row, its tokens in the batch.
-        starts: [num_reqs] - for each row, tokens processed before the step.
-    """
-
-    orders: StepOrders
-    row: dict[str, int]
-    order: np.ndarray
-    query_starts: np.ndarray
-    num_scheduled: np.ndarray
-    starts: np.ndarray
-
-    def first_columns(self, group_id: int) -> np.ndarray:
-        """[num_reqs] - for each row, its first live column."""
-        return np.asarray(self.orders.first_columns[group_id])[self.order]
-
-
-class CompressionRuntime:
-    """Drives the compressed groups of one worker.
+class StepRunner:
+    """Runs the orders of every step on the compressed groups of one worker.
 
     Args:
         groups: The compressed KV-cache groups.
@@ -86,7 +57,7 @@ class CompressionRuntime:
 
     def __init__(self, groups: Sequence[CompressedGroup], batch_order: BatchOrder) -> None:
         self.groups = list(groups)
-        self._residents = Residents()
+        self._residents = WorkerRequests()
         self._batch_order = batch_order
         self._step: _Step | None = None
         self._is_warming_up = False
@@ -156,127 +127,6 @@ class CompressionRuntime:
             num_scheduled=np.asarray(step.num_scheduled)[order],
             starts=np.asarray(step.orders.starts)[order],
         )
-
-
-class GroupBinding:
-    """What the metadata builders and layers of one group call."""
-
-    def __init__(self, runtime: CompressionRuntime, group: CompressedGroup) -> None:
-        self.runtime = runtime
-        self.group = group
-        self.score_rows: ScoreRows | None = None
-
-    def rewrite(self, metadata: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """Called by the metadata builder, for real, dummy and graph-capture batches alike."""
-        group, tensors = self.group, self.group.tensors
-        batch = self.runtime.batch(metadata)
-        self.score_rows = None if batch is None else self._score_rows(batch)
-        if tensors.query_ring is not None:
-            num_tokens = 0
-            if batch is not None and batch.orders.recorded:
-                slots = ring_slots(batch, metadata.num_actual_tokens, tensors.obs_window)
-                num_tokens = len(slots)
-                group.ring_slots[:num_tokens].copy_(
-                    to_device(slots, tensors.device, torch.int64), non_blocking=True
-                )
-            # With piecewise graphs the model runs on more rows than the metadata counts.
-            group.ring_slots[num_tokens:].fill_(-1)
-        if batch is None:
-            rewritten = group.rewrite(metadata, np.zeros(0, np.int64), None)
-            return rewritten if group.head_batch is None else group.head_batch.split(rewritten, [])
-        first_columns = batch.first_columns(tensors.group_id)
-        live = batch.starts + batch.num_scheduled - first_columns * tensors.spec.block_size
-        rewritten = group.rewrite(metadata, first_columns, int(live.max(initial=0)))
-        if group.head_batch is None:
-            return rewritten
-        return group.head_batch.split(rewritten, list(batch.row))
-
-    def _score_rows(self, batch: Batch) -> ScoreRows | None:
-        tensors = self.group.tensors
-        chunks = [chunk for chunk in batch.orders.scored if chunk.group_id == tensors.group_id]
-        rows = [batch.row[chunk.req_id] for chunk in chunks]
-        # Not every query of a chunk need score.
-        starts = [
-            int(batch.query_starts[row] + chunk.first_query - batch.starts[row])
-            for row, chunk in zip(rows, chunks, strict=True)
-        ]
-        return score_rows(chunks, starts, tensors.spec.block_size, tensors.device)
-
-    def layer(self, name: str) -> LayerBinding:
-        return LayerBinding(self, self.group.layer_names.index(name))
-
-
-class LayerBinding:
-    """What the attention implementation of one layer calls after it has run."""
-
-    def __init__(self, binding: GroupBinding, index: int) -> None:
-        tensors = binding.group.tensors
-        self._binding = binding
-        self._ring_slots = binding.group.ring_slots
-        self._num_kv_heads = tensors.spec.num_kv_heads
-        self._scale = tensors.scale
-        # Read at every use, because new weights may bring others.
-        self._layer_scales = tensors.layer_scales
-        self._index = index
-        self._query_dtype = tensors.query_dtype
-        self._global_stride = binding.group.global_stride
-        self._ring = None if tensors.query_ring is None else tensors.query_ring[index]
-        self._scores = None if tensors.scores is None else tensors.scores[index]
-
-    @property
-    def scores_queries(self) -> bool:
-        """Whether the batch holds prompt queries that this layer accumulates."""
-        return self._scores is not None and self._binding.score_rows is not None
-
-    def observe(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, lse: torch.Tensor | None = None
-    ) -> None:
-        """Record and score the queries of a batch.
-
-        Args:
-            query: [num_tokens, num_heads, head_size] - after RoPE, as attention saw it: in the
-                model's dtype, or float8_e4m3fn, which is scaled back.
-            kv_cache: The layer's cache, with the keys of this batch already written.
-            lse: [num_scored_tokens, num_heads], float32, or None - log of the softmax denominators
-                that attention computed, sinks left out; computed again where there is none.
-        """
-        if query.dtype == torch.float8_e4m3fn:
-            query = query.to(self._query_dtype) * self._layer_scales[self._index].query
-        if self._ring is not None:
-            ops.record_queries(query, self._ring_slots[: query.shape[0]], self._ring)
-        rows = self._binding.score_rows
-        if rows is not None and self._scores is not None:
-            key_cache, _ = split_kv(kv_cache, self._num_kv_heads)
-            ops.score_queries(
-                query if lse is None else query[: lse.shape[0]],
-                key_cache,
-                rows.block_table,
-                rows.query_starts,
-                rows.query_lens,
-                rows.seq_lens,
-                rows.accumulate_lens,
-                rows.score_table,
-                lse,
-                self._scale * self._layer_scales[self._index].key,
-                self._global_stride,
-                self._scores,
-            )
-
-
-def ring_slots(batch: Batch, num_tokens: int, obs_window: int) -> np.ndarray:
-    """[num_tokens]: slot of the query ring for every token, -1 for those that are not recorded.
-
-    No step reaches past a compaction, so when queries score, a rejected draft's has been
-    overwritten by the token that came in its place.
-    """
-    slots = np.full(num_tokens, -1, np.int64)
-    for queries in batch.orders.recorded:
-        row = batch.row[queries.req_id]
-        stop = batch.query_starts[row] + batch.num_scheduled[row]
-        end = batch.starts[row] + batch.num_scheduled[row]
-        columns = np.arange(end - queries.num_queries, end) % obs_window
-        slots[stop - queries.num_queries : stop] = queries.ring_row * obs_window + columns
-    return slots
 
 
 def batch_order(runner: Any) -> BatchOrder:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker does where the kv_heads of a layer hold different numbers of entries."""
+"""Tables of kv_heads that hold different numbers of entries, of one KV-cache group."""
 
 from __future__ import annotations
 
@@ -8,17 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed import get_tp_group
 
-from ems_vllm.engine.attention.head_rows import SPLITTINGS, LayerRows, why_not
-from ems_vllm.engine.frontend.compatibility import HEAD_SHARES, UNSPLIT_HEADS
+from ems_vllm.engine.attention.head_rows import why_not
 from ems_vllm.engine.group.head_tables import HeadTables
 from ems_vllm.engine.worker.head_deal import HeadsDiffer, shares_of_rank
+from ems_vllm.engine.worker.refusals import HEAD_SHARES, UNSPLIT_HEADS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from ems_vllm.config import KVCompressionConfig
-    from ems_vllm.engine.attention.head_batch import HeadBatch
-    from ems_vllm.engine.group.compressed_group import CompressedGroup
     from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 
 
@@ -65,22 +63,3 @@ def head_tables(
     max_num_seqs = vllm_config.scheduler_config.max_num_seqs
     device = layers[owners[0]].kv_cache.device
     return HeadTables(len(owners), spec.num_kv_heads, max_num_seqs, device, of_layers)
-
-
-def split_heads(
-    group: CompressedGroup, batch: HeadBatch, runner: Any, layers: Mapping[str, Any]
-) -> None:
-    """Make the attention of a group run over rows of one kv_head each.
-
-    Args:
-        batch: Of the group.
-        runner: vLLM's model runner, whose metadata builders are changed.
-        layers: vLLM's attention layers by name.
-    """
-    for attn_group in runner.attn_groups[group.tensors.group_id]:
-        splitting = SPLITTINGS[attn_group.backend.get_name()]
-        for builder in attn_group.metadata_builders:
-            splitting.builder(builder, batch.num_heads)
-    for index, name in enumerate(group.layer_names):
-        layer = layers[name]
-        layer.impl.head_rows = LayerRows(layer.impl, layer.attn_backend.get_name(), batch, index)
