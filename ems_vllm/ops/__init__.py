@@ -20,6 +20,7 @@ The definitions by example are in ems_vllm.ops.reference, one file per operator.
 
 import torch
 
+from ems_vllm.ops import reference as reference
 from ems_vllm.ops.library import operators
 
 __all__ = [

@@ -11,7 +11,7 @@ from selections import Selection, random_selection
 
 from ems_vllm import ops
 from ems_vllm.ops import reference
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 # Cosines of float32 vectors of up to 256 elements, against float64.
 EPSILON = 1e-5

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 import ems_vllm
 from ems_vllm import ops
 from ems_vllm.ops import reference
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 
 @dataclass

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from ems_vllm import ops
 from ems_vllm.ops import reference
-from ems_vllm.ops.reference.paging import gather_entries
-from ems_vllm.ops.reference.score_queries import is_sampled
+from ems_vllm.ops.paging import gather_entries
+from ems_vllm.ops.score_queries import is_sampled
 
 
 @dataclass

@@ -5,14 +5,14 @@ The functions run anywhere torch runs, in loops and in float32 or float64, and s
 the compiled kernels, which are tested against them.
 """
 
-from ems_vllm.ops.reference.assign_classes import assign_classes
-from ems_vllm.ops.reference.head_pages import head_pages
-from ems_vllm.ops.reference.merge_compact import merge_compact
-from ems_vllm.ops.reference.plan_metadata import plan_metadata
-from ems_vllm.ops.reference.record_queries import record_queries
-from ems_vllm.ops.reference.score_queries import score_queries
-from ems_vllm.ops.reference.score_window import score_window
-from ems_vllm.ops.reference.select_entries import select_entries
+from ems_vllm.ops.assign_classes import assign_classes
+from ems_vllm.ops.head_pages import head_pages
+from ems_vllm.ops.merge_compact import merge_compact
+from ems_vllm.ops.plan_metadata import plan_metadata
+from ems_vllm.ops.record_queries import record_queries
+from ems_vllm.ops.score_queries import score_queries
+from ems_vllm.ops.score_window import score_window
+from ems_vllm.ops.select_entries import select_entries
 
 __all__ = [
     "assign_classes",

@@ -5,7 +5,7 @@ from itertools import chain
 
 import torch
 
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 # Key, value and score of a class.
 _Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]

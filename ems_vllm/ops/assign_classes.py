@@ -4,7 +4,7 @@
 import torch
 from torch.nn.functional import normalize
 
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 
 def assign_classes(

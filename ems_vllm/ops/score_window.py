@@ -3,7 +3,7 @@
 
 import torch
 
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 
 def score_window(
