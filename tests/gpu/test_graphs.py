@@ -8,7 +8,6 @@ import torch
 from compare import assert_bitwise
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -52,7 +51,7 @@ def test_record_queries(dtype):
         query.copy_(torch.randn(query.shape))
         slots.copy_(new_slots())
         graph.replay()
-        reference.record_queries(query.cpu(), slots.cpu(), expected)
+        ops.record_queries.reference(query.cpu(), slots.cpu(), expected)
         assert_bitwise(ring.cpu(), expected)
 
 
@@ -67,7 +66,7 @@ def test_plan_metadata():
         refill(first, 0, NUM_COLUMNS + 2)
         graph.replay()
         expected = torch.empty_like(table, device="cpu"), torch.empty_like(lens, device="cpu")
-        reference.plan_metadata(table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected)
+        ops.plan_metadata.reference(table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected)
         for got, want in zip(outputs, expected, strict=True):
             assert_bitwise(got.cpu(), want)
 
@@ -94,7 +93,7 @@ def test_head_pages():
         starts.copy_(dealt.sort().values)
         graph.replay()
         args = [tensor.cpu() for tensor in (table, lens, places, starts)]
-        reference.head_pages(*args, BLOCK_SIZE, *expected)
+        ops.head_pages.reference(*args, BLOCK_SIZE, *expected)
         for got, want in zip(outputs, expected, strict=True):
             assert_bitwise(got.cpu(), want)
 
@@ -123,7 +122,7 @@ def test_both_in_one_graph_on_another_stream():
         graph.replay()
     stream.synchronize()
     expected = torch.zeros_like(rings[0], device="cpu")
-    reference.record_queries(query.cpu(), slots.cpu(), expected)
+    ops.record_queries.reference(query.cpu(), slots.cpu(), expected)
     for ring in rings:
         assert_bitwise(ring.cpu(), expected)
     assert_bitwise(outputs[0].cpu(), table.cpu())

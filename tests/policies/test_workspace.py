@@ -101,13 +101,6 @@ def meta_context(
         )
 
 
-@pytest.fixture(autouse=True)
-def no_operators():
-    """They only write into what they are given."""
-    with mock.patch.multiple(ops, **{name: lambda *args: None for name in OPERATORS}):
-        yield
-
-
 def peak(policy: Policy, context: CompactionContext) -> int:
     with torch.inference_mode(), Allocations() as allocations:
         policy.compact(context)
