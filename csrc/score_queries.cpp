@@ -2,7 +2,7 @@
 
 #include "checks.h"
 #include "ems/sampling.h"
-#include "host/on_device.h"
+#include <host/on_device.h>
 #include "ops.h"
 
 namespace ems {

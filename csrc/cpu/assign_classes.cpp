@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/parallel.h"
 #include "cpu/selection_checks.h"
 #include "dispatch.h"

@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"

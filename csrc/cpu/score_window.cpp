@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"

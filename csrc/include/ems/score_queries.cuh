@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "ems/attention_mass.cuh"
-#include "ems/attention_mass_sm90.cuh"
+#include "ems/attention_sums.cuh"
+#include "ems/attention_sums_sm90.cuh"
 #include "ems/params.h"
 #include "ems/sampling.h"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "ems/attention_mass.cuh"
+#include "ems/attention_sums.cuh"
 #include "ems/items.h"
 #include "ems/params.h"
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "ems/launch.cuh"
-#include "ems/plan_metadata.cuh"
+#include "ems/shift_block_tables.cuh"
 #include "launchers.h"
 
 namespace ems::cuda {

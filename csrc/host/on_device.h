@@ -5,7 +5,7 @@
 #include "launchers.h"
 
 #if EMS_WITH_CUDA
-#include "cuda/queue.h"
+#include "cuda/stream.h"
 #endif
 
 // Chooses the kernel of the tensors' device. Without nvcc there are none for CUDA, and torch itself

@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "ems/attention_mass.cuh"
+#include "ems/attention_sums.cuh"
 #include "ems/device_sm90.cuh"
 
 // attention_mass.cuh for compute capability 9.0a. One group of warps gathers the streaming vectors;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include "checks.h"
-#include "host/on_device.h"
+#include <host/on_device.h>
 #include "ops.h"
 
 namespace ems {
