@@ -84,9 +84,9 @@ def test_operators_can_run_their_own_bodies():
             with pytest.raises(RuntimeError, match="query must"):
                 recorded(query.double())
         assert recorded(query.double()) == 1
-    with pytest.raises(RuntimeError, match="query must"), ops.reference_operators():
-        recorded(query)
-        raise RuntimeError("query must")
+    # After an error, too.
+    with pytest.raises(IndexError), ops.reference_operators():
+        ops.record_queries(query, slots, ring=query[:0])
     with pytest.raises(RuntimeError, match="query must"):
         recorded(query.double())
 
