@@ -24,7 +24,7 @@ def arguments(shape: Shape) -> Iterator[tuple[str, tuple]]:
     yield "assign_classes", compaction.assign
     yield "merge_compact", compaction.merge
     yield "record_queries", cases.record_args(shape, 5)
-    yield "plan_metadata", cases.plan_args(shape, 5)
+    yield "shift_block_tables", cases.shift_args(shape, 5)
     yield "head_pages", cases.head_pages_args(shape, 5)
 
 

@@ -6,8 +6,9 @@
 
 namespace ems::cuda {
 
-void plan_metadata(const PlanMetadataParams& p, const Queue& queue) {
-  launch("plan_metadata", plan_metadata_kernel, {p.num_rows}, kPlanThreads, 0, queue.stream, p);
+void shift_block_tables(const ShiftBlockTablesParams& p, const Stream& stream) {
+  launch("shift_block_tables", shift_block_tables_kernel, {p.num_rows}, kShiftThreads, 0,
+         stream.handle, p);
 }
 
 }  // namespace ems::cuda

@@ -25,11 +25,11 @@ from ems_vllm.ops.assign_classes import assign_classes
 from ems_vllm.ops.head_pages import head_pages
 from ems_vllm.ops.library import OPERATORS, implemented_by, reference_operators
 from ems_vllm.ops.merge_compact import merge_compact
-from ems_vllm.ops.shift_block_tables import plan_metadata
 from ems_vllm.ops.record_queries import record_queries
 from ems_vllm.ops.score_queries import score_queries
 from ems_vllm.ops.score_window import score_window
 from ems_vllm.ops.select_entries import select_entries
+from ems_vllm.ops.shift_block_tables import shift_block_tables
 
 __all__ = [
     "OPERATORS",
@@ -37,10 +37,10 @@ __all__ = [
     "head_pages",
     "implemented_by",
     "merge_compact",
-    "plan_metadata",
     "record_queries",
     "reference_operators",
     "score_queries",
     "score_window",
     "select_entries",
+    "shift_block_tables",
 ]

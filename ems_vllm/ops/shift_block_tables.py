@@ -7,7 +7,7 @@ from ems_vllm.ops.library import operator
 
 
 @operator
-def plan_metadata(
+def shift_block_tables(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     first_columns: torch.Tensor,
