@@ -30,13 +30,13 @@ from serving.report import write
 
 from ems_vllm.config import RequestOptions, parse_overrides
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval import environment
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary, cut
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.reference.methods import FULL, Method, methods, server_config
-from ems_vllm.eval.scoring import score_output
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.answer_folder import read_prompts
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.records.scoring import score_output
+from ems_vllm.eval.transformers_engine.answer import Vocabulary, cut
+from ems_vllm.eval.transformers_engine.methods import FULL, Method, methods, server_config
 
 
 @dataclass(frozen=True)
@@ -162,8 +162,8 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the report here, JSON.")] = None,
 ) -> None:
     """Whether vLLM's engine and the one on transformers give the same answers."""
-    from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
-    from ems_vllm.eval.reference.runner import Runner
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel, load_vocabulary
+    from ems_vllm.eval.transformers_engine.runner import Runner
 
     described = {**environment.describe(), "transformers": version("transformers")}
     lines = read_prompts(prompts)[:limit]

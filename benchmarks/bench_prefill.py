@@ -30,7 +30,7 @@ from rich.table import Table
 from serving.load import random_prompts
 from serving.report import write
 
-from ems_vllm.eval import environment
+from ems_vllm.eval.records import environment
 
 
 @dataclass(frozen=True)
@@ -160,8 +160,8 @@ def start_transformers(settings: Settings, global_queries: int | str | None) -> 
 def start_reference(settings: Settings, global_queries: int | str | None) -> Steps:
     """The evaluation's engine on transformers."""
     from ems_vllm.config import RequestOptions, load_config
-    from ems_vllm.eval.reference.answer import generated
-    from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.transformers_engine.answer import generated
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
 
     reference = ReferenceModel.load(settings.model, "cpu", settings.dtype)
     config = load_config(

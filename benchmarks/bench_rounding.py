@@ -28,9 +28,9 @@ from rich.table import Table
 from serving.report import write
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval import environment
-from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.files import read_prompts
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.answer_folder import read_prompts
+from ems_vllm.eval.records.prompt_files import PromptLine
 
 VLLM = "vLLM"
 # Attention of transformers by name.

@@ -26,11 +26,11 @@ from rich.table import Table
 from serving.report import write
 
 from ems_vllm import ops
-from ems_vllm.eval import environment
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.paging import from_pages, to_pages
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.answer_folder import read_prompts
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
 
 BLOCK_SIZE = 16
 

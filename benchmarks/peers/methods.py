@@ -6,8 +6,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.results import MethodResult
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.results import MethodResult
 from peers import presses
 
 

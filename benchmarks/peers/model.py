@@ -11,7 +11,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ems_vllm.eval.reference.answer import Vocabulary, answer_line, answer_together, answering
+from ems_vllm.eval.transformers_engine.answer import (
+    Vocabulary,
+    answer_line,
+    answer_together,
+    answering,
+)
 from peers.attention import IMPLEMENTATION
 from peers.budgets import WINDOW
 from peers.decode import Decoder
@@ -23,7 +28,7 @@ from peers.presses import FULL, WITHOUT_SLIDING_WINDOWS, PressOptions, build
 if TYPE_CHECKING:
     from kvpress import BasePress
 
-    from ems_vllm.eval.exchange import AnswerLine, PromptLine
+    from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine
     from peers.methods import Method
     from peers.prefill import Prefilled
     from peers.scorers import Memo

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.reference.files import (
+from ems_vllm.eval.records.answer_folder import (
     AnswerFile,
     check_manifest,
     fingerprint,
@@ -29,6 +28,7 @@ from ems_vllm.eval.reference.files import (
     read_prompts,
     write_result,
 )
+from ems_vllm.eval.records.budget import Budget
 from peers import presses
 from peers.budgets import WINDOW
 from peers.methods import methods

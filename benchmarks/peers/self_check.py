@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import PromptLine
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.prompt_files import PromptLine
 from peers.branch import Branch
 from peers.budgets import chunks
 from peers.decode import Decoder

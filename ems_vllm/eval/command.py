@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.profiling.command import profile
-from ems_vllm.eval.results import EvalResult, MethodResult
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.results import EvalResult, MethodResult
 
 _T = TypeVar("_T")
 
@@ -63,11 +63,11 @@ def evaluate(
     """Measure quality, memory and speed of recipes and budgets against the full cache."""
     # Imported here: the other commands need neither a client nor tokenizers.
     try:
-        from ems_vllm.eval import exchange
-        from ems_vllm.eval import preset as presets
-        from ems_vllm.eval.run import Run
-        from ems_vllm.eval.summary import print_summary
-        from ems_vllm.eval.tokenizer import HubTokenizer
+        from ems_vllm.eval.questions.tokenizer import HubTokenizer
+        from ems_vllm.eval.records import preset as presets
+        from ems_vllm.eval.records import prompt_files
+        from ems_vllm.eval.report.summary import print_summary
+        from ems_vllm.eval.server.run import Run
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`ems-vllm eval` needs the package {error.name}: pip install 'ems-vllm[eval]'."
@@ -104,7 +104,7 @@ def evaluate(
         console=console,
     )
     if export_prompts is not None:
-        count = exchange.export(run.samples(), export_prompts)
+        count = prompt_files.export(run.samples(), export_prompts)
         console.print(f"{count:,} prompts: {export_prompts}", highlight=False)
         return
     if output is None:
@@ -126,13 +126,13 @@ def score(
     model: Annotated[str, typer.Option(help="Name of the model.")] = "",
 ) -> None:
     """Score the answers of another engine to exported prompts."""
-    from ems_vllm.eval import exchange
+    from ems_vllm.eval.records import prompt_files
 
     parsed = Budget.parse(budget)
     described = MethodResult(
         method=method, engine=engine, budget=parsed.count, budget_fraction=parsed.fraction
     )
-    result = exchange.score(prompts, answers, model=model, method=described)
+    result = prompt_files.score(prompts, answers, model=model, method=described)
     output.parent.mkdir(parents=True, exist_ok=True)
     result.write(output)
     Console().print(f"{len(result.methods[0].samples):,} answers scored: {output}")

@@ -16,7 +16,7 @@ from processes import run_script
 
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.engine import capacity
-from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import ReferenceModel
 
 BUDGET = 64
 COMPRESSION = {

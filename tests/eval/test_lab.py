@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval.budget import Budget, kv_budget
-from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.lab import variants as sets
 from ems_vllm.eval.lab.__main__ import main
 from ems_vllm.eval.lab.cells import _COMPRESSION, _FORCING, _code, cells
@@ -26,11 +24,13 @@ from ems_vllm.eval.lab.result import LabResult
 from ems_vllm.eval.lab.runner import Lab
 from ems_vllm.eval.lab.sizes import ByteBudget, parse_sizes
 from ems_vllm.eval.lab.variants import Variant, configured, described, read_variants
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.methods import Method, server_config
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.quantised import FORMATS
-from ems_vllm.eval.reference.runner import Runner
+from ems_vllm.eval.records.budget import Budget, kv_budget
+from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.methods import Method, server_config
+from ems_vllm.eval.transformers_engine.quantised import FORMATS
+from ems_vllm.eval.transformers_engine.runner import Runner
 from ems_vllm.layer_shares import LayerShares
 from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.levels import in_levels

@@ -9,8 +9,8 @@ from eval.fake_server import FakeServer, Refusal
 from rich.console import Console
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval import preset
-from ems_vllm.eval.run import Run
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.server.run import Run
 
 SETTINGS = {
     "name": "test",

@@ -14,8 +14,8 @@ from peers.methods import Method, methods
 from peers.run_kvpress import chosen_presses, main, parse_arguments
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import AnswerLine, PromptLine, read
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine, read
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 

@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from ems_vllm import cli
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.eval import preset
-from ems_vllm.eval.budget import Budget, smallest_total
-from ems_vllm.eval.method import compression_overrides
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.records.budget import Budget, smallest_total
+from ems_vllm.eval.records.method import compression_overrides
 
 VALID = {
     "tasks": ["niah"],

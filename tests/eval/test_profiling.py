@@ -12,8 +12,8 @@ from ems_vllm.config import ConfigError, load_config
 from ems_vllm.eval.profiling.command import passages
 from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
 from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstruction_peaks
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import ReferenceModel
 
 
 def softmax_peaks(queries, keys, num_entries, scale):
@@ -38,7 +38,7 @@ def test_peaks_are_the_most_that_a_later_query_pays(monkeypatch):
     expected = softmax_peaks(queries, keys, 13, 0.5)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
     # A few rows at a time.
-    monkeypatch.setattr("ems_vllm.eval.reference.weights._MAX_LOGITS", 2 * 4 * 20)
+    monkeypatch.setattr("ems_vllm.eval.transformers_engine.weights._MAX_LOGITS", 2 * 4 * 20)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
 
 

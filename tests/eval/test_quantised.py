@@ -15,10 +15,10 @@ from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
 from ems_vllm.config import ConfigError, RequestOptions
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval.reference import quantised
-from ems_vllm.eval.reference.methods import server_config
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.quantised import FORMATS, cache_format
+from ems_vllm.eval.transformers_engine import quantised
+from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.methods import server_config
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, cache_format
 
 CPU = torch.device("cpu")
 # Layer 5 of 30 is quantised in every format.

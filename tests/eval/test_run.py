@@ -8,13 +8,14 @@ from eval.fake_server import FakeServer, Refusal
 from rich.console import Console
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval import endpoint, preset
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.method import Method
-from ems_vllm.eval.results import EvalResult
-from ems_vllm.eval.run import Run
-from ems_vllm.eval.sample import Key
-from ems_vllm.eval.tasks import TASKS
+from ems_vllm.eval.questions.sample import Key
+from ems_vllm.eval.questions.tasks import TASKS
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import Method
+from ems_vllm.eval.records.results import EvalResult
+from ems_vllm.eval.server import endpoint
+from ems_vllm.eval.server.run import Run
 
 SETTINGS = {
     "tasks": ["niah"],

@@ -23,11 +23,11 @@ from rich.progress import track
 
 from ems_vllm.config import ConfigError, parse_overrides
 from ems_vllm.config.errors import shown
-from ems_vllm.eval import environment
 from ems_vllm.eval.lab.sizes import parse_sizes
 from ems_vllm.eval.lab.variants import configured, described, names, read_variants
-from ems_vllm.eval.readable_json import readable
-from ems_vllm.eval.reference.files import read_prompts
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.answer_folder import read_prompts
+from ems_vllm.eval.records.readable_json import readable
 
 # Where output is no terminal, as in a log.
 _WIDTH = 220
@@ -73,8 +73,8 @@ def main(
     from ems_vllm.eval.lab.result import LabResult, full_summaries, prompt_results, summaries
     from ems_vllm.eval.lab.runner import Lab
     from ems_vllm.eval.lab.table import table
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.quantised import cache_format
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.quantised import cache_format
 
     asked = asked[:limit]
     forced = [(prompt, found) for prompt in asked if (found := Forced.of(prompt))]

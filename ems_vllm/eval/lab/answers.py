@@ -19,11 +19,11 @@ from typing import Annotated
 import typer
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.exchange import AnswerLine, PromptLine, read
 from ems_vllm.eval.lab.forcing import Forced, group
-from ems_vllm.eval.readable_json import readable
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.sample import Key
+from ems_vllm.eval.questions.sample import Key
+from ems_vllm.eval.records.answer_folder import read_prompts
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine, read
+from ems_vllm.eval.records.readable_json import readable
 
 # Loss of a prompt by its task, seed and index, by its group: nats per token.
 Losses = dict[str, dict[str, float]]

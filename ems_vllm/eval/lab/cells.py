@@ -12,24 +12,24 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.lab.sizes import EVERYTHING, ByteBudget, Size
-from ems_vllm.eval.reference.methods import Method
-from ems_vllm.eval.reference.quantised import CacheFormat, cache_format
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.transformers_engine.methods import Method
+from ems_vllm.eval.transformers_engine.quantised import CacheFormat, cache_format
 
 if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig, RequestOptions
     from ems_vllm.config.cache_shape import CacheShape
-    from ems_vllm.eval.exchange import PromptLine
     from ems_vllm.eval.lab.variants import Variant
+    from ems_vllm.eval.records.prompt_files import PromptLine
 
 # What every measurement depends on, and what those of a compressed cache do.
-_FORCING = ("eval/reference/**/*.py", "eval/lab/**/*.py")
+_FORCING = ("eval/transformers_engine/**/*.py", "eval/lab/**/*.py")
 _COMPRESSION = (
     "head_shares.py",
     "layer_shares.py",
     "plan.py",
-    "eval/budget.py",
+    "eval/records/budget.py",
     "policies/**/*.py",
     "ops/**/*.py",
     "*.so",

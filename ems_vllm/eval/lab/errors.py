@@ -10,15 +10,15 @@ import torch
 from torch.nn import functional
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.reference.attention import visible_behind
+from ems_vllm.eval.transformers_engine.attention import visible_behind
 
 if TYPE_CHECKING:
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.request import ReferenceRequest
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.request import ReferenceRequest
 
 
 class QueryRecorder:
-    """Collects the queries of the compressed layers; an observer (reference.attention)."""
+    """Collects the queries of the compressed layers; an observer (attention.Observer)."""
 
     def __init__(self, layers: list[int]) -> None:
         self._queries: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}

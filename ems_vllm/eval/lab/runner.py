@@ -12,17 +12,17 @@ from ems_vllm.eval.lab.cells import Cell, prompt_digest
 from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder, projections
 from ems_vllm.eval.lab.forcing import Forced, Measurement
 from ems_vllm.eval.lab.journal import Record
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.operators import reference_operators
-from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.operators import reference_operators
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 
 if TYPE_CHECKING:
     import torch
 
     from ems_vllm.config import KVCompressionConfig
-    from ems_vllm.eval.exchange import PromptLine
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.prefill import Prefilled
+    from ems_vllm.eval.records.prompt_files import PromptLine
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.prefill import Prefilled
 
 
 class Lab:

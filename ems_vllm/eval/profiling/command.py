@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.haystack import read_texts
+from ems_vllm.eval.questions.haystack import read_texts
 
 # Tokens that every head attends to whatever they are.
 _NUM_SINKS = 4
@@ -40,8 +40,8 @@ def profile(
     # Imported here: mistakes above must not take the seconds that transformers takes.
     from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
     from ems_vllm.eval.profiling.reconstruction import reconstruction_peaks
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.tokenizer import HubTokenizer
+    from ems_vllm.eval.questions.tokenizer import HubTokenizer
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
 
     tokenizer = HubTokenizer(model, "completion")
     special = tokenizer.encode_special()

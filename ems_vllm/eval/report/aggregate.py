@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from ems_vllm.eval.protocol import LAST, ordered
+from ems_vllm.eval.questions.protocol import LAST, ordered
+from ems_vllm.eval.records.results import EvalResult, MethodResult, SampleResult, Serving
 from ems_vllm.eval.report.stats import Array
-from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult, Serving
 
 # A task on which the full cache scores less tells nothing about compression.
 MIN_FULL_SCORE = 0.5

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ems_vllm.eval.records.results import SampleResult
 from ems_vllm.eval.report.aggregate import Report, Series
-from ems_vllm.eval.results import SampleResult
 
 MAX_WORST = 40
 MAX_PER_SERIES = 4

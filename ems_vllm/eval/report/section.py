@@ -6,13 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.protocol import DESCRIPTIONS, TITLES
+from ems_vllm.eval.questions.protocol import DESCRIPTIONS, TITLES
+from ems_vllm.eval.records.results import EvalResult
 from ems_vllm.eval.report.aggregate import Report, Series, aggregate, protocols
 from ems_vllm.eval.report.compare import Cell, Table, mean_table, ratio_gap, task_table
 from ems_vllm.eval.report.stats import Interval
 from ems_vllm.eval.report.verdict import focus, headline_column
 from ems_vllm.eval.report.wording import bounds, percent, printable, value
-from ems_vllm.eval.results import EvalResult
 
 
 @dataclass(frozen=True)

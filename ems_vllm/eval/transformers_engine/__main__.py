@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Answer exported prompts with our recipes on transformers, without vLLM.
+
+Usage: python -m ems_vllm.eval.transformers_engine --model FOLDER --prompts prompts.jsonl \\
+    --out answers --recipe ems --recipe snapkv --budget 0.06 --budget 0.25
+
+Writes one file of answers per recipe and budget, and all of them as one result, reference.json,
+for `ems-vllm report`. A run that was interrupted goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from ems_vllm.config import ConfigError, parse_overrides
+from ems_vllm.eval.records.answer_folder import (
+    AnswerFile,
+    check_manifest,
+    fingerprint,
+    missing,
+    read_prompts,
+    write_result,
+)
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.transformers_engine.methods import FULL, methods
+
+
+def main(
+    model: Annotated[str, typer.Option(help="Model folder.")],
+    prompts: Annotated[Path, typer.Option(help="What `eval --export-prompts` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for the answers.")],
+    recipe: Annotated[list[str], typer.Option(help=f"Recipe or YAML file, or {FULL}.")],
+    budget: Annotated[
+        list[str], typer.Option(help="Entries per kv_head in all, or a fraction of the length.")
+    ],
+    config: Annotated[str, typer.Option(help="Further settings, JSON or a YAML file.")] = "{}",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the model's), float32, bfloat16")] = "auto",
+    compiled: Annotated[
+        bool, typer.Option("--compiled", help="Use the compiled operators: faster.")
+    ] = False,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens per block.")] = 16,
+    limit: Annotated[int | None, typer.Option(min=1, help="First prompts only.")] = None,
+) -> None:
+    """Answer exported prompts with our recipes on transformers, without vLLM."""
+    asked = read_prompts(prompts)[:limit]
+    overrides = parse_overrides(config)
+    chosen = methods(recipe, [Budget.parse(text) for text in budget])
+
+    # Imported here: mistakes above must not take the seconds that transformers takes.
+    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.runner import Runner
+
+    reference = ReferenceModel.load(model, device, dtype, block_size)
+    runner = Runner(reference, model, chosen, asked, overrides, compiled)
+    environment: dict[str, Any] = {
+        "engine": "transformers",
+        "model": model,
+        "dtype": str(reference.model.dtype).removeprefix("torch."),
+        "settings": overrides,
+        "block_size": block_size,
+        "operators": "compiled" if compiled else "reference",
+        "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
+    }
+    check_manifest(out, {**environment, "prompts_sha256": fingerprint(prompts)})
+    paths = {method: out / method.file_name for method in chosen}
+    console = Console()
+    with ExitStack() as stack:
+        files = {method: stack.enter_context(AnswerFile(path)) for method, path in paths.items()}
+        for item in track(missing(asked, files), "prompts", console=console):
+            for method, line in runner.answers(item.prompt, item.methods):
+                files[method].write(line)
+    result = out / "reference.json"
+    described = {path: runner.describe(method) for method, path in paths.items()}
+    environment["device"] = str(reference.model.device)
+    write_result(result, asked, described, model, environment)
+    console.print(f"{len(asked):,} prompts, {len(chosen)} methods: {result}")
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
