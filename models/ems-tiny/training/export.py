@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a checkpoint as a model folder that transformers and vLLM load.
 
-Usage: python -m training.export --run FOLDER --out FOLDER [--preset cpu]
+Usage (in models/ems-tiny): python -m training.export \\
+    --run FOLDER --out FOLDER [--preset cpu]
 """
 
 import argparse

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Full-cache accuracy on templates, keys, novels and seeds that training never saw.
 
-Usage: python -m training.check --model FOLDER --novels FOLDER --words FILE [--samples 50]
+Usage (in models/ems-tiny): python -m training.check \\
+    --model FOLDER --novels FOLDER --words FILE [--samples 50]
 
 The templates are those of RULER (2404.06654), LongEval and lost-in-the-middle; words of keys come
 from the held-out tenth, haystacks from the held-out novels. An answer counts when the output

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train the small model.
 
-Usage: python -m training.train --novels FOLDER --out FOLDER [--preset cpu] [--minutes 90]
+Usage (in models/ems-tiny): python -m training.train \\
+    --novels FOLDER --out FOLDER [--preset cpu] [--minutes 90]
 
 Run it again with the same --out to go on from the last checkpoint. --minutes ends the run by the
 clock: the learning rate falls in the last part of that time.
