@@ -16,7 +16,7 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     answers,
-    answers_of_reference,
+    answers_of_transformers,
     disturbed,
     group_stats,
     increase,
@@ -78,7 +78,7 @@ class TestAda:
         assert any((first != later).any() for first, later in pairwise(seen))
 
     def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        expected = answers_of_reference(compression, [LONG, SHORT], 80)
+        expected = answers_of_transformers(compression, [LONG, SHORT], 80)
         assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, compression):

@@ -13,10 +13,9 @@ from ems_vllm.eval.records.answer_folder import (
     AnswerFile,
     check_manifest,
     missing,
-    read_prompts,
     write_result,
 )
-from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.records.prompt_files import PromptLine, read_prompts
 from ems_vllm.eval.records.results import EvalResult, MethodResult
 from ems_vllm.eval.transformers_engine.answer import (
     Vocabulary,

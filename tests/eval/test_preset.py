@@ -11,7 +11,6 @@ from ems_vllm import cli
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.eval.records import preset
 from ems_vllm.eval.records.budget import Budget, smallest_total
-from ems_vllm.eval.records.method import compression_overrides
 
 VALID = {
     "tasks": ["niah"],
@@ -39,7 +38,7 @@ def test_shipped_presets_are_valid(name):
         longest = max(n for task in loaded.tasks for n in loaded.lengths_of(task))
         assert Budget.parse(value).total(longest) >= smallest
     for recipe in loaded.recipes:
-        assert load_config({"recipe": recipe, **compression_overrides(4096, loaded.server)})
+        assert load_config({"recipe": recipe, **loaded.server.recipe_overrides(4096)})
 
 
 def test_command_line_wins(tmp_path):

@@ -13,7 +13,7 @@ from ems_vllm.eval.profiling.command import passages
 from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
 from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstruction_peaks
 from ems_vllm.eval.transformers_engine.attention import observed_by
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
 
 def softmax_peaks(queries, keys, num_entries, scale):
@@ -43,19 +43,19 @@ def test_peaks_are_the_most_that_a_later_query_pays(monkeypatch):
 
 
 def test_a_repetition_is_what_follows_the_text(monkeypatch):
-    reference = ReferenceModel.load(LLAMA, "cpu", "float32")
+    engine = TransformersEngine.load(LLAMA, "cpu", "float32")
     text, instruction = list(range(40, 90)), [7, 8, 9]
-    peaks = reconstruction_peaks(reference, text, instruction)
+    peaks = reconstruction_peaks(engine, text, instruction)
     # Processed at once, and in chunks.
     monkeypatch.setattr("ems_vllm.eval.profiling.reconstruction._CHUNK", 11)
-    assert reconstruction_peaks(reference, text, instruction) == pytest.approx(peaks, abs=1e-5)
+    assert reconstruction_peaks(engine, text, instruction) == pytest.approx(peaks, abs=1e-5)
     # The same by transformers alone: queries behind the text, keys of everything.
     seen = {}
     with observed_by(lambda layer, queries, keys: seen.update({layer: (queries, keys)})):
-        reference.model(torch.tensor([[*text, *instruction, *text]]))
+        engine.model(torch.tensor([[*text, *instruction, *text]]))
     for layer, found in enumerate(peaks):
         queries, keys = (tensor.detach() for tensor in seen[layer])
-        expected = softmax_peaks(queries[len(text) :], keys, len(text), reference.scale)
+        expected = softmax_peaks(queries[len(text) :], keys, len(text), engine.scale)
         assert found == pytest.approx(expected, abs=1e-5)
 
 

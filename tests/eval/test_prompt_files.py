@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from ems_vllm import cli
 from ems_vllm.config import ConfigError
 from ems_vllm.eval.questions.tasks import TASKS
-from ems_vllm.eval.records import prompt_files
+from ems_vllm.eval.records import prompt_files, scoring
 from ems_vllm.eval.records.results import EvalResult
 
 
@@ -111,7 +111,7 @@ def test_an_error_scores_nothing(samples):
     line = prompt_files.AnswerLine(
         **answer(samples[0], output=samples[0].references[0], error="out of memory")
     )
-    scored = prompt_files.scored(samples[0], line)
+    scored = scoring.scored(samples[0], line)
     assert (scored.score, scored.error) == (0, "out of memory")
 
 
@@ -121,9 +121,9 @@ def test_bits_per_byte_of_a_continuation(samples):
         **answer(sample, logprobs=[math.log(1 / 2), math.log(1 / 8), 0.0])
     )
     # 1 + 3 + 0 bits over 6 bytes.
-    assert prompt_files.scored(sample, line).score == pytest.approx(4 / 6)
+    assert scoring.scored(sample, line).score == pytest.approx(4 / 6)
     with pytest.raises(ConfigError, match="has 0 values: give one for each of the 3 tokens"):
-        prompt_files.scored(sample, prompt_files.AnswerLine(**answer(sample, output="text")))
+        scoring.scored(sample, prompt_files.AnswerLine(**answer(sample, output="text")))
 
 
 def test_mistakes_end_in_a_sentence(samples, prompts, tmp_path):

@@ -45,7 +45,7 @@ def test_prompts_become_a_result_bit_by_bit(prompts, tmp_path):
     assert run(prompts, out).exit_code == 0
     # What was answered is not asked again.
     assert (out / "transformers-ems-64.jsonl").read_text().startswith(first)
-    result = EvalResult.read(out / "reference.json")
+    result = EvalResult.read(out / "transformers.json")
     full, ems = result.methods
     assert (full.method, full.engine, full.is_full) == ("full", "transformers", True)
     assert (ems.method, ems.budget, ems.settings["budget"]) == ("ems", 64, 48)

@@ -22,7 +22,7 @@ from engine.harness import LLAMA, engine, tokens
 
 from ems_vllm.config import KVCompressionConfig, RequestOptions, load_config
 from ems_vllm.eval.transformers_engine.answer import generated
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.operators import reference_operators
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
@@ -118,7 +118,7 @@ def engine_runs(settings: dict[str, Any]) -> list[Run]:
     return runs
 
 
-def reference_runs(model: ReferenceModel, config: KVCompressionConfig) -> list[Run]:
+def reference_runs(model: TransformersEngine, config: KVCompressionConfig) -> list[Run]:
     runs = []
     for prompt in PROMPTS:
         run = Run()
@@ -134,7 +134,7 @@ def reference_runs(model: ReferenceModel, config: KVCompressionConfig) -> list[R
 
 @pytest.fixture(scope="module")
 def model():
-    return ReferenceModel.load(LLAMA, device="cpu", dtype="float32")
+    return TransformersEngine.load(LLAMA, device="cpu", dtype="float32")
 
 
 def counts(runs: Sequence[Run]) -> tuple[int, ...]:

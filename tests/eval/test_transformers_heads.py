@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference where the kv_heads of a layer share what it keeps: each keeps its own number."""
+"""The engine on transformers where kv_heads share what their layer keeps: each its own number."""
 
 import pytest
 import torch
 from eval.test_transformers_levels import COMPRESSION, CONTINUATION, NUM_LAYERS, PROMPT, start
-from eval.test_transformers_levels import reference as reference
+from eval.test_transformers_levels import engine as engine
 from unlike_heads import unlike_heads
 
 from ems_vllm.config import RequestOptions, load_config
@@ -54,8 +54,8 @@ def live(request):
     "equal", [EQUAL, {**EQUAL, "num_levels": 2}, ALIKE], ids=["1 level", "2 levels", "ada"]
 )
 @pytest.mark.parametrize("recipe", ["ems", "h2o", "snapkv", "knorm"])
-def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, equal):
-    one, other = (start(reference, each, recipe=recipe) for each in ("uniform", equal))
+def test_equal_shares_are_uniform_bit_for_bit(engine, recipe, equal):
+    one, other = (start(engine, each, recipe=recipe) for each in ("uniform", equal))
     with reference_operators():
         torch.testing.assert_close(
             one.extend(CONTINUATION[:150]), other.extend(CONTINUATION[:150]), rtol=0, atol=1e-5
@@ -67,9 +67,9 @@ def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, equal):
 
 
 @pytest.mark.parametrize("recipe", ["ems", "h2o"])
-def test_each_head_keeps_what_it_is_dealt(reference, recipe):
+def test_each_head_keeps_what_it_is_dealt(engine, recipe):
     """35 whole blocks, of which 4 are kept in a layer: 8 pages for two heads."""
-    request = start(reference, UNEQUAL, recipe=recipe, global_queries="all")
+    request = start(engine, UNEQUAL, recipe=recipe, global_queries="all")
     with reference_operators():
         request.compress()
         pages = {0: (7, 1), 1: (1, 7)}
@@ -80,7 +80,7 @@ def test_each_head_keeps_what_it_is_dealt(reference, recipe):
         # At the prompt's end a head keeps what it would if all others kept as many.
         for count in (1, 7):
             alike = start(
-                reference, "uniform", recipe=recipe, budget=count * BLOCK, global_queries="all"
+                engine, "uniform", recipe=recipe, budget=count * BLOCK, global_queries="all"
             )
             alike.compress()
             for layer, (own, its) in enumerate(zip(live(request), live(alike), strict=True)):
@@ -90,8 +90,8 @@ def test_each_head_keeps_what_it_is_dealt(reference, recipe):
 
 
 @pytest.mark.parametrize("recipe", ["ems", "snapkv"])
-def test_heads_are_dealt_to_by_their_scores_at_every_compaction(reference, recipe):
-    request, num_processed = start(reference, ADA, recipe=recipe), len(PROMPT)
+def test_heads_are_dealt_to_by_their_scores_at_every_compaction(engine, recipe):
+    request, num_processed = start(engine, ADA, recipe=recipe), len(PROMPT)
     with reference_operators(), unlike_heads() as dealt:
         for _ in range(3):
             dealt.clear()
@@ -108,9 +108,9 @@ def test_heads_are_dealt_to_by_their_scores_at_every_compaction(reference, recip
 
 
 @pytest.mark.parametrize("allocator", [UNEQUAL, ADA], ids=["profile", "ada"])
-def test_tokens_at_once_are_tokens_one_by_one(reference, allocator):
+def test_tokens_at_once_are_tokens_one_by_one(engine, allocator):
     """Through three compactions, of pages that heads already own."""
-    at_once, by_step = (start(reference, allocator) for _ in range(2))
+    at_once, by_step = (start(engine, allocator) for _ in range(2))
     with reference_operators(), unlike_heads():
         logits = at_once.extend(CONTINUATION[:160])
         steps = torch.stack([by_step.step(token) for token in CONTINUATION[:160]])
@@ -120,19 +120,19 @@ def test_tokens_at_once_are_tokens_one_by_one(reference, allocator):
         assert len(of_layer[0][0]) != len(of_layer[1][0])
 
 
-def test_a_request_that_is_not_compressed_has_no_heads_to_deal_to(reference):
+def test_a_request_that_is_not_compressed_has_no_heads_to_deal_to(engine):
     config = load_config({**COMPRESSION, "allocator": UNEQUAL})
-    prefilled = reference.prefill(PROMPT, config.obs_window, [])
+    prefilled = engine.prefill(PROMPT, config.obs_window, [])
     full, alike = (
-        reference.request(prefilled, load_config({**COMPRESSION, "allocator": each}), NEVER)
+        engine.request(prefilled, load_config({**COMPRESSION, "allocator": each}), NEVER)
         for each in (UNEQUAL, "uniform")
     )
     assert torch.equal(full.extend(CONTINUATION[:20]), alike.extend(CONTINUATION[:20]))
     assert full.gaps() == {}
 
 
-def test_gaps_are_never_attended_to(reference):
-    clean, filled = (start(reference, UNEQUAL) for _ in range(2))
+def test_gaps_are_never_attended_to(engine):
+    clean, filled = (start(engine, UNEQUAL) for _ in range(2))
     with reference_operators():
         for request in (clean, filled):
             request.compress()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference on models whose layers differ: full ones are compressed, sliding ones are not."""
+"""The engine on transformers where layers differ: full ones are compressed, sliding ones not."""
 
 from itertools import islice
 
@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config
 from ems_vllm.eval.transformers_engine.answer import generated
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.operators import reference_operators
 
 # Shorter than the window at first; compressed at the prompt's end.
@@ -34,26 +34,26 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def reference(folder):
-    return ReferenceModel.load(folder, device="cpu", dtype="float32")
+def ours(folder):
+    return TransformersEngine.load(folder, device="cpu", dtype="float32")
 
 
-def start(reference, prompt, **settings):
+def start(ours, prompt, **settings):
     """A request after its prompt, and the logits there."""
     config = load_config({**SETTINGS, **settings})
-    first = reference.first_query(len(prompt), config, RequestOptions())
+    first = ours.first_query(len(prompt), config, RequestOptions())
     firsts = set() if first is None else {first}
-    prefilled = reference.prefill(prompt, config.obs_window, firsts)
-    return reference.request(prefilled, config, RequestOptions()), prefilled.logits
+    prefilled = ours.prefill(prompt, config.obs_window, firsts)
+    return ours.request(prefilled, config, RequestOptions()), prefilled.logits
 
 
-def answer(reference, prompt, **settings):
-    request, logits = start(reference, prompt, **settings)
+def answer(ours, prompt, **settings):
+    request, logits = start(ours, prompt, **settings)
     with reference_operators():
         return list(islice(generated(logits, request.step), MAX_TOKENS))
 
 
-def test_without_compression_it_is_transformers(folder, reference):
+def test_without_compression_it_is_transformers(folder, ours):
     assert max(len(prompt) for prompt in PROMPTS) > 3 * SLIDING_WINDOW
     plain = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa")
     for prompt in PROMPTS:
@@ -65,26 +65,26 @@ def test_without_compression_it_is_transformers(folder, reference):
             max_new_tokens=MAX_TOKENS,
             eos_token_id=None,
         )
-        assert answer(reference, prompt, budget=2048) == expected[0, len(prompt) :].tolist()
+        assert answer(ours, prompt, budget=2048) == expected[0, len(prompt) :].tolist()
 
 
-def test_engine_and_reference_answer_the_same(folder, reference):
+def test_engine_and_reference_answer_the_same(folder, ours):
     options = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
     with engine(SETTINGS, folder, **options) as probe:
         # One at a time: what is added up in another order may be rounded to another answer.
         expected = [probe.generate([prompt], MAX_TOKENS)[0] for prompt in PROMPTS]
         assert probe.stats()["num_compactions"] >= 3 * len(PROMPTS)
-    assert [answer(reference, prompt) for prompt in PROMPTS] == expected
+    assert [answer(ours, prompt) for prompt in PROMPTS] == expected
     # It is the compression that they agree in.
-    assert answer(reference, PROMPTS[2], budget=2048) != expected[2]
+    assert answer(ours, PROMPTS[2], budget=2048) != expected[2]
 
 
 @pytest.mark.parametrize("budget", [32, 2048])
-def test_many_tokens_at_once_are_the_same_as_one_after_the_other(reference, budget):
+def test_many_tokens_at_once_are_the_same_as_one_after_the_other(ours, budget):
     """Across windows that slide and, at the smaller budget, compactions."""
     continuation = tokens(150, seed=1)
-    slow, _ = start(reference, PROMPTS[1], budget=budget)
-    fast, _ = start(reference, PROMPTS[1], budget=budget)
+    slow, _ = start(ours, PROMPTS[1], budget=budget)
+    fast, _ = start(ours, PROMPTS[1], budget=budget)
     with reference_operators():
         expected = torch.stack([slow.step(token) for token in continuation])
         actual = torch.cat([fast.extend(continuation[:37]), fast.extend(continuation[37:])])
@@ -102,10 +102,10 @@ PROFILE = {
 }
 
 
-def test_layers_of_a_profile_keep_other_numbers_of_entries(reference):
+def test_layers_of_a_profile_keep_other_numbers_of_entries(ours):
     continuation = tokens(150, seed=1)
-    slow, _ = start(reference, PROMPTS[1], budget=64, allocator=PROFILE)
-    fast, _ = start(reference, PROMPTS[1], budget=64, allocator=PROFILE)
+    slow, _ = start(ours, PROMPTS[1], budget=64, allocator=PROFILE)
+    fast, _ = start(ours, PROMPTS[1], budget=64, allocator=PROFILE)
     with reference_operators():
         expected = torch.stack([slow.step(token) for token in continuation])
         actual = torch.cat([fast.extend(continuation[:37]), fast.extend(continuation[37:])])
@@ -135,22 +135,22 @@ def test_layers_of_a_profile_keep_other_numbers_of_entries(reference):
     ],
     ids=["sliding", "missing", "other model"],
 )
-def test_shares_of_other_layers_than_are_compressed_are_refused(reference, allocator, message):
+def test_shares_of_other_layers_than_are_compressed_are_refused(ours, allocator, message):
     config = load_config({**SETTINGS, "allocator": allocator})
     for options in (RequestOptions(), RequestOptions(enabled=False)):
         with pytest.raises(ConfigError, match=message):
-            reference.first_query(300, config, options)
+            ours.first_query(300, config, options)
         with pytest.raises(ConfigError, match=message):
-            reference.plans(300, config, options)
+            ours.plans(300, config, options)
 
 
-def test_requests_that_share_a_prompt_do_not_disturb_each_other(reference):
+def test_requests_that_share_a_prompt_do_not_disturb_each_other(ours):
     config = load_config({**SETTINGS, "global_queries": "all"})
-    prefilled = reference.prefill(PROMPTS[2], config.obs_window)
+    prefilled = ours.prefill(PROMPTS[2], config.obs_window)
     lengths = [layer.keys.shape[2] for layer in prefilled.cache.layers]
-    expected = answer(reference, PROMPTS[2], global_queries="all")
+    expected = answer(ours, PROMPTS[2], global_queries="all")
     for _ in range(2):
-        request = reference.request(prefilled, config, RequestOptions())
+        request = ours.request(prefilled, config, RequestOptions())
         with reference_operators():
             token_ids = list(islice(generated(prefilled.logits, request.step), MAX_TOKENS))
         assert token_ids == expected
@@ -179,4 +179,4 @@ def mistral():
 )
 def test_other_models_are_refused(build, reason):
     with pytest.raises(ConfigError, match=f"has {reason}.*serve this model with vLLM"):
-        ReferenceModel(build())
+        TransformersEngine(build())

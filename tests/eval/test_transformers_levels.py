@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference where layers share a budget: each level of layers keeps its own number."""
+"""The engine on transformers where layers share a budget: each level keeps its own number."""
 
 from unittest import mock
 
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config
 from ems_vllm.eval.transformers_engine.attention import IMPLEMENTATION
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.operators import reference_operators
 from ems_vllm.policies.policy import Policy
 
@@ -46,7 +46,7 @@ LATE = profile(0.5, [1.0, 1 / 3, 1 / 3, 1 / 3])
 
 
 @pytest.fixture(scope="module")
-def reference():
+def engine():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=128,
@@ -60,20 +60,20 @@ def reference():
         eos_token_id=None,
         attn_implementation=IMPLEMENTATION,
     )
-    return ReferenceModel(LlamaForCausalLM(config).eval())
+    return TransformersEngine(LlamaForCausalLM(config).eval())
 
 
-def start(reference, allocator, prompt=PROMPT, **settings):
+def start(engine, allocator, prompt=PROMPT, **settings):
     config = load_config({**COMPRESSION, "allocator": allocator, **settings})
-    first = reference.first_query(len(prompt), config, RequestOptions())
+    first = engine.first_query(len(prompt), config, RequestOptions())
     firsts = [] if first is None else [first]
-    prefilled = reference.prefill(prompt, config.obs_window, firsts)
-    return reference.request(prefilled, config, RequestOptions())
+    prefilled = engine.prefill(prompt, config.obs_window, firsts)
+    return engine.request(prefilled, config, RequestOptions())
 
 
-def plans(reference, allocator, prompt=PROMPT, **settings):
+def plans(engine, allocator, prompt=PROMPT, **settings):
     config = load_config({**COMPRESSION, "allocator": allocator, **settings})
-    return reference.plans(len(prompt), config, RequestOptions())
+    return engine.plans(len(prompt), config, RequestOptions())
 
 
 def lengths(request):
@@ -82,9 +82,9 @@ def lengths(request):
     return [len(of_layer[0]) for of_layer in keys]
 
 
-def test_each_layer_keeps_what_its_level_does(reference):
+def test_each_layer_keeps_what_its_level_does(engine):
     """568 tokens are 35 whole blocks; of these, layers keep 4 on the mean."""
-    request = start(reference, PYRAMID, global_queries="all")
+    request = start(engine, PYRAMID, global_queries="all")
     assert request.num_live == 600
     with reference_operators():
         request.compress()
@@ -92,37 +92,37 @@ def test_each_layer_keeps_what_its_level_does(reference):
         assert request.num_live == 40 + 4 * 16
         # At the prompt's end a layer keeps what it would if all others kept as many.
         for layers, budget in (((0, 1), 7 * 16), ((2, 3), 16)):
-            alike = start(reference, "uniform", budget=budget, global_queries="all")
+            alike = start(engine, "uniform", budget=budget, global_queries="all")
             alike.compress()
             for own, other in zip(request.entries(), alike.entries(), strict=True):
                 for layer in layers:
                     torch.testing.assert_close(own[layer], other[layer])
 
 
-def test_levels_score_by_the_same_queries(reference):
+def test_levels_score_by_the_same_queries(engine):
     """The first of them is what the level asks for that gives the longest hits no room."""
-    by_level = [level.plan for level in plans(reference, PYRAMID)]
+    by_level = [level.plan for level in plans(engine, PYRAMID)]
     assert [plan.first_scored_query() for plan in by_level] == [600 - 96, (35 - 1) * 16]
-    late, *others = (level.plan for level in plans(reference, LATE, budget=288))
+    late, *others = (level.plan for level in plans(engine, LATE, budget=288))
     assert not late.compresses_prompt
     assert late.first_scored_query() == 0
     assert {plan.first_scored_query() for plan in others} == {600 - 96}
     for allocator, budget in ((PYRAMID, 64), (LATE, 288)):
         config = load_config({**COMPRESSION, "allocator": allocator, "budget": budget})
-        assert reference.first_query(600, config, RequestOptions()) == 600 - 96
+        assert engine.first_query(600, config, RequestOptions()) == 600 - 96
         config = load_config({**COMPRESSION, "allocator": allocator, "recipe": "knorm"})
-        assert reference.first_query(600, config, RequestOptions()) is None
+        assert engine.first_query(600, config, RequestOptions()) is None
     # Nobody compresses.
     config = load_config({**COMPRESSION, "allocator": PYRAMID, "budget": 1024})
-    assert reference.first_query(600, config, RequestOptions()) is None
+    assert engine.first_query(600, config, RequestOptions()) is None
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 4])
 @pytest.mark.parametrize("recipe", ["ems", "snapkv"])
-def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, num_levels):
+def test_equal_shares_are_uniform_bit_for_bit(engine, recipe, num_levels):
     equal = profile(0.5, [0.5] * NUM_LAYERS, num_levels)
-    assert len(plans(reference, equal)) == num_levels
-    one, other = (start(reference, each, recipe=recipe) for each in ("uniform", equal))
+    assert len(plans(engine, equal)) == num_levels
+    one, other = (start(engine, each, recipe=recipe) for each in ("uniform", equal))
     with reference_operators():
         assert torch.equal(one.extend(CONTINUATION[:100]), other.extend(CONTINUATION[:100]))
     assert lengths(one) == lengths(other)
@@ -131,17 +131,17 @@ def test_equal_shares_are_uniform_bit_for_bit(reference, recipe, num_levels):
         assert all(map(torch.equal, own, its))
 
 
-def test_levels_that_keep_everything_are_uniform_bit_for_bit(reference):
-    requests = [start(reference, each, budget=1024) for each in ("uniform", PYRAMID, INVERTED)]
+def test_levels_that_keep_everything_are_uniform_bit_for_bit(engine):
+    requests = [start(engine, each, budget=1024) for each in ("uniform", PYRAMID, INVERTED)]
     expected, *others = (request.extend(CONTINUATION[:60]) for request in requests)
     assert all(torch.equal(logits, expected) for logits in others)
     assert all(lengths(request) == [660] * NUM_LAYERS for request in requests)
 
 
 @pytest.mark.parametrize("allocator", [PYRAMID, INVERTED], ids=["pyramid", "inverted"])
-def test_many_tokens_at_once_are_the_same_as_one_after_the_other(reference, allocator):
+def test_many_tokens_at_once_are_the_same_as_one_after_the_other(engine, allocator):
     """Across compactions, with masks of layers that hold more and fewer entries than the first."""
-    slow, fast = (start(reference, allocator) for _ in range(2))
+    slow, fast = (start(engine, allocator) for _ in range(2))
     fed = CONTINUATION[:130]
     with reference_operators():
         expected = torch.stack([slow.step(token) for token in fed])
@@ -151,14 +151,14 @@ def test_many_tokens_at_once_are_the_same_as_one_after_the_other(reference, allo
     assert len(set(lengths(fast))) == 2
 
 
-def test_each_level_is_compressed_again_while_decoding(reference):
-    request = start(reference, PYRAMID)
+def test_each_level_is_compressed_again_while_decoding(engine):
+    request = start(engine, PYRAMID)
     with reference_operators():
         for count in range(24, 600, 24):
             request.extend(CONTINUATION[count - 24 : count])
             # The newest token has not been looked at: what falls due now comes with the next one.
             expected = [0] * NUM_LAYERS
-            for level in plans(reference, PYRAMID):
+            for level in plans(engine, PYRAMID):
                 first, _ = level.plan.columns(600 + count - 1)
                 for layer in level.layers:
                     expected[layer] = 600 + count - 16 * first
@@ -167,7 +167,7 @@ def test_each_level_is_compressed_again_while_decoding(reference):
     assert max(lengths(request)) <= 7 * 16 + 32 + 48 + 16
 
 
-def test_a_level_that_keeps_the_prompt_is_compressed_later(reference):
+def test_a_level_that_keeps_the_prompt_is_compressed_later(engine):
     """As a prompt too short to be compressed is: without scores of it, for all tokens so far."""
     seen = []
     compact = Policy.compact
@@ -187,11 +187,11 @@ def test_a_level_that_keeps_the_prompt_is_compressed_later(reference):
     prompt = PROMPT[:150]
     settings = {"budget": 64, "global_queries": "all"}
     # Of 7 blocks of the prompt the first layer keeps all, the others 3.
-    late, *others = plans(reference, LATE, prompt, **settings)
+    late, *others = plans(engine, LATE, prompt, **settings)
     assert [level.plan.budget_blocks for level in (late, *others)] == [7, 3, 3, 3]
     due = late.plan.next_compaction(150)
     assert due > others[0].plan.next_compaction(150) > 150
-    request = start(reference, LATE, prompt, **settings)
+    request = start(engine, LATE, prompt, **settings)
     with mock.patch.object(Policy, "compact", recording), reference_operators():
         request.extend(CONTINUATION[:1])
         assert lengths(request) == [151, *[151 - 4 * 16] * 3]
@@ -206,11 +206,11 @@ def test_a_level_that_keeps_the_prompt_is_compressed_later(reference):
     assert [(end, untouched) for _, end, _, _, untouched in seen[1:]] == [(due, False)] * 3
 
 
-def test_a_layer_without_a_share_is_refused(reference):
+def test_a_layer_without_a_share_is_refused(engine):
     three = profile(0.5, [0.5] * 3)
     with pytest.raises(
         ConfigError,
         match=r"allocator='profile' is not allowed: it deals nothing to layer 3, which is "
         r"compressed; use allocator uniform, or a profile of this model\.",
     ):
-        start(reference, three)
+        start(engine, three)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference by itself, on a model of two layers: against transformers and against formulas."""
+"""The engine on transformers, on a model of two layers: against transformers and formulas."""
 
 from itertools import islice
 
@@ -10,6 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ems_vllm import ops
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import FULL, TRANSFORMERS, methods_of
 from ems_vllm.eval.records.prompt_files import PromptLine
 from ems_vllm.eval.transformers_engine import prefill, weights
 from ems_vllm.eval.transformers_engine.answer import (
@@ -19,12 +20,12 @@ from ems_vllm.eval.transformers_engine.answer import (
     generated,
 )
 from ems_vllm.eval.transformers_engine.attention import IMPLEMENTATION
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel
-from ems_vllm.eval.transformers_engine.methods import FULL, methods, server_config
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.operators import reference_operators
 from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
 from ems_vllm.eval.transformers_engine.prefill import received_attention
 from ems_vllm.eval.transformers_engine.runner import Runner
+from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 
 PROMPT = torch.randint(0, 128, (600,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -48,8 +49,8 @@ def llama():
 
 
 @pytest.fixture(scope="module")
-def reference(llama):
-    return ReferenceModel(llama)
+def engine(llama):
+    return TransformersEngine(llama)
 
 
 def plain_answer(llama, prompt, count):
@@ -64,13 +65,13 @@ def plain_answer(llama, prompt, count):
     return tokens[0, len(prompt) :].tolist()
 
 
-def answer(reference, compression, prompt=PROMPT, count=40, **options):
+def answer(engine, compression, prompt=PROMPT, count=40, **options):
     config = load_config({"recipe": "ems", "min_blocks_saved": 1, **compression})
     asked = RequestOptions(**options)
-    first = reference.first_query(len(prompt), config, asked)
+    first = engine.first_query(len(prompt), config, asked)
     firsts = [] if first is None else [first]
-    prefilled = reference.prefill(prompt, config.obs_window, firsts)
-    request = reference.request(prefilled, config, asked)
+    prefilled = engine.prefill(prompt, config.obs_window, firsts)
+    request = engine.request(prefilled, config, asked)
     with reference_operators():
         token_ids = list(islice(generated(prefilled.logits, request.step), count))
     return token_ids, request
@@ -81,27 +82,27 @@ def answer(reference, compression, prompt=PROMPT, count=40, **options):
     [({"budget": 2048}, {}), ({"budget": 64}, {"enabled": False})],
     ids=["unlimited", "off"],
 )
-def test_without_compression_it_is_transformers(llama, reference, compression, options):
-    token_ids, request = answer(reference, compression, **options)
+def test_without_compression_it_is_transformers(llama, engine, compression, options):
+    token_ids, request = answer(engine, compression, **options)
     assert token_ids == plain_answer(llama, PROMPT, 40)
     # The last token has not been processed.
     assert request.num_live == len(PROMPT) + 39
 
 
 @pytest.mark.parametrize("recipe", ["ems", "snapkv", "h2o", "knorm", "streaming_llm", "random"])
-def test_a_request_never_holds_more_than_planned(reference, recipe):
+def test_a_request_never_holds_more_than_planned(engine, recipe):
     compression = {
         "recipe": recipe, "budget": 64, "recent_window": 32, "recompress_interval": 32,
     }  # fmt: skip
-    token_ids, request = answer(reference, compression, count=100)
+    token_ids, request = answer(engine, compression, count=100)
     assert len(token_ids) == 100
     assert 64 + 32 <= request.num_live <= 64 + 32 + 32 + 16
 
 
-def test_streaming_llm_keeps_sinks_and_the_newest(llama, reference):
+def test_streaming_llm_keeps_sinks_and_the_newest(llama, engine):
     """What stays is known beforehand, so a masked forward pass gives the next token."""
     compression = {"recipe": "streaming_llm", "budget": 64, "recent_window": 32}
-    (first, second), _ = answer(reference, compression, count=2)
+    (first, second), _ = answer(engine, compression, count=2)
     position = len(PROMPT)
     # 600 - 32 tokens are 35 whole blocks; of their 560 entries 64 stay.
     kept = [*range(4), *range(500, position + 1)]
@@ -130,24 +131,24 @@ def test_received_attention_is_the_column_sum_in_every_chunk():
     torch.testing.assert_close(scores.sum(1), torch.full((2,), 20.0))
 
 
-def test_prompt_scores_and_queries(reference):
-    prefilled = reference.prefill(PROMPT, 16, [0, 400])
+def test_prompt_scores_and_queries(engine):
+    prefilled = engine.prefill(PROMPT, 16, [0, 400])
     for first, scores in prefilled.scores.items():
         assert scores.shape == (2, 2, 600)
         # Every query that counts gives away a share of one in every head.
         torch.testing.assert_close(scores.sum(-1), torch.full((2, 2), 600.0 - first))
     assert prefilled.queries.shape == (2, 16, 4, 16)
-    short = reference.prefill(PROMPT[:5], 16)
+    short = engine.prefill(PROMPT[:5], 16)
     assert short.queries.shape == (2, 5, 4, 16)
     for begun, whole in zip(short.cache.layers, prefilled.cache.layers, strict=True):
         torch.testing.assert_close(begun.keys, whole.keys[:, :, :5])
 
 
-def test_a_prompt_in_chunks_is_the_same_prompt(reference, monkeypatch):
-    whole = reference.prefill(PROMPT, 16, [0, 250, 590])
+def test_a_prompt_in_chunks_is_the_same_prompt(engine, monkeypatch):
+    whole = engine.prefill(PROMPT, 16, [0, 250, 590])
     monkeypatch.setattr(prefill, "_CHUNK", 200)
     monkeypatch.setattr(weights, "_MAX_LOGITS", 4 * 600 * 7)
-    chunked = reference.prefill(PROMPT, 16, [0, 250, 590])
+    chunked = engine.prefill(PROMPT, 16, [0, 250, 590])
     torch.testing.assert_close(chunked.logits, whole.logits)
     torch.testing.assert_close(chunked.queries, whole.queries)
     assert chunked.scores.keys() == whole.scores.keys() == {0, 250, 590}
@@ -167,7 +168,7 @@ def test_pages_hold_entries_in_order():
 def test_reference_operators_are_put_back():
     compiled = ops.merge_compact
     with reference_operators():
-        assert ops.merge_compact is ops.reference.merge_compact
+        assert ops.merge_compact is ops.engine.merge_compact
     assert ops.merge_compact is compiled
 
 
@@ -180,7 +181,7 @@ def prompt_line(length, **fields):
 
 def test_methods_ask_for_what_servers_are_asked_for():
     budgets = [Budget.parse(text) for text in ("0.06", "256", "full")]
-    chosen = methods([FULL, "ems", "ems"], budgets)
+    chosen = methods_of([FULL, "ems", "ems"], budgets, TRANSFORMERS)
     assert [method.file_name for method in chosen] == [
         "transformers-full.jsonl",
         "transformers-ems-0.06.jsonl",
@@ -189,46 +190,46 @@ def test_methods_ask_for_what_servers_are_asked_for():
     config = server_config("ems", 256, {}, block_size=16)
     assert config.budget == 240
     full, fraction, count = chosen
-    assert not full.options(prompt_line(1000), config, 16).enabled
+    assert not request_options(full, prompt_line(1000), config, 16).enabled
     # 600 prompt tokens end in a tail of 24; 60 and 256 entries leave two blocks and fourteen.
-    assert fraction.options(prompt_line(1000), config, 16).budget == 32
-    assert count.options(prompt_line(1000), config, 16).budget == 224
+    assert request_options(fraction, prompt_line(1000), config, 16).budget == 32
+    assert request_options(count, prompt_line(1000), config, 16).budget == 224
     # A cell in which some prompt could be without room for a block is left out.
-    assert fraction.options(prompt_line(700), config, 16) is None
+    assert request_options(fraction, prompt_line(700), config, 16) is None
 
 
-def test_runner_answers_what_has_room(reference, monkeypatch):
+def test_runner_answers_what_has_room(engine, monkeypatch):
     vocabulary = Vocabulary(lambda ids: " ".join(map(str, ids)), ())
     monkeypatch.setattr(
         "ems_vllm.eval.transformers_engine.runner.load_vocabulary", lambda name, model: vocabulary
     )
     prompt = prompt_line(1000)
-    chosen = methods([FULL, "ems"], [Budget.parse("0.02"), Budget.parse("0.06")])
-    runner = Runner(reference, "", chosen, [prompt], {"merger": "none"})
+    chosen = methods_of([FULL, "ems"], [Budget.parse("0.02"), Budget.parse("0.06")], TRANSFORMERS)
+    runner = Runner(engine, "", chosen, [prompt], {"merger": "none"})
     answers = dict(runner.answers(prompt, chosen))
     assert list(answers) == [chosen[0], chosen[2]]
-    expected = plain_answer(reference.model, PROMPT, 5)
+    expected = plain_answer(engine.model, PROMPT, 5)
     assert answers[chosen[0]].output == vocabulary.decode(expected)
     assert answers[chosen[2]].output != answers[chosen[0]].output
     assert runner.describe(chosen[2]).settings["merger"] == {"name": "none"}
     assert runner.describe(chosen[0]).settings == {}
 
 
-def test_runner_predicts_a_continuation_as_if_step_by_step(reference, monkeypatch):
+def test_runner_predicts_a_continuation_as_if_step_by_step(engine, monkeypatch):
     vocabulary = Vocabulary(str, ())
     monkeypatch.setattr(
         "ems_vllm.eval.transformers_engine.runner.load_vocabulary", lambda name, model: vocabulary
     )
     prompt = prompt_line(1000, continuation_token_ids=tuple(PROMPT[:50]), continuation_bytes=50)
-    (method,) = methods(["ems"], [Budget.parse("0.06")])
+    (method,) = methods_of(["ems"], [Budget.parse("0.06")], TRANSFORMERS)
     # So that it is compressed again on the way.
-    runner = Runner(reference, "", [method], [prompt], {"recompress_interval": 16})
+    runner = Runner(engine, "", [method], [prompt], {"recompress_interval": 16})
     ((_, line),) = runner.answers(prompt, [method])
-    config = server_config("ems", 60, {"recompress_interval": 16}, reference.block_size)
-    options = method.options(prompt, config, reference.block_size)
-    first = reference.first_query(len(PROMPT), config, options)
-    prefilled = reference.prefill(PROMPT, config.obs_window, [first])
-    request = reference.request(prefilled, config, options)
+    config = server_config("ems", 60, {"recompress_interval": 16}, engine.block_size)
+    options = request_options(method, prompt, config, engine.block_size)
+    first = engine.first_query(len(PROMPT), config, options)
+    prefilled = engine.prefill(PROMPT, config.obs_window, [first])
+    request = engine.request(prefilled, config, options)
     with reference_operators():
         (expected,) = answer_together(
             [answering(prompt, prefilled.logits, vocabulary)],

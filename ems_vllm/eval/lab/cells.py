@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.eval.lab.sizes import EVERYTHING, ByteBudget, Size
 from ems_vllm.eval.records.budget import Budget
-from ems_vllm.eval.transformers_engine.methods import Method
+from ems_vllm.eval.records.method import TRANSFORMERS, Method
 from ems_vllm.eval.transformers_engine.quantised import CacheFormat, cache_format
+from ems_vllm.eval.transformers_engine.server_config import request_options
 
 if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig, RequestOptions
@@ -63,7 +64,8 @@ class Cell:
         if isinstance(budget, ByteBudget):
             num_tokens = len(prompt.prompt_token_ids)
             budget = Budget(count=budget.total(num_tokens, shape, self.cache_format))
-        return Method(self.variant, budget).options(prompt, self.config, block_size)
+        method = Method(self.variant, TRANSFORMERS, budget)
+        return request_options(method, prompt, self.config, block_size)
 
 
 def cells(

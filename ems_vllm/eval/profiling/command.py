@@ -41,21 +41,21 @@ def profile(
     from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
     from ems_vllm.eval.profiling.reconstruction import reconstruction_peaks
     from ems_vllm.eval.questions.tokenizer import HubTokenizer
-    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
     tokenizer = HubTokenizer(model, "completion")
     special = tokenizer.encode_special()
     words = [tokenizer.encode_plain(text) for text in texts]
     parts = passages(words, samples, length - len(special))
-    reference = ReferenceModel.load(model, device, dtype)
+    engine = TransformersEngine.load(model, device, dtype)
     console = Console()
     instruction = tokenizer.encode_plain(_INSTRUCTION)
     peaks = (
-        reconstruction_peaks(reference, [*special, *part], instruction).cpu()
+        reconstruction_peaks(engine, [*special, *part], instruction).cpu()
         for part in track(parts, "passages", console=console)
     )
     of_heads = head_fractions(peaks, asked, _NUM_SINKS)
-    layers = reference.compressed_layers
+    layers = engine.compressed_layers
     measured = {
         "model": Path(model).name,
         "ratios": asked,

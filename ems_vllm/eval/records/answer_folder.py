@@ -15,18 +15,9 @@ from typing import Any, Generic, TypeVar
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.questions.sample import Key
 from ems_vllm.eval.questions.tasks import TASKS
-from ems_vllm.eval.records import prompt_files
-from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine, read
 from ems_vllm.eval.records.results import EvalResult, MethodResult
-
-
-def read_prompts(path: Path) -> list[PromptLine]:
-    """What `ems-vllm eval --export-prompts` wrote.
-
-    Raises:
-        ConfigError: the file or a line of it is not what it should be.
-    """
-    return list(prompt_files.read(path, PromptLine, "prompts"))
+from ems_vllm.eval.records.scoring import scored
 
 
 class AnswerFile:
@@ -112,11 +103,9 @@ def write_result(
     """
     methods = []
     for file, method in answers.items():
-        given = {answer.key: answer for answer in prompt_files.read(file, AnswerLine, "answers")}
+        given = {answer.key: answer for answer in read(file, AnswerLine, "answers")}
         samples = [
-            prompt_files.scored(prompt.sample(), given[prompt.key])
-            for prompt in prompts
-            if prompt.key in given
+            scored(prompt.sample(), given[prompt.key]) for prompt in prompts if prompt.key in given
         ]
         methods.append(method.model_copy(update={"samples": samples}))
     tasks = sorted({prompt.task for prompt in prompts})

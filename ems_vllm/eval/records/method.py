@@ -1,32 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A way of keeping the cache at one budget, and what it asks of a server for a sample."""
+"""One way of keeping the cache, at one budget, in one engine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from ems_vllm.config import KVCompressionConfig, RequestOptions
 from ems_vllm.eval.questions.sample import Sample
 from ems_vllm.eval.records.budget import Budget, kv_budget, largest_kv_budget, smallest_total
-from ems_vllm.eval.records.preset import FULL, ServerSettings
+from ems_vllm.eval.records.results import MethodResult
+from ems_vllm.eval.records.server_settings import ServerSettings
+
+FULL = "full"
+"""Name of the method that keeps everything."""
+
+VLLM, TRANSFORMERS = "vllm", "transformers"
+"""Names of the engines that run our recipes."""
 
 _ALL = Budget()
 
 
 @dataclass(frozen=True)
 class Method:
-    """A recipe at a budget; recipe "full" keeps everything."""
+    """A recipe, or a method of another engine, at a budget.
 
-    recipe: str
+    Attributes:
+        name: FULL, a recipe or its YAML file, or what another engine calls its method.
+        engine: VLLM, TRANSFORMERS, or the library that runs it.
+        budget: Entries per kv_head; all of them for the full cache.
+    """
+
+    name: str
+    engine: str
     budget: Budget = _ALL
 
     @property
     def is_full(self) -> bool:
-        return self.recipe == FULL
+        return self.name == FULL
+
+    @property
+    def file_name(self) -> str:
+        """Of its answers in a folder of answers."""
+        budget = "" if self.is_full else f"-{self.budget}"
+        return f"{self.engine}-{self.name}{budget}.jsonl"
 
     def __str__(self) -> str:
-        return FULL if self.is_full else f"{self.recipe} {self.budget}"
+        return FULL if self.is_full else f"{self.name} {self.budget}"
+
+    def describe(self) -> MethodResult:
+        """Itself as a result without samples."""
+        return MethodResult(
+            method=self.name,
+            engine=self.engine,
+            budget=self.budget.count,
+            budget_fraction=self.budget.fraction,
+        )
 
     def kv_budget(self, sample: Sample, prompt_len: int, server: ServerSettings) -> int | None:
         """What a request of this sample asks for; None where the budget is too small for it.
@@ -59,29 +87,12 @@ class Method:
         return total
 
 
-def compression_overrides(total: int, server: ServerSettings) -> dict[str, Any]:
-    """Settings beside the recipe of a server whose requests hold at most `total` entries."""
-    return {
-        "budget": largest_kv_budget(total, server.recent_window, server.block_size),
-        "recent_window": server.recent_window,
-        "obs_window": server.obs_window,
-        "recompress_interval": server.recompress_interval,
-        # Otherwise a prompt just above its budget would be kept whole.
-        "min_blocks_saved": 1,
-        **server.compression,
-    }
-
-
-def blocks_held(
-    config: KVCompressionConfig | None, prompt_len: int, budget: int | None, block_size: int
-) -> int:
-    """Blocks of a request once its prompt is processed, by the plan; see `ems-vllm plan`.
-
-    A mean over the layers: where they share a budget unequally, it is what each would hold of equal
-    shares, up to what is rounded down to whole blocks.
-    """
-    dense = -(-(prompt_len + 1) // block_size)
-    if config is None or budget is None:
-        return dense
-    plan: Any = config.plan_settings.plan(prompt_len, block_size, RequestOptions(budget=budget))
-    return dense - int(plan.columns(prompt_len)[0])
+def methods_of(names: Iterable[str], budgets: Sequence[Budget], engine: str) -> list[Method]:
+    """Every method at every budget, each once; the full cache has one budget only."""
+    chosen = []
+    for name in names:
+        if name == FULL:
+            chosen.append(Method(name, engine))
+        else:
+            chosen += [Method(name, engine, budget) for budget in budgets if budget != _ALL]
+    return list(dict.fromkeys(chosen))

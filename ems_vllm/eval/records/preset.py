@@ -15,40 +15,21 @@ from ems_vllm.eval.questions.protocol import LAST, Protocol
 from ems_vllm.eval.questions.tasks import TASKS, TaskOptions
 from ems_vllm.eval.questions.tokenizer import PromptFormat
 from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import FULL
+from ems_vllm.eval.records.server_settings import Count, ServerSettings
 
 LM_EVAL = "lm_eval:"
-FULL = "full"
-_Count = Annotated[int, Field(ge=1)]
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ServerSettings(_Settings):
-    """How servers are started, all of them alike.
-
-    Attributes:
-        recent_window, obs_window, recompress_interval: As in KVCompressionConfig. Small windows by
-            default, so that 2 % of 4,096 tokens have room for more than the window.
-        block_size: Of vLLM.
-        args: Further arguments of `vllm serve`.
-        compression: Further settings of KVCompressionConfig, for every recipe.
-    """
-
-    recent_window: _Count = 16
-    obs_window: _Count = 16
-    recompress_interval: Annotated[int, Field(ge=0)] = 256
-    block_size: _Count = 16
-    args: tuple[str, ...] = ()
-    compression: dict[str, Any] = {}
-
-
 class TaskSettings(_Settings):
     """What is different for one task."""
 
-    lengths: tuple[_Count, ...] | None = None
-    samples: _Count | None = None
+    lengths: tuple[Count, ...] | None = None
+    samples: Count | None = None
 
 
 class Preset(_Settings):
@@ -74,19 +55,19 @@ class Preset(_Settings):
     name: str
     tasks: tuple[str, ...]
     protocols: Annotated[tuple[Protocol, ...], Field(min_length=1)] = (LAST,)
-    lengths: tuple[_Count, ...]
+    lengths: tuple[Count, ...]
     seeds: tuple[int, ...] = (0,)
-    samples: _Count
+    samples: Count
     per_task: dict[str, TaskSettings] = {}
     recipes: tuple[str, ...]
     budgets: tuple[int | float, ...]
     depths: tuple[Annotated[float, Field(ge=0, le=1)], ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    max_tokens: _Count | None = None
+    max_tokens: Count | None = None
     stop: tuple[str, ...] = ()
     prompt_format: PromptFormat = "completion"
     text_path: Path | None = None
     data_path: Path | None = None
-    concurrency: _Count = 16
+    concurrency: Count = 16
     server: ServerSettings = ServerSettings()
 
     @field_validator("tasks")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TypeVar
 
@@ -13,10 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
 from ems_vllm.eval.questions.protocol import LAST, Protocol
 from ems_vllm.eval.questions.sample import Key, Sample
-from ems_vllm.eval.questions.tasks import TASKS
 from ems_vllm.eval.records.following import Followed
-from ems_vllm.eval.records.results import EvalResult, MethodResult, SampleResult
-from ems_vllm.eval.records.scoring import score_continuation, score_followed, score_output
 
 
 class _Line(BaseModel):
@@ -129,73 +125,10 @@ def read(path: Path, kind: type[_L], option: str) -> Iterator[_L]:
             raise from_pydantic(error, f"{option} line {i}: ", kind.model_fields) from None
 
 
-def score(prompts: Path, answers: Path, *, model: str, method: MethodResult) -> EvalResult:
-    """The result of another engine from its answers.
-
-    Args:
-        prompts: What `export` wrote.
-        answers: One line for every prompt.
-        model: Its name.
-        method: What was run, without samples.
+def read_prompts(path: Path) -> list[PromptLine]:
+    """What `ems-vllm eval --export-prompts` wrote.
 
     Raises:
-        ConfigError: an answer is missing, has no prompt, or comes twice.
+        ConfigError: the file or a line of it is not what it should be.
     """
-    given: dict[Key, AnswerLine] = {}
-    for answer in read(answers, AnswerLine, "answers"):
-        if answer.key in given:
-            raise ConfigError(
-                f"answers={shown(str(answers))} answers {_shown(answer.key)} twice: keep one line."
-            )
-        given[answer.key] = answer
-    samples = []
-    for line in read(prompts, PromptLine, "prompts"):
-        found = given.pop(line.key, None)
-        if found is None:
-            raise ConfigError(
-                f"answers={shown(str(answers))} has no answer to {_shown(line.key)}: answer every "
-                "prompt, with an `error` where there is no output."
-            )
-        samples.append(scored(line.sample(), found))
-    if given:
-        raise ConfigError(
-            f"answers={shown(str(answers))} answers {_shown(next(iter(given)))}, which "
-            f"prompts={shown(str(prompts))} does not ask: give the file that was answered."
-        )
-    names = sorted({sample.task for sample in samples})
-    return EvalResult(
-        model=model,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        higher_is_better={name: TASKS.get(name).higher_is_better for name in names},
-        methods=[method.model_copy(update={"samples": samples})],
-    )
-
-
-def scored(sample: Sample, answer: AnswerLine) -> SampleResult:
-    """An answer with its score."""
-    if answer.error is not None:
-        score = 0.0
-    elif sample.continuation_token_ids:
-        score = score_continuation(sample, answer.logprobs or ())
-    elif sample.follows_full:
-        score = score_followed(sample, answer.followed)
-    else:
-        score = score_output(sample, answer.output)
-    return SampleResult(
-        task=sample.task,
-        length=sample.length,
-        depth=sample.depth,
-        seed=sample.seed,
-        index=sample.index,
-        protocol=sample.protocol,
-        score=score,
-        followed=answer.followed,
-        prompt_tokens=answer.prompt_tokens,
-        output=answer.output,
-        error=answer.error,
-    )
-
-
-def _shown(key: Key) -> str:
-    place = f"task={key.task!r} length={key.length} seed={key.seed} index={key.index}"
-    return place if key.protocol == LAST else f"{place} protocol={key.protocol!r}"
+    return list(read(path, PromptLine, "prompts"))

@@ -12,7 +12,8 @@ from rich.table import Table
 from ems_vllm.eval.questions.protocol import TITLES
 from ems_vllm.eval.records.budget import Budget
 from ems_vllm.eval.records.results import EvalResult, SampleResult
-from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, protocols
+from ems_vllm.eval.report.aggregate import protocols
+from ems_vllm.eval.report.facts import MIN_FULL_SCORE
 
 
 def print_summary(console: Console, result: EvalResult) -> None:

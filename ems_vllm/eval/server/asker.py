@@ -14,8 +14,9 @@ from ems_vllm.eval.questions.tokenizer import Message, Tokenizer
 from ems_vllm.eval.records.following import NUM_TOP, FullAnswer, follow
 from ems_vllm.eval.records.journal import Entry
 from ems_vllm.eval.records.method import Method
-from ems_vllm.eval.records.preset import ServerSettings
-from ems_vllm.eval.records.prompt_files import AnswerLine, scored
+from ems_vllm.eval.records.prompt_files import AnswerLine
+from ems_vllm.eval.records.scoring import scored
+from ems_vllm.eval.records.server_settings import ServerSettings
 from ems_vllm.eval.server.endpoint import Answer, Endpoint, NoAnswer
 
 

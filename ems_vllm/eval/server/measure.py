@@ -7,12 +7,12 @@ import asyncio
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from statistics import mean, median
+from typing import Any
 
-from ems_vllm.config import KVCompressionConfig
+from ems_vllm.config import KVCompressionConfig, RequestOptions
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval.questions.sample import Key
 from ems_vllm.eval.records.journal import Journal
-from ems_vllm.eval.records.method import blocks_held
 from ems_vllm.eval.records.results import Serving
 from ems_vllm.eval.server import block_pool
 from ems_vllm.eval.server.endpoint import Endpoint
@@ -85,6 +85,21 @@ def serving(
         tpot_s=_median(entry.tpot_s for entry in entries),
         output_tokens_per_s=num_tokens / wall_s if wall_s > 0 else None,
     )
+
+
+def blocks_held(
+    config: KVCompressionConfig | None, prompt_len: int, budget: int | None, block_size: int
+) -> int:
+    """Blocks of a request once its prompt is processed, by the plan; see `ems-vllm plan`.
+
+    A mean over the layers: where they share a budget unequally, it is what each would hold of equal
+    shares, up to what is rounded down to whole blocks.
+    """
+    dense = -(-(prompt_len + 1) // block_size)
+    if config is None or budget is None:
+        return dense
+    plan: Any = config.plan_settings.plan(prompt_len, block_size, RequestOptions(budget=budget))
+    return dense - int(plan.columns(prompt_len)[0])
 
 
 def _median(values: Iterable[float | None]) -> float | None:

@@ -4,13 +4,12 @@
 Usage: python -m ems_vllm.eval.transformers_engine --model FOLDER --prompts prompts.jsonl \\
     --out answers --recipe ems --recipe snapkv --budget 0.06 --budget 0.25
 
-Writes one file of answers per recipe and budget, and all of them as one result, reference.json,
+Writes one file of answers per recipe and budget, and all of them as one result, transformers.json,
 for `ems-vllm report`. A run that was interrupted goes on where it stopped.
 """
 
 from __future__ import annotations
 
-import sys
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -20,17 +19,18 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from ems_vllm.config import ConfigError, parse_overrides
+from ems_vllm.config import parse_overrides
 from ems_vllm.eval.records.answer_folder import (
     AnswerFile,
     check_manifest,
     fingerprint,
     missing,
-    read_prompts,
     write_result,
 )
 from ems_vllm.eval.records.budget import Budget
-from ems_vllm.eval.transformers_engine.methods import FULL, methods
+from ems_vllm.eval.records.method import FULL, TRANSFORMERS, methods_of
+from ems_vllm.eval.records.prompt_files import read_prompts
+from ems_vllm.eval.script import run_script
 
 
 def main(
@@ -53,18 +53,18 @@ def main(
     """Answer exported prompts with our recipes on transformers, without vLLM."""
     asked = read_prompts(prompts)[:limit]
     overrides = parse_overrides(config)
-    chosen = methods(recipe, [Budget.parse(text) for text in budget])
+    chosen = methods_of(recipe, [Budget.parse(text) for text in budget], TRANSFORMERS)
 
     # Imported here: mistakes above must not take the seconds that transformers takes.
-    from ems_vllm.eval.transformers_engine.engine import ReferenceModel
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
     from ems_vllm.eval.transformers_engine.runner import Runner
 
-    reference = ReferenceModel.load(model, device, dtype, block_size)
-    runner = Runner(reference, model, chosen, asked, overrides, compiled)
+    engine = TransformersEngine.load(model, device, dtype, block_size)
+    runner = Runner(engine, model, chosen, asked, overrides, compiled)
     environment: dict[str, Any] = {
-        "engine": "transformers",
+        "engine": TRANSFORMERS,
         "model": model,
-        "dtype": str(reference.model.dtype).removeprefix("torch."),
+        "dtype": str(engine.model.dtype).removeprefix("torch."),
         "settings": overrides,
         "block_size": block_size,
         "operators": "compiled" if compiled else "reference",
@@ -78,16 +78,12 @@ def main(
         for item in track(missing(asked, files), "prompts", console=console):
             for method, line in runner.answers(item.prompt, item.methods):
                 files[method].write(line)
-    result = out / "reference.json"
+    result = out / "transformers.json"
     described = {path: runner.describe(method) for method, path in paths.items()}
-    environment["device"] = str(reference.model.device)
+    environment["device"] = str(engine.model.device)
     write_result(result, asked, described, model, environment)
     console.print(f"{len(asked):,} prompts, {len(chosen)} methods: {result}")
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

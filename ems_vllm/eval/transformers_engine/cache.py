@@ -13,7 +13,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL_ATTENTION, SLIDING_ATTENTION = "full_attention", "sliding_attention"
 
 
 class StoredCache(DynamicCache):
@@ -55,7 +55,7 @@ def layer_kinds(config: PreTrainedConfig) -> list[str]:
 
 def compressed_layers(config: PreTrainedConfig) -> list[int]:
     """Indices of the layers that are compressed: those that attend to all that came before."""
-    return [index for index, kind in enumerate(layer_kinds(config)) if kind == FULL]
+    return [index for index, kind in enumerate(layer_kinds(config)) if kind == FULL_ATTENTION]
 
 
 def empty_cache(

@@ -15,7 +15,12 @@ from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.transformers_engine.answer import Vocabulary
 from ems_vllm.eval.transformers_engine.attention import IMPLEMENTATION
-from ems_vllm.eval.transformers_engine.cache import FULL, SLIDING, compressed_layers, layer_kinds
+from ems_vllm.eval.transformers_engine.cache import (
+    FULL_ATTENTION,
+    SLIDING_ATTENTION,
+    compressed_layers,
+    layer_kinds,
+)
 from ems_vllm.eval.transformers_engine.level import CompactionSettings
 from ems_vllm.eval.transformers_engine.plans import (
     LevelPlan,
@@ -25,7 +30,7 @@ from ems_vllm.eval.transformers_engine.plans import (
 )
 from ems_vllm.eval.transformers_engine.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
-from ems_vllm.eval.transformers_engine.request import ReferenceRequest
+from ems_vllm.eval.transformers_engine.request import CompressedRequest
 from ems_vllm.eval.transformers_engine.rope import rotation_of
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig, RequestOptions
 
 
-class ReferenceModel:
+class TransformersEngine:
     """Runs requests one at a time.
 
     Args:
@@ -54,8 +59,9 @@ class ReferenceModel:
     def __init__(self, model: PreTrainedModel, block_size: int = 16) -> None:
         if reason := _unsupported(model):
             raise ConfigError(
-                f"model={shown(model.config.name_or_path)} has {reason}: the reference handles "
-                "plain full attention, with sliding windows beside it; serve this model with vLLM."
+                f"model={shown(model.config.name_or_path)} has {reason}: the engine on "
+                "transformers handles plain full attention, with sliding windows beside it; serve "
+                "this model with vLLM."
             )
         self.model = model.eval()
         self.block_size = block_size
@@ -77,7 +83,7 @@ class ReferenceModel:
     @classmethod
     def load(
         cls, name: str, device: str = "auto", dtype: str = "auto", block_size: int = 16
-    ) -> ReferenceModel:
+    ) -> TransformersEngine:
         """Load a model folder; "auto" is the GPU where there is one, and the model's dtype."""
         disable_progress_bar()
         if device == "auto":
@@ -134,13 +140,35 @@ class ReferenceModel:
         plans = self.plans(num_tokens, config, options)
         return first_scored_query(plans) if Policy.from_config(config).scorer.uses_global else None
 
+    def begin(
+        self,
+        prompt: Prefilled,
+        config: KVCompressionConfig,
+        options: RequestOptions,
+        cache_format: CacheFormat | None = None,
+    ) -> tuple[torch.Tensor, CompressedRequest]:
+        """A request as a server with `config` would begin it.
+
+        It goes on from the prompt, unless the server compresses prompts as they come: these are
+        processed for each request anew.
+
+        Args: As of `request`.
+
+        Returns:
+            Logits after the prompt, [vocabulary], and the request.
+        """
+        if config.prefill_interval:
+            stored_as = cache_format or prompt.cache.cache_format
+            return self.process(prompt.token_ids, config, options, stored_as)
+        return prompt.logits, self.request(prompt, config, options, cache_format)
+
     def request(
         self,
         prompt: Prefilled,
         config: KVCompressionConfig,
         options: RequestOptions,
         cache_format: CacheFormat | None = None,
-    ) -> ReferenceRequest:
+    ) -> CompressedRequest:
         """A request that goes on from a prompt, compressed as a server with `config` would.
 
         Args:
@@ -167,7 +195,7 @@ class ReferenceModel:
         config: KVCompressionConfig,
         options: RequestOptions,
         cache_format: CacheFormat = FORMATS[PLAIN],
-    ) -> tuple[torch.Tensor, ReferenceRequest]:
+    ) -> tuple[torch.Tensor, CompressedRequest]:
         """Process a prompt for one request, and compress within it where the server would.
 
         Args:
@@ -197,21 +225,21 @@ class ReferenceModel:
         config: KVCompressionConfig,
         options: RequestOptions,
         cache_format: CacheFormat | None,
-    ) -> ReferenceRequest:
+    ) -> CompressedRequest:
         policy = Policy.from_config(config)
         protected = options.protect.ranges if options.protect else ()
         settings = CompactionSettings(
             policy, config.obs_window, self.scale, self.rotation, protected
         )
         stored_as = cache_format or prompt.cache.cache_format
-        return ReferenceRequest(self.model, settings, levels, prompt, stored_as)
+        return CompressedRequest(self.model, settings, levels, prompt, stored_as)
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:
-    """What of a model's attention the reference would get wrong."""
+    """What of a model's attention the engine would get wrong."""
     config: Any = model.config.get_text_config(decoder=True)
     kinds = layer_kinds(config)
-    if others := set(kinds) - {FULL, SLIDING}:
+    if others := set(kinds) - {FULL_ATTENTION, SLIDING_ATTENTION}:
         return f"layers of kind {', '.join(sorted(others))}"
     if len(kinds) < config.num_hidden_layers:
         return "layers that share the cache of others"
@@ -220,8 +248,8 @@ def _unsupported(model: PreTrainedModel) -> str | None:
     # Attention sinks, for one, are nothing that torch's attention knows.
     if not model._supports_sdpa:
         return "an attention that transformers does not compute with torch's own"
-    if FULL not in kinds:
-        return f"no layer but of kind {SLIDING}, so nothing to compress"
+    if FULL_ATTENTION not in kinds:
+        return f"no layer but of kind {SLIDING_ATTENTION}, so nothing to compress"
     return None
 
 

@@ -94,6 +94,8 @@ class CompressedLevel:
         self._scores: torch.Tensor | None = None
         if settings.policy.scorer.uses_global:
             self._scores = self._prompt_scores(prompt, first_query)
+        # Where the forward pass began whose attention was added last.
+        self._scored_from: int | None = None
         # By layer and head, the position of every kept entry, where some are protected.
         self._positions: dict[tuple[int, int], torch.Tensor] = {}
 
@@ -122,7 +124,7 @@ class CompressedLevel:
             self._first, self._tail = first, tail
             self._num_accumulated = num_processed
 
-    def accumulate(self, layer: int, received: torch.Tensor) -> None:
+    def accumulate(self, layer: int, start: int, received: torch.Tensor) -> None:
         """Add what a layer's entries received from queries within the prompt.
 
         They are those before the next compaction; with a limited number of them, nothing that was
@@ -130,19 +132,18 @@ class CompressedLevel:
 
         Args:
             layer: Index of one of the level's layers.
+            start: Position of the first token of the forward pass that the queries are of.
             received: [num_kv_heads, num_live], float32.
         """
         assert self._scores is not None
-        at, num_live = self.layers.index(layer), received.shape[1]
-        if self._scores.shape[2] < num_live:
-            # The first layer of this chunk.
-            carried, self._scores = (
-                self._scores,
-                received.new_zeros((*self._scores.shape[:2], num_live)),
-            )
+        if start != self._scored_from:
+            # The first layer of this forward pass.
+            carried = self._scores
+            self._scores = received.new_zeros((*carried.shape[:2], received.shape[1]))
             if self.plan.global_queries is None:
                 self._scores[:, :, : carried.shape[2]] = carried
-        self._scores[at] += received
+            self._scored_from = start
+        self._scores[self.layers.index(layer)] += received
 
     def _is_of_prompt(self, num_processed: int) -> bool:
         return self.plan.compresses_prompt and num_processed <= self.plan.prompt_len

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.config.schema import KEY_PREFIX
-from ems_vllm.eval.transformers_engine.cache import FULL
+from ems_vllm.eval.transformers_engine.cache import FULL_ATTENTION
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
@@ -47,7 +47,7 @@ def level_settings(
         ConfigError: the allocator deals to other layers than are compressed.
     """
     settings = config.plan_settings_of(len(kinds))
-    compressed = tuple(layer for layer, kind in enumerate(kinds) if kind == FULL)
+    compressed = tuple(layer for layer, kind in enumerate(kinds) if kind == FULL_ATTENTION)
     shares = settings.shares
     if shares is None:
         return [(compressed, settings)]

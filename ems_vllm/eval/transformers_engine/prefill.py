@@ -31,7 +31,7 @@ class Prefilled:
 
     Attributes:
         layers: Indices of the layers that are compressed, num_layers of them.
-        num_tokens: Of the prompt.
+        token_ids: Of the prompt.
         logits: [vocabulary] - after its last token.
         cache: Of all layers of the model, in the format in which the prompt was processed; keys
             after RoPE.
@@ -42,11 +42,15 @@ class Prefilled:
     """
 
     layers: Sequence[int]
-    num_tokens: int
+    token_ids: Sequence[int]
     logits: torch.Tensor
     cache: StoredCache
     queries: torch.Tensor
     scores: Mapping[int, torch.Tensor]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
 
     @property
     def num_kv_heads(self) -> int:
@@ -155,7 +159,7 @@ def prefill(
             logits = model(chunk, past_key_values=cache, logits_to_keep=1).logits
     return Prefilled(
         layers=observer.layers,
-        num_tokens=len(token_ids),
+        token_ids=token_ids,
         logits=logits[0, -1],
         cache=cache,
         queries=observer.queries(),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.quantised import CacheFormat
 
 
-class ReferenceRequest:
+class CompressedRequest:
     """Goes on after a prompt, compressing each level of layers whenever its plan says so.
 
     Args:
@@ -143,4 +143,5 @@ class ReferenceRequest:
         for level in self._levels:
             if first is not None and layer in level.layers and level.plan.compresses_prompt:
                 scored = queries[max(0, first - self._num_processed) :]
-                level.accumulate(layer, received_attention(scored, keys, self._scale))
+                received = received_attention(scored, keys, self._scale)
+                level.accumulate(layer, self._num_processed, received)

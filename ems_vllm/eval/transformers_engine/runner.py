@@ -8,17 +8,18 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from ems_vllm.config import RequestOptions
+from ems_vllm.eval.records.method import Method
 from ems_vllm.eval.transformers_engine.answer import answering, following, predicted, recording
-from ems_vllm.eval.transformers_engine.engine import ReferenceModel, load_vocabulary
-from ems_vllm.eval.transformers_engine.methods import Method, server_config
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine, load_vocabulary
 from ems_vllm.eval.transformers_engine.operators import reference_operators
+from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 
 if TYPE_CHECKING:
     import torch
 
     from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine
     from ems_vllm.eval.records.results import MethodResult
-    from ems_vllm.eval.transformers_engine.request import ReferenceRequest
+    from ems_vllm.eval.transformers_engine.request import CompressedRequest
 
 
 _T = TypeVar("_T")
@@ -28,7 +29,7 @@ class Runner:
     """Answers prompts with transformers.
 
     Args:
-        reference: The model.
+        engine: The model.
         name: Its folder, for the tokenizer.
         methods: What will be asked of it.
         prompts: What will be asked.
@@ -41,21 +42,21 @@ class Runner:
 
     def __init__(
         self,
-        reference: ReferenceModel,
+        engine: TransformersEngine,
         name: str,
         methods: Sequence[Method],
         prompts: Sequence[PromptLine],
         overrides: dict[str, Any],
         compiled: bool = False,
     ) -> None:
-        self._reference = reference
+        self._engine = engine
         self._compiled = compiled
-        self._vocabulary = load_vocabulary(name, reference.model)
+        self._vocabulary = load_vocabulary(name, engine.model)
         lengths = {prompt.length for prompt in prompts}
         totals = [method.budget.total(length) or 1 for method in methods for length in lengths]
         self._configs = {
-            recipe: server_config(recipe, max(totals, default=1), overrides, reference.block_size)
-            for recipe in {method.recipe for method in methods}
+            recipe: server_config(recipe, max(totals, default=1), overrides, engine.block_size)
+            for recipe in {method.name for method in methods}
         }
 
     def describe(self, method: Method) -> MethodResult:
@@ -63,7 +64,7 @@ class Runner:
         described = method.describe()
         if described.is_full:
             return described
-        settings = self._configs[method.recipe].to_dict()
+        settings = self._configs[method.name].to_dict()
         return described.model_copy(update={"settings": settings})
 
     def answers(
@@ -73,33 +74,25 @@ class Runner:
         window = max(config.obs_window for config in self._configs.values())
         asked = []
         for method in methods:
-            config = self._configs[method.recipe]
-            options = method.options(prompt, config, self._reference.block_size)
+            config = self._configs[method.name]
+            options = request_options(method, prompt, config, self._engine.block_size)
             if options is not None:
                 asked.append((method, config, options))
         num_tokens = len(prompt.prompt_token_ids)
         needed = [
-            self._reference.first_query(num_tokens, config, options) for _, config, options in asked
+            self._engine.first_query(num_tokens, config, options) for _, config, options in asked
         ]
         firsts = {first for first in needed if first is not None}
-        prefilled = self._reference.prefill(prompt.prompt_token_ids, window, firsts)
+        prefilled = self._engine.prefill(prompt.prompt_token_ids, window, firsts)
         logits, full = prefilled.logits, None
         if prompt.follows_full:
             any_config = next(iter(self._configs.values()))
             everything = RequestOptions(enabled=False)
-            request = self._reference.request(prefilled, any_config, everything)
+            request = self._engine.request(prefilled, any_config, everything)
             full = self._run(recording(prompt, logits, self._vocabulary), request)
         for method, config, options in asked:
-            if config.prefill_interval:
-                with self._operators():
-                    logits, request = self._reference.process(
-                        prompt.prompt_token_ids, config, options
-                    )
-            else:
-                logits, request = (
-                    prefilled.logits,
-                    self._reference.request(prefilled, config, options),
-                )
+            with self._operators():
+                logits, request = self._engine.begin(prefilled, config, options)
             if prompt.continuation_token_ids:
                 with self._operators():
                     yield method, predicted(prompt, logits, request.extend)
@@ -109,7 +102,7 @@ class Runner:
             else:
                 yield method, self._run(answering(prompt, logits, self._vocabulary), request)
 
-    def _run(self, answer: Generator[int, torch.Tensor, _T], request: ReferenceRequest) -> _T:
+    def _run(self, answer: Generator[int, torch.Tensor, _T], request: CompressedRequest) -> _T:
         """What a generator returns that asks for one step after the other."""
         with self._operators():
             try:

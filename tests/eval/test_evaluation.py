@@ -12,10 +12,11 @@ from ems_vllm.eval.questions.sample import Key
 from ems_vllm.eval.questions.tasks import TASKS
 from ems_vllm.eval.records import preset
 from ems_vllm.eval.records.budget import Budget
-from ems_vllm.eval.records.method import Method
+from ems_vllm.eval.records.method import VLLM, Method
 from ems_vllm.eval.records.results import EvalResult
+from ems_vllm.eval.records.run_folder import RunFolder
 from ems_vllm.eval.server import endpoint
-from ems_vllm.eval.server.run import Run
+from ems_vllm.eval.server.evaluation import Evaluation
 
 SETTINGS = {
     "tasks": ["niah"],
@@ -38,12 +39,12 @@ def start(tokenizer, tmp_path):
 
     def run(server, output="out", **changes):
         chosen = preset.Preset.model_validate({"name": "test", **SETTINGS, **changes})
-        return Run(
+        return Evaluation(
             model="m",
             tokenizer=tokenizer,
             tokenizer_name="m",
             preset=chosen,
-            output=tmp_path / output,
+            folder=RunFolder(tmp_path / output),
             base_url=server.url,
             api_key="k",
             console=Console(quiet=True),
@@ -191,7 +192,7 @@ def test_a_later_question_takes_the_budget_of_its_document(tokenizer):
     task = TASKS.get("niah")()
     last, later = (task.sample(Key("niah", 900, 0, 0, p), tokenizer) for p in ("last", "later"))
     server = preset.ServerSettings()
-    method = Method("ems", Budget.parse(0.25))
+    method = Method("ems", VLLM, Budget.parse(0.25))
     for sample in (last, later):
         prompt_len = len(sample.prompt_token_ids)
         asked = method.kv_budget(sample, prompt_len, server)

@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs an evaluation: samples, servers, methods, one after the other."""
+"""An evaluation: samples, servers, methods, one after the other."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.cache_shape import CacheShape
@@ -25,29 +21,19 @@ from ems_vllm.eval.questions.tasks import TASKS
 from ems_vllm.eval.questions.tokenizer import Tokenizer
 from ems_vllm.eval.records import environment
 from ems_vllm.eval.records.budget import Budget
-from ems_vllm.eval.records.journal import Entry, Journal, Session
-from ems_vllm.eval.records.method import Method, compression_overrides
-from ems_vllm.eval.records.preset import FULL, LM_EVAL, Preset
+from ems_vllm.eval.records.journal import Entry, Journal
+from ems_vllm.eval.records.method import FULL, VLLM, Method
+from ems_vllm.eval.records.preset import LM_EVAL, Preset
 from ems_vllm.eval.records.results import EvalResult, MethodResult
+from ems_vllm.eval.records.run_folder import RunFolder
 from ems_vllm.eval.server import lm_eval_client
+from ems_vllm.eval.server.ask_all import ask_all
 from ems_vllm.eval.server.asker import Asker, cannot_prescribe
 from ems_vllm.eval.server.endpoint import Endpoint
-from ems_vllm.eval.server.measure import PoolWatch, serving
-from ems_vllm.eval.server.process import Server
+from ems_vllm.eval.server.measure import serving
+from ems_vllm.eval.server.target import Target, running, started
 
 _PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A server to ask.
-
-    Attributes:
-        is_alive: Whether it still can answer.
-    """
-
-    url: str
-    is_alive: Callable[[], bool]
 
 
 @dataclass(frozen=True)
@@ -71,15 +57,15 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Run:
-    """One evaluation.
+class Evaluation:
+    """Questions to servers, method by method.
 
     Attributes:
         model: As for `vllm serve`, or the name of the model at `base_url`.
         tokenizer: Of the model.
         tokenizer_name: Its folder or name.
         preset: What is asked, of which methods.
-        output: Folder for answers, logs and results.
+        folder: For answers, logs and results.
         base_url: A running server; None starts one for each recipe.
         api_key: For a server that wants one.
         console: For progress and remarks.
@@ -89,7 +75,7 @@ class Run:
     tokenizer: Tokenizer
     tokenizer_name: str
     preset: Preset
-    output: Path
+    folder: RunFolder
     base_url: str | None
     api_key: str
     console: Console
@@ -104,7 +90,7 @@ class Run:
                     "left out.",
                     highlight=False,
                 )
-        self._claim_output()
+        self.folder.claim(self.model, self.tokenizer_name, self.preset)
         result = EvalResult(
             model=self.model,
             preset=self.preset.name,
@@ -124,7 +110,7 @@ class Run:
                     if server is not None:
                         asyncio.run(self._measure(server, work))
                     result.methods.append(self._summed_up(work))
-                    result.write(self.output / "results.json")
+                    result.write(self.folder.result)
         return result
 
     def samples(self) -> Iterator[Sample]:
@@ -146,39 +132,21 @@ class Run:
                 f"recipes={','.join(recipes)} is not possible with base_url="
                 f"{shown(self.base_url)}: a server has one recipe; name that one."
             )
-        yield FULL, [Method(FULL)]
+        yield FULL, [Method(FULL, VLLM)]
         for recipe in recipes:
-            yield recipe, [Method(recipe, Budget.parse(b)) for b in self.preset.budgets]
+            yield recipe, [Method(recipe, VLLM, Budget.parse(b)) for b in self.preset.budgets]
 
-    @contextmanager
-    def _server(self, recipe: str, samples: list[Sample]) -> Iterator[Target]:
+    def _server(self, recipe: str, samples: list[Sample]) -> AbstractContextManager[Target]:
         """A server for this recipe."""
         if self.base_url is not None:
-            yield Target(self.base_url, lambda: True)
-            return
+            return running(self.base_url)
         args = [*self._common_args(samples), *self.preset.server.args]
         if recipe != FULL:
-            overrides = compression_overrides(self._largest_total(), self.preset.server)
+            overrides = self.preset.server.recipe_overrides(self._largest_total())
             args += ["--kv-compression", recipe]
             args += ["--kv-compression-config", json.dumps(overrides)]
-        log = self.output / f"server-{_file_name(recipe)}.log"
-        server = Server(self.model, args, log)
-        status: AbstractContextManager[Any] = nullcontext()
-        if self.console.is_terminal:
-            status = self.console.status(f"Starting a server: {recipe}")
-        try:
-            with status:
-                server.__enter__()
-        except (RuntimeError, TimeoutError):
-            lines = server.log().strip().splitlines()
-            raise ConfigError(
-                f"model={shown(self.model)}: `{' '.join(server.command)}` did not start; its log "
-                f"{shown(str(log))} ends with: {lines[-1] if lines else 'nothing'}"
-            ) from None
-        try:
-            yield Target(server.url, server.is_alive)
-        finally:
-            server.stop()
+        log = self.folder.server_log(recipe)
+        return started(self.model, args, log, f"Starting a server: {recipe}", self.console)
 
     def _common_args(self, samples: list[Sample]) -> list[str]:
         longest = max(
@@ -196,7 +164,7 @@ class Run:
         return max(budget.total(length) or 1 for budget in budgets for length in lengths)
 
     def _work(self, method: Method, samples: list[Sample]) -> Work:
-        journal = self._journal(method)
+        journal = self.folder.journal(method)
         covered = [s for s in samples if method.covers(s, self.preset.server)]
         return Work(
             method=method,
@@ -214,7 +182,7 @@ class Run:
         ) as endpoint:
             asker = await self._asker(endpoint, work.method, work.todo)
             if work.todo:
-                await self._ask(endpoint, asker, work.journal, work.todo)
+                await ask_all(asker, work.journal, work.todo, self.preset.concurrency, self.console)
             for job in work.lm_eval:
                 answers = await lm_eval_client.evaluate(
                     endpoint, job, self.preset, self.tokenizer_name, asker.is_compressing
@@ -226,8 +194,8 @@ class Run:
         method, preset, journal = work.method, self.preset, work.journal
         config = None
         if not method.is_full:
-            overrides = compression_overrides(self._largest_total(), preset.server)
-            config = load_config({"recipe": method.recipe, **overrides})
+            overrides = preset.server.recipe_overrides(self._largest_total())
+            config = load_config({"recipe": method.name, **overrides})
         if work.left_out:
             self.console.print(
                 f"{method}: no room for a block at {', '.join(f'{n:,}' for n in work.left_out)} "
@@ -235,7 +203,7 @@ class Run:
                 highlight=False,
             )
         return MethodResult(
-            method=method.recipe if method.is_full else Path(method.recipe).stem,
+            method=method.name if method.is_full else Path(method.name).stem,
             budget=method.budget.count,
             budget_fraction=method.budget.fraction,
             settings={
@@ -273,7 +241,7 @@ class Run:
         full_answers = {}
         if not method.is_full and any(sample.follows_full for sample in todo):
             # The full cache comes first.
-            entries = self._journal(Method(FULL)).entries
+            entries = self.folder.journal(Method(FULL, VLLM)).entries
             full_answers = {k: e.full_answer for k, e in entries.items() if e.full_answer}
         return Asker(
             endpoint,
@@ -284,69 +252,6 @@ class Run:
             can_prescribe,
             full_answers,
         )
-
-    def _journal(self, method: Method) -> Journal:
-        return Journal(self.output / "samples" / f"{_file_name(str(method))}.jsonl")
-
-    async def _ask(
-        self, endpoint: Endpoint, asker: Asker, journal: Journal, todo: list[Sample]
-    ) -> None:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-        )
-        with Progress(*columns, console=self.console, disable=not self.console.is_terminal) as bar:
-            line = bar.add_task(str(asker.method), total=len(todo))
-
-            async def one(sample: Sample) -> Entry:
-                entry = await asker.ask(sample)
-                journal.add(entry)
-                bar.advance(line)
-                return entry
-
-            began = time.perf_counter()
-            async with PoolWatch(endpoint) as watch:
-                entries = await _gather(one, todo, 2 * self.preset.concurrency)
-        journal.add(
-            Session(
-                wall_s=time.perf_counter() - began,
-                num_tokens=sum(entry.num_tokens for entry in entries),
-                peak_blocks=watch.peak_blocks,
-            )
-        )
-        failed = [entry for entry in entries if entry.result.error]
-        if failed:
-            self.console.print(
-                f"{asker.method}: {len(failed):,} of {len(entries):,} requests failed, the first "
-                f"with: {failed[0].result.error}",
-                highlight=False,
-                markup=False,
-            )
-
-    def _claim_output(self) -> None:
-        """Refuse to mix answers to different questions in one folder."""
-        described = {
-            "model": self.model,
-            "tokenizer": self.tokenizer_name,
-            **self.preset.model_dump(
-                mode="json",
-                include={
-                    "depths", "max_tokens", "stop", "prompt_format", "text_path", "data_path",
-                    "server",
-                },
-            ),
-        }  # fmt: skip
-        path = self.output / "run.json"
-        text = json.dumps(described, indent=1, sort_keys=True) + "\n"
-        if path.exists() and path.read_text(encoding="utf-8") != text:
-            raise ConfigError(
-                f"output={shown(str(self.output))} holds another run (see run.json there): give "
-                "another folder, or the same model and settings to go on."
-            )
-        self.output.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
 
     def _shape(self) -> CacheShape | None:
         try:
@@ -359,31 +264,3 @@ def _is_prescribed(sample: Sample) -> bool:
     """Whether it takes our logits processor."""
     written = sample.continuation_token_ids or sample.written_token_ids
     return bool(written) or sample.follows_full
-
-
-async def _gather(
-    ask: Callable[[Sample], Any], samples: list[Sample], num_workers: int
-) -> list[Entry]:
-    """All answers, with so many under way that the endpoint's limit is always used."""
-    waiting = iter(samples)
-    entries: list[Entry] = []
-
-    async def worker() -> None:
-        for sample in waiting:
-            entries.append(await ask(sample))
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(min(num_workers, len(samples))):
-                group.create_task(worker())
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from None
-    return entries
-
-
-def _file_name(name: str) -> str:
-    """A name as part of a file's; what cannot stand there becomes a digest's."""
-    kept = "".join(c if c.isalnum() or c in "._-" else "-" for c in name)
-    if kept.replace("-", " ") == name.replace("-", " "):
-        return kept
-    return f"{kept[-60:]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
