@@ -15,7 +15,9 @@ import tables
 from ems_vllm.config import load_config, recipes
 from ems_vllm.config.protect import KEY, NOTHING, ROLES
 from ems_vllm.config.schema import KVCompressionConfig
-from ems_vllm.engine.compatibility import HARMONY_ROLES, LAYER_REFUSALS, RULES, Refusal
+from ems_vllm.engine.frontend.compatibility import HARMONY_ROLES, RULES
+from ems_vllm.engine.refusal import Refusal
+from ems_vllm.engine.worker.refusals import LAYER_REFUSALS
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.contracts import CONTRACTS
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS

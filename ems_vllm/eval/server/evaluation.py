@@ -33,7 +33,7 @@ from ems_vllm.eval.server.endpoint import Endpoint
 from ems_vllm.eval.server.measure import serving
 from ems_vllm.eval.server.target import Target, running, started
 
-_PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
+_PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 
 
 @dataclass(frozen=True)
