@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -21,54 +21,57 @@ Graph = dict[str, set[str]]
 
 
 def modules(package: str = "ems_vllm") -> dict[str, Path]:
-    """Files by the name under which they are imported."""
+    """Files, and stubs of what is compiled, by the name under which they are imported."""
     folder = ROOT.joinpath(*package.split("."))
     found = {}
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted((*folder.rglob("*.py"), *folder.rglob("*.pyi"))):
         name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         found[name.removesuffix(".__init__")] = path
     return found
 
 
-def import_graph(package: str = "ems_vllm") -> Graph:
-    """All modules of a package, with their imports of one another."""
+def import_graph(package: str = "ems_vllm", *, at_import_time: bool = False) -> Graph:
+    """All modules of a package, with their imports of one another; see `imported`."""
     files = modules(package)
     graph: Graph = {}
     for module, path in files.items():
-        is_package = path.name == "__init__.py"
-        found = imported(ast.parse(path.read_text(encoding="utf-8")), module, is_package, files)
-        graph[module] = set(found) - {module}
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        # What is imported from a package may be a module of it.
+        names = [
+            name if name in files else name.rpartition(".")[0]
+            for name in imported(tree, at_import_time=at_import_time)
+        ]
+        graph[module] = {name for name in names if name in files} - {module}
     return graph
 
 
-def imported(
-    tree: ast.AST, module: str, is_package: bool, known: Mapping[str, object]
-) -> Iterator[str]:
-    """Known modules that a module imports, anywhere in it.
+def imported(tree: ast.AST, *, at_import_time: bool = False) -> list[str]:
+    """Names that a file imports, those of modules and `module.name` for what is taken from one.
 
     Args:
-        tree: Its syntax tree.
-        module: Its name.
-        is_package: Whether it is an `__init__.py`.
-        known: Modules by name; others are left out.
+        tree: Its syntax tree; it has no relative imports.
+        at_import_time: Leave out what is imported inside functions, or for type checking alone.
     """
-    for node in ast.walk(tree):
+    found = []
+    stack = [tree]
+    while stack:
+        node = stack.pop()
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            start = node.module or ""
-            if node.level:
-                parts = module.split(".")
-                here = parts[: len(parts) - node.level + is_package]
-                start = ".".join([*here, start] if start else here)
-            # What is imported from a package may be a module of it.
-            names = [
-                name if (name := f"{start}.{alias.name}") in known else start
-                for alias in node.names
-            ]
-        else:
+            assert not node.level, "relative imports hide what they name"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        if at_import_time and _is_later(node):
             continue
-        yield from (name for name in names if name in known)
+        stack += ast.iter_child_nodes(node)
+    return found
+
+
+def _is_later(node: ast.AST) -> bool:
+    """Whether what is inside runs after the import, or never."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
 
 
 def part(module: str, package: str) -> str | None:
