@@ -9,6 +9,6 @@ Four wings, and engines beside them; each knows the ones above it alone:
     report/                results as HTML, Markdown and a table on the terminal
     transformers_engine/   our recipes on transformers, without vLLM
     lab/                   ablations on that engine
-    profiling/             which heads look things up, by that engine
+    profiling/             what each layer and kv_head needs, by that engine
     command.py             what is typed
 """

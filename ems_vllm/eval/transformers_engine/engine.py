@@ -21,7 +21,7 @@ from ems_vllm.eval.transformers_engine.cache import (
     compressed_layers,
     layer_kinds,
 )
-from ems_vllm.eval.transformers_engine.level import CompactionSettings
+from ems_vllm.eval.transformers_engine.compaction import CompactionSettings
 from ems_vllm.eval.transformers_engine.plans import (
     LevelPlan,
     first_scored_query,

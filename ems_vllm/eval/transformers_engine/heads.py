@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ems_vllm.eval.transformers_engine.cache import replace_entries
-from ems_vllm.eval.transformers_engine.level import (
+from ems_vllm.eval.transformers_engine.compaction import (
     CompactionSettings,
-    CompressedLevel,
     Counts,
+    compaction_context,
     ring,
 )
+from ems_vllm.eval.transformers_engine.level import CompressedLevel
 from ems_vllm.eval.transformers_engine.paging import to_pages
 from ems_vllm.plan import prompt_blocks
 from ems_vllm.spans import num_covered
@@ -102,27 +103,32 @@ class CompressedHeads(CompressedLevel):
         width = key_pages.shape[1] // num_rows
         table = torch.arange(num_rows * width, dtype=torch.int32, device=key_pages.device)
         window = self._settings.obs_window
-        context = self._context_of(
+        counts = Counts(
+            num_live=num_live,
+            num_entries=num_entries,
+            num_scored=[0] * num_rows
+            if scores is None
+            else [min(len(one), end) for one, end in zip(scores, num_entries, strict=True)],
+            num_kept=num_kept,
+            num_queries=min(len(queries), window),
+            num_processed=num_processed,
+            num_represented=num_processed - self._num_accumulated,
+            target_column=num_columns,
+            is_untouched=self._first == 0,
+            rows_together=num_rows,
+        )
+        recorded = _ring_of_heads(ring(queries[None, -window:], window, num_processed), num_rows)
+        context = compaction_context(
+            self._settings,
+            counts,
             key_pages,
             value_pages,
             table.view(num_rows, width),
-            _ring_of_heads(ring(queries[None, -window:], window, num_processed), num_rows),
-            Counts(
-                num_live=num_live,
-                num_entries=num_entries,
-                num_scored=[0] * num_rows
-                if scores is None
-                else [min(len(one), end) for one, end in zip(scores, num_entries, strict=True)],
-                num_kept=num_kept,
-                num_queries=min(len(queries), window),
-                target_column=num_columns,
-                rows_together=num_rows,
-            ),
+            recorded,
             paged_scores,
-            num_processed,
         )
-        held = self.held_positions(at, tail)
-        context = self._protecting(context, [held])
+        held = self._held(at, tail)
+        context = self._protected.protect(context, [held])
         found = policy.score(context)
         if by_scores:
             (pages,) = policy.allocator.deal(context, found, [budget]).tolist()
@@ -130,8 +136,7 @@ class CompressedHeads(CompressedLevel):
             budgets = torch.tensor(num_kept, dtype=torch.int32, device=context.device)
             context = replace(context, budgets=budgets, max_budget=max(num_kept))
         kept_idx = policy.place(context, found)
-        if self._settings.protected:
-            self._take_positions(at, held, kept_idx[0, :, 0])
+        self._protected.keep(at, held, kept_idx[0, :, 0])
         most, start = max(num_kept), num_columns * block_size
 
         def kept(of_heads: torch.Tensor) -> list[torch.Tensor]:

@@ -3,62 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from ems_vllm.eval.transformers_engine.cache import read_entries, replace_entries
+from ems_vllm.eval.transformers_engine.compaction import (
+    CompactionSettings,
+    Counts,
+    compaction_context,
+    ring,
+)
 from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
-from ems_vllm.policies.context import CompactionContext
-from ems_vllm.policies.policy import Policy
+from ems_vllm.eval.transformers_engine.protection import ProtectedPositions
 
 if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.cache import StoredCache
     from ems_vllm.eval.transformers_engine.plans import LevelPlan
     from ems_vllm.eval.transformers_engine.prefill import Prefilled
-    from ems_vllm.policies.rotation import Rotation
-    from ems_vllm.spans import Span
-
-
-@dataclass(frozen=True)
-class CompactionSettings:
-    """How the levels of a request are compacted.
-
-    Attributes:
-        policy: Which entries stay.
-        obs_window: Last queries that score.
-        scale: Softmax scale of the model.
-        rotation: RoPE of the compressed layers; None for none.
-        protected: Spans of positions that stay as they are, in order and apart.
-    """
-
-    policy: Policy
-    obs_window: int
-    scale: float
-    rotation: Rotation | None = None
-    protected: tuple[Span, ...] = ()
-
-
-@dataclass(frozen=True)
-class Counts:
-    """Entries of the rows of a compaction; see CompactionContext.
-
-    Attributes:
-        num_live, num_entries, num_scored, num_kept: Of each row.
-        num_queries: Recorded ones.
-        target_column: Where what is kept goes, in the table of every row.
-        rows_together: Consecutive rows that are kv_heads of a request.
-    """
-
-    num_live: Sequence[int]
-    num_entries: Sequence[int]
-    num_scored: Sequence[int]
-    num_kept: Sequence[int]
-    num_queries: int
-    target_column: int
-    rows_together: int = 1
+    from ems_vllm.policies.context import CompactionContext
 
 
 class CompressedLevel:
@@ -86,7 +49,6 @@ class CompressedLevel:
         self._settings = settings
         # Of its layers among the compressed ones: queries and scores are of all of these.
         self._places = [prompt.layers.index(layer) for layer in level.layers]
-        self._num_heads = prompt.num_kv_heads
         self._first = self._tail = 0
         # Tokens whose queries have been accumulated, by the prompt or by a compaction.
         self._num_accumulated = prompt.num_tokens if self.plan.compresses_prompt else 0
@@ -96,8 +58,7 @@ class CompressedLevel:
             self._scores = self._prompt_scores(prompt, first_query)
         # Where the forward pass began whose attention was added last.
         self._scored_from: int | None = None
-        # By layer and head, the position of every kept entry, where some are protected.
-        self._positions: dict[tuple[int, int], torch.Tensor] = {}
+        self._protected = ProtectedPositions(settings.protected, prompt.num_kv_heads)
 
     def num_live(self, num_processed: int) -> int:
         """Entries per kv_head that each layer holds of so many tokens."""
@@ -169,11 +130,10 @@ class CompressedLevel:
         entries = read_entries(cache, self.layers)
         keys, values = (to_pages(tensor, block_size) for tensor in entries)
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
-        held = [self.held_positions(layer, tail) for layer in range(len(self.layers))]
-        kept_idx = self._settings.policy.compact(self._protecting(context, held))
-        if self._settings.protected:
-            for layer, of_heads in enumerate(held):
-                self._take_positions(layer, of_heads, kept_idx[layer, 0])
+        held = [self._held(layer, tail) for layer in range(len(self.layers))]
+        kept_idx = self._settings.policy.compact(self._protected.protect(context, held))
+        for layer, of_heads in enumerate(held):
+            self._protected.keep(layer, of_heads, kept_idx[layer, 0])
         start, stop = (first - self._first) * block_size, self.num_live(num_processed)
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)
@@ -195,123 +155,29 @@ class CompressedLevel:
         block_size, num_live = self.plan.block_size, self.num_live(num_processed)
         num_entries = (tail - self._first) * block_size
         scores = self._scores
-        return self._context_of(
-            keys,
-            values,
-            torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[None],
-            ring(
-                queries[:, -self._settings.obs_window :], self._settings.obs_window, num_processed
-            ),
-            Counts(
-                num_live=[num_live],
-                num_entries=[num_entries],
-                num_scored=[0 if scores is None else min(scores.shape[2], num_entries)],
-                num_kept=[(tail - first) * block_size],
-                num_queries=min(queries.shape[1], self._settings.obs_window),
-                target_column=first - self._first,
-            ),
-            self._paged_scores(num_live),
-            num_processed,
+        window = self._settings.obs_window
+        counts = Counts(
+            num_live=[num_live],
+            num_entries=[num_entries],
+            num_scored=[0 if scores is None else min(scores.shape[2], num_entries)],
+            num_kept=[(tail - first) * block_size],
+            num_queries=min(queries.shape[1], window),
+            num_processed=num_processed,
+            num_represented=num_processed - self._num_accumulated,
+            target_column=first - self._first,
+            is_untouched=self._first == 0,
+        )
+        table = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[None]
+        recorded = ring(queries[:, -window:], window, num_processed)
+        paged_scores = self._paged_scores(num_live)
+        return compaction_context(
+            self._settings, counts, keys, values, table, recorded, paged_scores
         )
 
-    def _context_of(
-        self,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        table: torch.Tensor,
-        ring: torch.Tensor,
-        counts: Counts,
-        paged_scores: torch.Tensor | None,
-        num_processed: int,
-    ) -> CompactionContext:
-        """What the policy sees of rows that are compacted after so many tokens.
-
-        Args:
-            keys, values: [num_layers, num_pages, num_kv_heads, block_size, head_size].
-            table: [num_rows, num_columns], int32.
-            ring: [num_layers, num_rows, obs_window, num_heads, head_size].
-            counts: Of the rows.
-            paged_scores: [num_layers, num_pages, num_kv_heads, block_size], or None.
-        """
-        settings, num_rows = self._settings, len(table)
-        num_sinks = settings.policy.selector.num_sink_tokens
-
-        def ints(values: Sequence[int]) -> torch.Tensor:
-            return torch.tensor(values, dtype=torch.int32, device=keys.device)
-
-        return CompactionContext(
-            key_cache=keys,
-            value_cache=values,
-            block_table=table,
-            num_entries=ints(counts.num_entries),
-            num_live=ints(counts.num_live),
-            num_scored=ints(counts.num_scored),
-            budgets=ints(counts.num_kept),
-            num_protected=ints([min(num_sinks, kept) for kept in counts.num_kept]),
-            target_columns=ints([counts.target_column] * num_rows),
-            num_represented=ints([num_processed - self._num_accumulated] * num_rows),
-            max_entries=max(counts.num_entries),
-            max_budget=max(counts.num_kept),
-            scale=settings.scale,
-            paged_scores=paged_scores,
-            score_table=table,
-            query_ring=ring,
-            ring_rows=ints(range(num_rows)),
-            num_queries=ints([counts.num_queries] * num_rows),
-            end_positions=ints([num_processed] * num_rows),
-            is_untouched=ints([self._first == 0] * num_rows).bool(),
-            rotations=[settings.rotation] * keys.shape[0],
-            rows_together=counts.rows_together,
-        )
-
-    def held_positions(self, layer: int, tail: int) -> list[torch.Tensor]:
-        """By head, the position of every entry that a compaction of columns up to `tail` sees.
-
-        Nothing where nothing is protected.
-
-        Args:
-            layer: Index in the level.
-        """
-        if not self._settings.protected:
-            return []
+    def _held(self, layer: int, tail: int) -> list[torch.Tensor]:
+        """By head, positions of what a compaction of columns up to `tail` sees in a layer."""
         size = self.plan.block_size
-        new = torch.arange(self._tail * size, tail * size)
-        none = new[:0]
-        return [
-            torch.cat([self._positions.get((layer, head), none), new])
-            for head in range(self._num_heads)
-        ]
-
-    def _take_positions(
-        self, layer: int, held: Sequence[torch.Tensor], kept_idx: torch.Tensor
-    ) -> None:
-        """Remember which entries a layer keeps.
-
-        Args:
-            held: Of held_positions.
-            kept_idx: [num_kv_heads, most entries of a head]; see Selection.
-        """
-        for head, (of_head, kept) in enumerate(zip(held, kept_idx.cpu(), strict=True)):
-            self._positions[layer, head] = of_head[kept[kept >= 0].long()]
-
-    def _protecting(
-        self, context: CompactionContext, held: Sequence[Sequence[torch.Tensor]]
-    ) -> CompactionContext:
-        """A context that protects what the request does.
-
-        Args:
-            held: By layer, of held_positions.
-        """
-        if not self._settings.protected:
-            return context
-        mask = torch.zeros((len(held), len(held[0]), context.max_entries), dtype=torch.bool)
-        for of_layer, in_layer in zip(mask, held, strict=True):
-            for row, positions in zip(of_layer, in_layer, strict=True):
-                for start, stop in self._settings.protected:
-                    row[: len(positions)] |= (positions >= start) & (positions < stop)
-        # Heads are heads of one row, or rows.
-        shape = (len(held), context.num_rows, context.num_kv_heads, context.max_entries)
-        return replace(context, is_protected=mask.view(shape).to(context.device))
+        return self._protected.held(layer, self._tail * size, tail * size)
 
     def _paged_scores(self, num_live: int) -> torch.Tensor | None:
         if self._scores is None:
@@ -319,21 +185,3 @@ class CompressedLevel:
         scores = self._scores.new_zeros((*self._scores.shape[:2], num_live))
         scores[:, :, : self._scores.shape[2]] = self._scores
         return to_pages(scores, self.plan.block_size)
-
-
-def ring(queries: torch.Tensor, obs_window: int, end_position: int) -> torch.Tensor:
-    """The last queries where ops.score_window looks for them.
-
-    Args:
-        queries: [num_layers, num_queries, num_heads, head_size], the newest last.
-        obs_window: Size of the ring.
-        end_position: One more than the position of the newest.
-
-    Returns:
-        [num_layers, 1, obs_window, num_heads, head_size].
-    """
-    num_layers, num_queries, *rest = queries.shape
-    ring = queries.new_zeros((num_layers, 1, obs_window, *rest))
-    positions = torch.arange(end_position - num_queries, end_position, device=queries.device)
-    ring[:, 0, positions % obs_window] = queries
-    return ring

@@ -10,8 +10,9 @@ import torch
 
 from ems_vllm.eval.transformers_engine.attention import masked_by, observed_by
 from ems_vllm.eval.transformers_engine.cache import entries_of, fork
+from ems_vllm.eval.transformers_engine.compaction import CompactionSettings
 from ems_vllm.eval.transformers_engine.heads import CompressedHeads
-from ems_vllm.eval.transformers_engine.level import CompactionSettings, CompressedLevel
+from ems_vllm.eval.transformers_engine.level import CompressedLevel
 from ems_vllm.eval.transformers_engine.plans import LevelPlan, first_scored_query, next_compaction
 from ems_vllm.eval.transformers_engine.prefill import received_attention
 
