@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by test_quantised.py: what vLLM's kernels store, read back, beside the engine's."""
+"""Run by test_quantised.py: what vLLM's kernels store, read back, beside ours."""
 
 import math
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised caches of the engine: vLLM's formats, bit for bit where its code runs on a CPU."""
+"""Quantised caches on transformers: vLLM's formats, bit for bit where its code runs on a CPU."""
 
 import subprocess
 import sys

@@ -168,7 +168,7 @@ def test_pages_hold_entries_in_order():
 def test_reference_operators_are_put_back():
     compiled = ops.merge_compact
     with reference_operators():
-        assert ops.merge_compact is ops.engine.merge_compact
+        assert ops.merge_compact is ops.reference.merge_compact
     assert ops.merge_compact is compiled
 
 
