@@ -135,7 +135,7 @@ class TestHeads:
         assert fresh.generate(identity_prompts(), 20, asked) == plain_answers
         assert not any(increase(fresh, before, "num_compactions"))
 
-    def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
+    def test_answers_are_those_on_transformers(self, fresh, compression):
         expected = answers_of_transformers(compression, [LONG, SHORT], 80)
         assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 

@@ -135,7 +135,7 @@ def plans_of(probe, prompt_len: int):
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
-def test_answers_are_those_of_the_reference_on_transformers(name):
+def test_answers_are_those_on_transformers(name):
     compression = COMPRESSIONS[name]
     with engine(compression, LLAMA, **OPTIONS) as probe:
         found = [probe.generate([prompt], 80)[0] for prompt in (LONG, SHORT)]

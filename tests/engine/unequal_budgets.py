@@ -116,13 +116,13 @@ def answers_of_transformers(
     num_tokens: int,
     extra_args: dict[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers of the transformers_engine on transformers."""
+    """Greedy answers of the engine on transformers."""
     config, options = load_config(compression), RequestOptions.parse(extra_args)
     assert config is not None
-    transformers_engine = TransformersEngine.load(LLAMA, "cpu", "float32")
+    ours = TransformersEngine.load(LLAMA, "cpu", "float32")
     found = []
     for prompt in prompts:
-        logits, request = transformers_engine.process(prompt, config, options)
+        logits, request = ours.process(prompt, config, options)
         answer = [int(logits.argmax())]
         while len(answer) < num_tokens:
             answer.append(int(request.step(answer[-1]).argmax()))

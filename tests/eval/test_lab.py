@@ -110,7 +110,7 @@ def test_right_is_what_would_have_been_written(engine):
 
 
 @pytest.mark.parametrize("recipe", ["ems", "snapkv"])
-def test_one_pass_is_teacher_forcing_of_the_reference_command(engine, recipe):
+def test_one_pass_is_teacher_forcing_of_the_command(engine, recipe):
     # Long enough to be compressed again on the way.
     prompt = prompt_line(
         gold_token_ids=(), written_token_ids=(), continuation_token_ids=tokens(48, seed=92),

@@ -118,7 +118,7 @@ def engine_runs(settings: dict[str, Any]) -> list[Run]:
     return runs
 
 
-def reference_runs(model: TransformersEngine, config: KVCompressionConfig) -> list[Run]:
+def transformers_runs(model: TransformersEngine, config: KVCompressionConfig) -> list[Run]:
     runs = []
     for prompt in PROMPTS:
         run = Run()
@@ -142,10 +142,10 @@ def counts(runs: Sequence[Run]) -> tuple[int, ...]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_engine_and_reference_keep_the_same_and_answer_the_same(name, model):
+def test_both_engines_keep_the_same_and_answer_the_same(name, model):
     settings = {**RECIPES[name], **COMPRESSION}
     config = load_config(settings)
-    ours, theirs = engine_runs(settings), reference_runs(model, config)
+    ours, theirs = engine_runs(settings), transformers_runs(model, config)
     expected = tuple(count * NUM_LEVELS.get(name, 1) for count in NUM_COMPACTIONS)
     assert counts(ours) == counts(theirs) == expected
     disagreeing = [

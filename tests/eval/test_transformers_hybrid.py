@@ -68,7 +68,7 @@ def test_without_compression_it_is_transformers(folder, ours):
         assert answer(ours, prompt, budget=2048) == expected[0, len(prompt) :].tolist()
 
 
-def test_engine_and_reference_answer_the_same(folder, ours):
+def test_both_engines_answer_the_same(folder, ours):
     options = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
     with engine(SETTINGS, folder, **options) as probe:
         # One at a time: what is added up in another order may be rounded to another answer.
