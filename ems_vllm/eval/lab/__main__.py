@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -87,15 +86,7 @@ def main(
     for variant in compared:
         cache_format(variant.kv_cache_dtype).check(engine.shape.head_size)
     lab = Lab(engine, compiled, errors)
-    common: dict[str, Any] = {
-        "engine": "transformers",
-        "model": model,
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "device": str(engine.model.device),
-        "block_size": block_size,
-        "operators": "compiled" if compiled else "reference",
-        "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
-    }
+    common = {**engine.describe(model, compiled), "device": str(engine.model.device)}
     journal = Journal(out.with_suffix(".journal.jsonl"), common)
     chosen = cells(compared, configs, sizes, errors)
     console = Console()

@@ -11,9 +11,8 @@ for `ems-vllm report`. A run that was interrupted goes on where it stopped.
 from __future__ import annotations
 
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -61,15 +60,7 @@ def main(
 
     engine = TransformersEngine.load(model, device, dtype, block_size)
     runner = Runner(engine, model, chosen, asked, overrides, compiled)
-    environment: dict[str, Any] = {
-        "engine": TRANSFORMERS,
-        "model": model,
-        "dtype": str(engine.model.dtype).removeprefix("torch."),
-        "settings": overrides,
-        "block_size": block_size,
-        "operators": "compiled" if compiled else "reference",
-        "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
-    }
+    environment = {**engine.describe(model, compiled), "settings": overrides}
     check_manifest(out, {**environment, "prompts_sha256": fingerprint(prompts)})
     paths = {method: out / method.file_name for method in chosen}
     console = Console()

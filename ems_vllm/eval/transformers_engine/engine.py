@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.eval.records.method import TRANSFORMERS
 from ems_vllm.eval.transformers_engine.answer import Vocabulary
 from ems_vllm.eval.transformers_engine.attention import IMPLEMENTATION
 from ems_vllm.eval.transformers_engine.cache import (
@@ -94,6 +96,22 @@ class TransformersEngine:
             attn_implementation=IMPLEMENTATION,
         )
         return cls(model.to(device), block_size)
+
+    def describe(self, name: str, compiled: bool) -> dict[str, Any]:
+        """What answers depend on beside the prompt and the method, for a record of them.
+
+        Args:
+            name: Of the model.
+            compiled: Whether policies use the compiled operators.
+        """
+        return {
+            "engine": TRANSFORMERS,
+            "model": name,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "block_size": self.block_size,
+            "operators": "compiled" if compiled else "reference",
+            "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
+        }
 
     def prefill(
         self,
