@@ -26,7 +26,8 @@ from serving.summary import summarize
 
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval.records import environment
-from ems_vllm.eval.server.process import Server, block_pool
+from ems_vllm.eval.server import block_pool
+from ems_vllm.eval.server.process import Server
 
 BLOCK_SIZE = 16
 CASES = ("ample", "tight")

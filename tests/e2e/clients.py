@@ -8,8 +8,9 @@ from typing import Any
 
 from openai import OpenAI
 
+from ems_vllm.eval.server import block_pool
 from ems_vllm.eval.server.block_pool import PoolState
-from ems_vllm.eval.server.process import Server, block_pool
+from ems_vllm.eval.server.process import Server
 
 VOCAB_SIZE = 2048
 _salts = itertools.count()

@@ -17,8 +17,8 @@ from ems_vllm.config import ConfigError, RequestOptions
 from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval.transformers_engine import quantised
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
-from ems_vllm.eval.transformers_engine.methods import server_config
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, cache_format
+from ems_vllm.eval.transformers_engine.server_config import server_config
 
 CPU = torch.device("cpu")
 # Layer 5 of 30 is quantised in every format.
