@@ -37,7 +37,7 @@ from ems_vllm.eval.records.prompt_files import PromptLine, read_prompts
 from ems_vllm.eval.records.scoring import score_output
 from ems_vllm.eval.script import run_script
 from ems_vllm.eval.transformers_engine.answer import Vocabulary, cut
-from ems_vllm.eval.transformers_engine.server_config import server_config
+from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def ask_vllm(
         from vllm import SamplingParams
 
         for question in questions:
-            options = question.method.options(question.prompt, config, BLOCK_SIZE)
+            options = request_options(question.method, question.prompt, config, BLOCK_SIZE)
             assert options is not None
             inputs = {"prompt_token_ids": list(question.prompt.prompt_token_ids)}
             params = SamplingParams(**sampling(question.prompt, options))
