@@ -136,7 +136,8 @@ class CompressedHeads(CompressedLevel):
             budgets = torch.tensor(num_kept, dtype=torch.int32, device=context.device)
             context = replace(context, budgets=budgets, max_budget=max(num_kept))
         kept_idx = policy.place(context, found)
-        self._protected.keep(at, held, kept_idx[0, :, 0])
+        if self._settings.protected:
+            self._protected.keep(at, held, kept_idx[0, :, 0])
         most, start = max(num_kept), num_columns * block_size
 
         def kept(of_heads: torch.Tensor) -> list[torch.Tensor]:

@@ -132,8 +132,9 @@ class CompressedLevel:
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
         held = [self._held(layer, tail) for layer in range(len(self.layers))]
         kept_idx = self._settings.policy.compact(self._protected.protect(context, held))
-        for layer, of_heads in enumerate(held):
-            self._protected.keep(layer, of_heads, kept_idx[layer, 0])
+        if self._settings.protected:
+            for layer, of_heads in enumerate(held):
+                self._protected.keep(layer, of_heads, kept_idx[layer, 0])
         start, stop = (first - self._first) * block_size, self.num_live(num_processed)
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)

@@ -54,8 +54,6 @@ class ProtectedPositions:
             held: Of `held`.
             kept_idx: [num_kv_heads, most entries of a head]; see Selection.
         """
-        if not self._spans:
-            return
         for head, (of_head, kept) in enumerate(zip(held, kept_idx.cpu(), strict=True)):
             self._kept[layer, head] = of_head[kept[kept >= 0].long()]
 
