@@ -15,10 +15,10 @@ import typer
 from matplotlib.axes import Axes
 from plot_serving import COLORS, STYLE
 
+from ems_vllm.eval.records.results import EvalResult
 from ems_vllm.eval.report.aggregate import Report, aggregate
 from ems_vllm.eval.report.compare import Table, mean_table
 from ems_vllm.eval.report.verdict import focus
-from ems_vllm.eval.results import EvalResult
 
 FOCUS = "#D55E00"
 OTHERS = [c for c in (*COLORS, "#56B4E9", "#332288", "#882255", "#117733") if c != FOCUS]
