@@ -17,12 +17,12 @@ LAYERS = (
     ("config",),
     ("eval",),
     ("patches",),
-    ("platform",),
+    ("cpu_platform",),
     ("engine",),
     ("plugin", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ADAPTERS = ("engine", "patches", "platform", "plugin")
+ADAPTERS = ("engine", "patches", "cpu_platform", "plugin")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

@@ -18,8 +18,8 @@ LONG = tokens(500)
 # One is the beginning of another: a hit that went too far would be compressed in place.
 PROMPTS = [tokens(5, seed=5), LONG[:300], LONG]
 MAX_TOKENS = 32
-# CPU_REFERENCE: for some of these models vLLM would choose a backend that needs an accelerator.
-OPTIONS = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
+# TORCH_CPU: for some of these models vLLM would choose a backend that needs an accelerator.
+OPTIONS = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "TORCH_CPU"}
 # Models, and the managers of their other layers.
 MODELS = {
     "gemma2": "SlidingWindowManager",

@@ -53,7 +53,7 @@ def test_compression_is_refused_with_what_to_do(answers, name):
 
 
 def test_vllm_alone_runs_as_ever(answers):
-    assert answers["neither"] == "ems_vllm.platform.worker.ReferenceCPUWorker"
+    assert answers["neither"] == "ems_vllm.cpu_platform.worker.TorchCPUWorker"
 
 
 def test_the_installed_vllm_is_supported():
@@ -61,5 +61,5 @@ def test_the_installed_vllm_is_supported():
     cases = {name: CASES[name] for name in ("python", "neither")}
     assert run_script(_SCRIPT, {"version": "0.32.0", "cases": cases}) == {
         "python": "ems_vllm.engine.worker.cpu.CompressedCPUWorker",
-        "neither": "ems_vllm.platform.worker.ReferenceCPUWorker",
+        "neither": "ems_vllm.cpu_platform.worker.TorchCPUWorker",
     }
