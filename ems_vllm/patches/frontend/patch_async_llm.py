@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
 
 if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -34,10 +34,12 @@ PATCHES = (
         source_sha256={
             "0.32.0": "5bd0ee90459b0e29348891b03548cdc31eef8c9218b3c416d5df4e5e14d1bca2"
         },
+        process=Process.FRONTEND,
         reason=(
             "A streamed answer has its status 200 before the request reaches InputProcessor, so an "
             "error there is an event in the stream. An error in the call itself is still a 400."
         ),
+        upstream="none filed",
         remove_when="vLLM validates requests before it begins to stream",
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
 
 if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
@@ -44,10 +44,12 @@ PATCHES = (
         source_sha256={
             "0.32.0": "e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b"
         },
+        process=Process.FRONTEND,
         reason=(
             "Only a platform (validate_request) or a logits processor (validate_params) may check "
             "a request's extra arguments before the engine sees it; we are neither on CUDA."
         ),
+        upstream="none filed",
         remove_when="general plugins can validate requests",
     ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
 
 if TYPE_CHECKING:
     from vllm.renderers.online_renderer import OnlineRenderer
@@ -52,10 +52,12 @@ PATCHES = (
         source_sha256={
             "0.32.0": "6fbc03ba74afe54eb36dab8a557c05bd8df744675848d7317a1fb500f10dd1be"
         },
+        process=Process.FRONTEND,
         reason=(
             "Which tokens a message became is known nowhere: they are found by rendering parts of "
             "the conversation in the same way."
         ),
+        upstream="none filed",
         remove_when="renderers say which tokens a message became",
     ),
 )

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
 
 
 def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +28,9 @@ def _patch(target: str, sha256: str, reason: str) -> Patch:
         wrap=_wrap_create,
         vllm=">=0.32.0,<0.33",
         source_sha256={"0.32.0": sha256},
+        process=Process.FRONTEND,
         reason=reason,
+        upstream="#18179 (open): plugins of the OpenAI server",
         remove_when="general plugins can validate requests of the API",
     )
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
 
 if TYPE_CHECKING:
     import torch
@@ -41,10 +41,12 @@ PATCHES = (
         source_sha256={
             "0.32.0": "1c19f8960fc10d537f83b81258c1d55e6bdb87bb76754a8d546f55eec603c613"
         },
+        process=Process.WORKER,
         reason=(
             "FlashAttentionImpl.forward drops the log of the softmax denominators, without which "
             "scoring a prompt has to compute every product of a query and a key twice."
         ),
+        upstream="RFC #57566 (open): a contract for attention backends of other packages",
         remove_when="an attention implementation can be asked for its softmax LSE",
     ),
 )
