@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # Each layer may import itself and the ones before it.
 LAYERS = (
-    ("_version", "keys", "registry", "spans"),
+    ("_version", "keys", "registry", "spans", "vllm_versions"),
     ("layer_shares", "head_shares"),
     ("_C", "plan"),
     ("ops",),
@@ -22,7 +22,7 @@ LAYERS = (
     ("plugin", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
-ADAPTERS = ("engine", "patches", "cpu_platform", "plugin")
+ADAPTERS = ("engine", "patches", "cpu_platform", "plugin", "vllm_versions")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

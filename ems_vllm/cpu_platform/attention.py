@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.config.cache import CacheDType
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -21,6 +20,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from ems_vllm.cpu_platform.attention_calls import AttentionCall, BatchShape, cut_into_calls
+from ems_vllm.vllm_versions import is_quantized_kv_cache
 
 
 class TorchCPUBackend(AttentionBackend):

@@ -4,7 +4,7 @@
 import os
 import warnings
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
@@ -85,6 +85,13 @@ class TorchCPUPlatform(CpuPlatform):
         vllm_config.profiler_config.torch_profiler_dump_cuda_time_total = False
         _limit_threads()
         _choose_start_method()
+
+    @classmethod
+    def _preferred_block_size_for_backends(
+        cls, backend_classes: list[Any], default_block_size: int, vllm_config: "VllmConfig"
+    ) -> int:
+        # From 0.33 on CpuPlatform asks for one that suits its kernels.
+        return super()._preferred_block_size_for_backends(backend_classes, _BLOCK_SIZE, vllm_config)
 
     @classmethod
     def get_attn_backend_cls(

@@ -13,6 +13,7 @@ from typing import Any
 
 from ems_vllm.patches import target as targets
 from ems_vllm.patches.target import OUR_WRAPPERS, PatchError
+from ems_vllm.vllm_versions import SUPPORTED
 
 __all__ = ["Patch", "PatchError", "Process"]
 
@@ -40,24 +41,24 @@ class Patch:
     Attributes:
         target: "module:Class.function".
         wrap: Takes the original function, returns the new one.
-        vllm: Versions this was written for; empty: any.
         source_sha256: Hash of the original's source per vLLM version it was tested with; empty:
             any source.
         process: Where the function runs, so who applies the patch.
         reason: What has no extension point.
         upstream: Issue or pull request of vLLM about it.
         remove_when: What vLLM would have to offer.
+        vllm: Versions this was written for; empty: any.
         always: Whether it is applied where compression is off, too.
     """
 
     target: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    vllm: str
     source_sha256: Mapping[str, str]
     process: Process
     reason: str
     upstream: str
     remove_when: str
+    vllm: str = SUPPORTED
     always: bool = False
 
     def apply(self) -> None:

@@ -98,3 +98,27 @@ def test_the_longest_prompt_can_still_be_admitted(levels):
     )
     (answer,) = simulator.answers.values()
     assert len(answer) == 20
+
+
+def test_nobody_passes_a_request_that_waits_for_score_pages():
+    """Those that need few would always come first, and one that needs many never."""
+    simulator = Simulator(
+        {**SETTINGS, "prefix_score_tokens": 56}, num_blocks=400, max_num_batched_tokens=64
+    )
+    simulator.add([*range(60), *range(500, 520)], 4)
+    simulator.drain()
+    admitted, schedule = [], simulator.scheduler.schedule
+
+    def scheduling(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        admitted.extend(request.req_id for request in output.scheduled_new_reqs)
+        return output
+
+    simulator.scheduler.schedule = scheduling
+    # Tokens of the cached prompt that each begins with. The second wants all pages there are.
+    queue = [
+        simulator.add([*range(shared), *range(1000 * index, 1000 * index + 80 - shared)], 4)
+        for index, shared in enumerate((28, 60, 28, 28), 1)
+    ]
+    simulator.drain()
+    assert admitted == queue

@@ -359,8 +359,8 @@ class TestGrouping:
     def config(specs, disable_hybrid=False):
         """The KV-cache configuration that vLLM makes of specs by layer name."""
         from engine.harness import LLAMA
+        from engine.vllm_imports import get_kv_cache_configs
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
         vllm_config = EngineArgs(
             LLAMA, block_size=16, disable_hybrid_kv_cache_manager=disable_hybrid

@@ -14,6 +14,7 @@ from ems_vllm.patches import target as targets
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.record import Patch, PatchError, Process
 from ems_vllm.patches.target import fits, resolve
+from ems_vllm.vllm_versions import SUPPORTED
 
 
 def test_catalogue_is_complete():
@@ -134,8 +135,9 @@ def test_source_that_was_not_tested_is_refused(version, monkeypatch):
     assert Target().method(1) == 2
 
 
-def test_release_that_left_a_function_as_it_was_is_taken(monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.32.7")
+@pytest.mark.parametrize("version", ["0.32.7", "0.33.2"])
+def test_release_that_left_a_function_as_it_was_is_taken(version, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
     for patch in PATCHES:
         patch.verify()
 
@@ -193,13 +195,17 @@ def test_vllm_without_sources_is_refused(monkeypatch):
         ("0.32.0.post1", True),
         ("0.32.1rc1", True),
         ("0.32.0rc2", False),
-        ("0.33.0.dev7", False),
-        ("0.33.0rc1", False),
-        ("0.33.0", False),
+        ("0.33.0.dev7", True),
+        ("0.33.0rc1", True),
+        ("0.33.0", True),
+        ("0.33.4+cu130", True),
+        ("0.34.0.dev7", False),
+        ("0.34.0rc1", False),
+        ("0.34.0", False),
         ("dev", False),
     ],
 )
 def test_versions_are_told_apart(version, expected, monkeypatch):
     monkeypatch.setattr("vllm.__version__", version)
-    assert fits(">=0.32.0,<0.33") is expected
+    assert fits(SUPPORTED) is expected
     assert fits("")
