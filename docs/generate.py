@@ -100,6 +100,9 @@ def _row(refusal: Refusal) -> str:
     return f"| {' | '.join(cells)} |".replace("{", "").replace("}", "")
 
 
+_APPLIED = {True: "also where compression is off", False: "only where compression is on"}
+
+
 def patches() -> str:
     lines = [
         "# Patches of vLLM",
@@ -115,7 +118,9 @@ def patches() -> str:
             f"## `{patch.target}`",
             "",
             f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
+            f"* Process: {patch.process}; {_APPLIED[patch.always]}",
             f"* Why: {patch.reason}",
+            f"* Upstream: {patch.upstream}",
             f"* Goes when: {patch.remove_when}",
             "",
         ]

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # By package: what its parts, files or folders, may import: the layers before their own.
 LAYERS = {
     "ems_vllm": (
-        ("_version", "keys", "registry", "spans"),
+        ("_version", "keys", "registry", "spans", "vllm_versions"),
         ("layer_shares", "head_shares"),
         ("_C",),
         ("plan",),
@@ -21,9 +21,18 @@ LAYERS = {
         ("config",),
         ("eval",),
         ("patches",),
-        ("platform",),
+        ("cpu_platform",),
         ("engine",),
         ("plugin", "cli"),
+    ),
+    "ems_vllm.engine": (
+        ("cache_dtype", "kernels", "measuring", "observation", "orders", "pools", "refusal"),
+        ("scheduler",),
+        ("kv_cache_spec",),
+        ("group",),
+        ("attention",),
+        ("worker",),
+        ("frontend",),
     ),
     "ems_vllm.eval": (
         ("script", "questions"),
@@ -44,7 +53,7 @@ KNOWN_CIRCLES = (
         "ems_vllm.patches.executor",
     },
 )
-ADAPTERS = ("engine", "patches", "platform", "plugin")
+ADAPTERS = ("engine", "patches", "cpu_platform", "plugin", "vllm_versions")
 MODULES = modules()
 
 

@@ -67,7 +67,7 @@ def test_every_vector_has_scales_of_its_own():
 
 
 def test_float8_is_what_the_cpu_platform_writes():
-    from ems_vllm.platform.attention import _float8_bytes
+    from ems_vllm.cpu_platform.attention import _float8_bytes
 
     x = 200 * vectors(50, 64)
     written = _float8_bytes(x, 1.0).view(torch.float8_e4m3fn).to(x.dtype)

@@ -69,7 +69,7 @@ def test_without_compression_it_is_transformers(folder, ours):
 
 
 def test_both_engines_answer_the_same(folder, ours):
-    options = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
+    options = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "TORCH_CPU"}
     with engine(SETTINGS, folder, **options) as probe:
         # One at a time: what is added up in another order may be rounded to another answer.
         expected = [probe.generate([prompt], MAX_TOKENS)[0] for prompt in PROMPTS]

@@ -119,7 +119,7 @@ def cache_format(name: str) -> CacheFormat:
 
 
 def _float8(x: torch.Tensor) -> torch.Tensor:
-    """e4m3 with scale 1, as ems_vllm.platform.attention writes it; too large is saturated."""
+    """e4m3 with scale 1, as ems_vllm.cpu_platform.attention writes it; too large is saturated."""
     return _to_float8(x.float()).to(x.dtype)
 
 

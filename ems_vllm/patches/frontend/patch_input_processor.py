@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.vllm_versions import by_version
 
 if TYPE_CHECKING:
     from vllm.v1.engine.input_processor import InputProcessor
@@ -40,14 +41,15 @@ PATCHES = (
     Patch(
         target="vllm.v1.engine.input_processor:InputProcessor.process_inputs",
         wrap=_wrap_process_inputs,
-        vllm=">=0.32.0,<0.33",
-        source_sha256={
-            "0.32.0": "e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b"
-        },
+        source_sha256=by_version(
+            "e22b5f772979054c158de62fa720f7a03db03382a91902852c9148d0144cd27b"
+        ),
+        process=Process.FRONTEND,
         reason=(
             "Only a platform (validate_request) or a logits processor (validate_params) may check "
             "a request's extra arguments before the engine sees it; we are neither on CUDA."
         ),
+        upstream="none filed",
         remove_when="general plugins can validate requests",
     ),
 )

@@ -9,7 +9,7 @@ import torch
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 
-class ReferencePunicaWrapper(PunicaWrapperCPU):
+class TorchCPUPunicaWrapper(PunicaWrapperCPU):
     """vLLM's PyTorch operators, which take "no adapter", index -1, for the last adapter."""
 
     def _apply_shrink(self, y: torch.Tensor, *args: Any, **kwargs: Any) -> None:

@@ -12,8 +12,8 @@ pytest.importorskip("vllm")
 
 from vllm.v1.attention.backend import CommonAttentionMetadata
 
-from ems_vllm.platform import attention_plan
-from ems_vllm.platform.attention import ReferenceAttentionBackend
+from ems_vllm.cpu_platform import attention_calls
+from ems_vllm.cpu_platform.attention import TorchCPUBackend
 
 HEAD_SIZE = 32
 TOLERANCE = {
@@ -97,7 +97,7 @@ def run_backend(
         cache = cache.transpose(1, 2).contiguous().transpose(1, 2)
 
     sinks = torch.randn(case.num_heads, dtype=case.dtype) if case.sinks else None
-    impl = ReferenceAttentionBackend.get_impl_cls()(
+    impl = TorchCPUBackend.get_impl_cls()(
         case.num_heads,
         HEAD_SIZE,
         scale=HEAD_SIZE**-0.5,
@@ -137,7 +137,7 @@ def run_backend(
         block_table_tensor=block_table,
         slot_mapping=torch.cat(slot_mapping),
     )
-    builder = ReferenceAttentionBackend.get_builder_cls()(
+    builder = TorchCPUBackend.get_builder_cls()(
         SimpleNamespace(block_size=case.block_size),
         ["layer"],
         SimpleNamespace(model_config=SimpleNamespace(dtype=case.dtype)),
@@ -192,28 +192,28 @@ def test_keeps_the_softmax_lse_when_asked(case: Case, batch: list[tuple[int, int
 
 
 def test_decodes_that_exceed_the_gather_limit_are_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_plan, "_MAX_GATHERED_ENTRIES", 100)
+    monkeypatch.setattr(attention_calls, "_MAX_GATHERED_ENTRIES", 100)
     result, expected = run_backend(Case(), [(45, 1)] * 5)
     torch.testing.assert_close(result.out, expected.out, **TOLERANCE[torch.float32])
 
 
 def test_decodes_of_similar_length_share_a_call() -> None:
     seq_lens = [100, 8000, 60, 7000, 100]
-    batch = attention_plan.BatchShape(
+    batch = attention_calls.BatchShape(
         query_start_loc=range(6),
         seq_lens=seq_lens,
         block_table=torch.zeros(5, 500, dtype=torch.int32),
         block_size=16,
     )
-    calls = attention_plan.plan_attention(batch, None, torch.float32)
+    calls = attention_calls.cut_into_calls(batch, None, torch.float32)
     assert [tuple(call.block_ids.shape) for call in calls] == [(2, 8000), (3, 100)]
-    windowed = attention_plan.plan_attention(batch, 50, torch.float32)
+    windowed = attention_calls.cut_into_calls(batch, 50, torch.float32)
     assert [tuple(call.block_ids.shape) for call in windowed] == [(5, 50)]
     assert windowed[0].mask is None
 
 
 def test_padding_tokens_are_not_written() -> None:
-    impl = ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, num_kv_heads=2)
+    impl = TorchCPUBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, num_kv_heads=2)
     cache = torch.zeros(3, 2, 4, 2 * HEAD_SIZE)
     key = torch.ones(5, 2, HEAD_SIZE)
     impl.do_kv_cache_update(None, key, 2 * key, cache, torch.tensor([5, -1, 10]))
@@ -224,7 +224,7 @@ def test_padding_tokens_are_not_written() -> None:
 
 
 def test_float8_cache_holds_scaled_and_saturated_numbers() -> None:
-    impl = ReferenceAttentionBackend.get_impl_cls()(1, HEAD_SIZE, 1.0, kv_cache_dtype="fp8")
+    impl = TorchCPUBackend.get_impl_cls()(1, HEAD_SIZE, 1.0, kv_cache_dtype="fp8")
     layer = SimpleNamespace(_k_scale_float=2.0, _v_scale_float=0.5)
     cache = torch.zeros(2, 1, 4, 2 * HEAD_SIZE, dtype=torch.uint8)
     key = torch.full((2, 1, HEAD_SIZE), 3.0)
@@ -237,7 +237,7 @@ def test_float8_cache_holds_scaled_and_saturated_numbers() -> None:
 
 
 def test_profiling_run_has_defined_output() -> None:
-    impl = ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0)
+    impl = TorchCPUBackend.get_impl_cls()(2, HEAD_SIZE, 1.0)
     output = torch.full((3, 2, HEAD_SIZE), float("nan"))
     assert not impl.forward(None, None, None, None, None, None, output).any()
 
@@ -252,8 +252,8 @@ def test_profiling_run_has_defined_output() -> None:
     ids=lambda option: next(iter(option)),
 )
 def test_unsupported_attention_is_refused(unsupported: dict[str, object]) -> None:
-    with pytest.raises(NotImplementedError, match="CPU_REFERENCE attention does not support"):
-        ReferenceAttentionBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, **unsupported)
+    with pytest.raises(NotImplementedError, match="TORCH_CPU attention does not support"):
+        TorchCPUBackend.get_impl_cls()(2, HEAD_SIZE, 1.0, **unsupported)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +273,7 @@ def test_attention_to_later_tokens_is_refused(unsupported: dict[str, object]) ->
         slot_mapping=torch.arange(16, 20),
         **unsupported,
     )
-    builder = ReferenceAttentionBackend.get_builder_cls()(
+    builder = TorchCPUBackend.get_builder_cls()(
         SimpleNamespace(block_size=16),
         ["layer"],
         SimpleNamespace(model_config=SimpleNamespace(dtype=torch.float32)),

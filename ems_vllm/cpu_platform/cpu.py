@@ -4,7 +4,7 @@
 import os
 import warnings
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.logger import init_logger
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
-_BACKEND = "CPU_REFERENCE"
+_BACKEND = "TORCH_CPU"
+# What it was called before; --attention-backend takes both.
+_FORMER_BACKEND = "CPU_REFERENCE"
 _BLOCK_SIZE = 16
 _KV_CACHE_BYTES = GiB_bytes
 _START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
@@ -31,11 +33,12 @@ _chosen_start_method = os.environ.get(_START_METHOD)
 torch.accelerator.empty_cache = lambda: None
 torch.accelerator.empty_host_cache = lambda: None
 
-if _BACKEND not in AttentionBackendEnum.__members__:
-    register_backend(_BACKEND, "ems_vllm.platform.attention.ReferenceAttentionBackend")
+for _name in (_BACKEND, _FORMER_BACKEND):
+    if _name not in AttentionBackendEnum.__members__:
+        register_backend(_name, "ems_vllm.cpu_platform.attention.TorchCPUBackend")
 
 
-class ReferenceCPUPlatform(CpuPlatform):
+class TorchCPUPlatform(CpuPlatform):
     """Runs the engine, both model runners included, on PyTorch operators alone."""
 
     # Not CPU: layers, linear operators and the sampler then take their native PyTorch path,
@@ -77,11 +80,18 @@ class ReferenceCPUPlatform(CpuPlatform):
             cache_config.kv_cache_memory_bytes = _KV_CACHE_BYTES
         parallel_config = vllm_config.parallel_config
         if parallel_config.worker_cls == "auto":
-            parallel_config.worker_cls = "ems_vllm.platform.worker.ReferenceCPUWorker"
+            parallel_config.worker_cls = "ems_vllm.cpu_platform.worker.TorchCPUWorker"
         vllm_config.compilation_config.cudagraph_capture_sizes = []
         vllm_config.profiler_config.torch_profiler_dump_cuda_time_total = False
         _limit_threads()
         _choose_start_method()
+
+    @classmethod
+    def _preferred_block_size_for_backends(
+        cls, backend_classes: list[Any], default_block_size: int, vllm_config: "VllmConfig"
+    ) -> int:
+        # From 0.33 on CpuPlatform asks for one that suits its kernels.
+        return super()._preferred_block_size_for_backends(backend_classes, _BLOCK_SIZE, vllm_config)
 
     @classmethod
     def get_attn_backend_cls(
@@ -92,16 +102,18 @@ class ReferenceCPUPlatform(CpuPlatform):
     ) -> str:
         if attn_selector_config.use_mla or attn_selector_config.use_sparse:
             raise NotImplementedError(
-                "the CPU reference platform runs plain multi-head and grouped-query attention; "
+                "this CPU platform runs plain multi-head and grouped-query attention; "
                 "run models with latent (MLA) or sparse attention on a GPU"
             )
-        backend = selected_backend or AttentionBackendEnum[_BACKEND]
+        backend = selected_backend
+        if backend is None or backend.name == _FORMER_BACKEND:
+            backend = AttentionBackendEnum[_BACKEND]
         logger.info_once("Using %s backend.", backend.name)
         return backend.get_path()
 
     @classmethod
     def get_punica_wrapper(cls) -> str:
-        return "ems_vllm.platform.lora.ReferencePunicaWrapper"
+        return "ems_vllm.cpu_platform.lora.TorchCPUPunicaWrapper"
 
     @classmethod
     def register_triton_kernel_overrides(cls) -> None:
@@ -112,7 +124,7 @@ class ReferenceCPUPlatform(CpuPlatform):
             return
         from vllm.triton_utils.dispatcher import register_kernels
 
-        from ems_vllm.platform.slot_mapping import compute_slot_mapping
+        from ems_vllm.cpu_platform.slot_mapping import compute_slot_mapping
 
         with warnings.catch_warnings():
             # It looks at every attribute of every module, torch's deprecated ones included.

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.vllm_versions import by_version
 
 if TYPE_CHECKING:
     from vllm.renderers.online_renderer import OnlineRenderer
@@ -48,14 +49,16 @@ PATCHES = (
     Patch(
         target="vllm.renderers.online_renderer:OnlineRenderer.preprocess_chat",
         wrap=_wrap_preprocess_chat,
-        vllm=">=0.32.0,<0.33",
-        source_sha256={
-            "0.32.0": "6fbc03ba74afe54eb36dab8a557c05bd8df744675848d7317a1fb500f10dd1be"
-        },
+        source_sha256=by_version(
+            "6fbc03ba74afe54eb36dab8a557c05bd8df744675848d7317a1fb500f10dd1be",
+            "f4885ea9b147b4c9667baa168ca82e08980bc1f941bbbdbe5373a4cc60f9cccb",
+        ),
+        process=Process.FRONTEND,
         reason=(
             "Which tokens a message became is known nowhere: they are found by rendering parts of "
             "the conversation in the same way."
         ),
+        upstream="none filed",
         remove_when="renderers say which tokens a message became",
     ),
 )

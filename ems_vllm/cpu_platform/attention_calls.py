@@ -47,7 +47,7 @@ class BatchShape:
     block_size: int
 
 
-def plan_attention(
+def cut_into_calls(
     batch: BatchShape, sliding_window: int | None, dtype: torch.dtype
 ) -> list[AttentionCall]:
     """Cut a batch into calls: decodes of similar length together, every prefill on its own.

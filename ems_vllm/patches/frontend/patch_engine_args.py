@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.vllm_versions import by_version
 
 if TYPE_CHECKING:
     import argparse
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.engine.arg_utils import EngineArgs
 
-_VLLM = ">=0.32.0,<0.33"
+_ARGUMENTS = "#40824 (closed): arguments of out-of-tree platforms, not of general plugins"
 
 
 def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -59,34 +60,42 @@ PATCHES = (
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.add_cli_args",
         wrap=_wrap_add_cli_args,
-        vllm=_VLLM,
-        source_sha256={
-            "0.32.0": "0b7444570415c68c90cbf8636cc15988c3bab33438acd65dbc75c26c125e5cba"
-        },
+        source_sha256=by_version(
+            "0b7444570415c68c90cbf8636cc15988c3bab33438acd65dbc75c26c125e5cba",
+            "28ea69a1405b70eed2ceb817ce6258d149b83195130286c586ae828bd7f6ed3b",
+        ),
+        process=Process.FRONTEND,
         reason="A general plugin cannot add arguments to the parser of `vllm serve`.",
+        upstream=_ARGUMENTS,
         remove_when="vLLM lets general plugins extend the argument parser",
+        always=True,
     ),
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.from_cli_args",
         wrap=_wrap_from_cli_args,
-        vllm=_VLLM,
-        source_sha256={
-            "0.32.0": "51a013f61829ac5c0f4f2259d8dba5803bcd0b66b4bcad8071b2733c09be6a43"
-        },
+        source_sha256=by_version(
+            "51a013f61829ac5c0f4f2259d8dba5803bcd0b66b4bcad8071b2733c09be6a43"
+        ),
+        process=Process.FRONTEND,
         reason="Arguments that are no fields of EngineArgs are lost; ours go to additional_config.",
+        upstream=_ARGUMENTS,
         remove_when="vLLM lets general plugins extend the argument parser",
+        always=True,
     ),
     Patch(
         target="vllm.engine.arg_utils:EngineArgs.create_engine_config",
         wrap=_wrap_create_engine_config,
-        vllm=_VLLM,
-        source_sha256={
-            "0.32.0": "b9b94288f46d2f679c3f30825ddd2eb3b1f6a9958115c80505c4c948b972150f"
-        },
+        source_sha256=by_version(
+            "b9b94288f46d2f679c3f30825ddd2eb3b1f6a9958115c80505c4c948b972150f",
+            "1f916622074963ee1d18464914782146a7f5ea52cd3a959a2c74acefd3db8e63",
+        ),
+        process=Process.FRONTEND,
         reason=(
             "Only a platform may check and update a complete VllmConfig; on CUDA that is vLLM's "
             "own. Here the settings are validated and the compressing worker class is chosen."
         ),
+        upstream="none filed; RFC #19161 (open) asks for hooks of out-of-tree code in general",
         remove_when="general plugins get a check_and_update_config hook",
+        always=True,
     ),
 )

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.vllm_versions import by_version
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -30,15 +31,17 @@ PATCHES = (
     Patch(
         target="vllm.v1.executor.abstract:Executor.__init__",
         wrap=_wrap_init,
-        vllm=">=0.32.0,<0.33",
-        source_sha256={
-            "0.32.0": "31103cf2889954b3c242742ccef234398787e9472ff69f9dddc725d0e97bab19"
-        },
+        source_sha256=by_version(
+            "31103cf2889954b3c242742ccef234398787e9472ff69f9dddc725d0e97bab19"
+        ),
+        process=Process.SCHEDULER,
         reason=(
             "A VllmConfig that was not made by EngineArgs has passed none of our checks, and its "
             "settings would have no effect. Executors are the first to see it where general "
             "plugins are loaded for certain."
         ),
+        upstream="none filed",
         remove_when="general plugins get a check_and_update_config hook",
+        always=True,
     ),
 )

@@ -11,10 +11,10 @@ from vllm.v1.worker import cpu_worker
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from ems_vllm.platform.generators import make_generators_rewindable
+from ems_vllm.cpu_platform.generators import make_generators_rewindable
 
 
-class ReferenceCPUWorker(CPUWorker):
+class TorchCPUWorker(CPUWorker):
     """Either model runner on PyTorch operators."""
 
     def __init__(

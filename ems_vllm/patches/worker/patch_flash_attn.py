@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.patches.record import Patch
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.vllm_versions import by_version
 
 if TYPE_CHECKING:
     import torch
@@ -37,14 +38,15 @@ PATCHES = (
     Patch(
         target="vllm.v1.attention.backends.flash_attn:FA4DenseAttentionKernel.__call__",
         wrap=_wrap_call,
-        vllm=">=0.32.0,<0.33",
-        source_sha256={
-            "0.32.0": "1c19f8960fc10d537f83b81258c1d55e6bdb87bb76754a8d546f55eec603c613"
-        },
+        source_sha256=by_version(
+            "1c19f8960fc10d537f83b81258c1d55e6bdb87bb76754a8d546f55eec603c613"
+        ),
+        process=Process.WORKER,
         reason=(
             "FlashAttentionImpl.forward drops the log of the softmax denominators, without which "
             "scoring a prompt has to compute every product of a query and a key twice."
         ),
+        upstream="RFC #57566 (open): a contract for attention backends of other packages",
         remove_when="an attention implementation can be asked for its softmax LSE",
     ),
 )

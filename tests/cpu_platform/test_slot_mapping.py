@@ -6,7 +6,7 @@ import inspect
 import pytest
 import torch
 
-from ems_vllm.platform.slot_mapping import compute_slot_mapping
+from ems_vllm.cpu_platform.slot_mapping import compute_slot_mapping
 
 PAD = -1
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from vllm.config import VllmConfig
 from vllm.config.cache import CacheDType
-from vllm.utils.torch_utils import is_quantized_kv_cache
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
@@ -20,10 +19,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.kv_cache_interface import AttentionSpec
 
-from ems_vllm.platform.attention_plan import AttentionCall, BatchShape, plan_attention
+from ems_vllm.cpu_platform.attention_calls import AttentionCall, BatchShape, cut_into_calls
+from ems_vllm.vllm_versions import is_quantized_kv_cache
 
 
-class ReferenceAttentionBackend(AttentionBackend):
+class TorchCPUBackend(AttentionBackend):
     """Decoder self-attention (MHA, GQA, MQA), any block size, any KV-cache layout."""
 
     forward_includes_kv_cache_update = False
@@ -38,15 +38,15 @@ class ReferenceAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_name() -> str:
-        return "CPU_REFERENCE"
+        return "TORCH_CPU"
 
     @staticmethod
-    def get_impl_cls() -> type["ReferenceAttentionImpl"]:
-        return ReferenceAttentionImpl
+    def get_impl_cls() -> type["TorchCPUImpl"]:
+        return TorchCPUImpl
 
     @staticmethod
-    def get_builder_cls() -> type["ReferenceAttentionBuilder"]:
-        return ReferenceAttentionBuilder
+    def get_builder_cls() -> type["TorchCPUBuilder"]:
+        return TorchCPUBuilder
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
@@ -58,7 +58,7 @@ class ReferenceAttentionBackend(AttentionBackend):
 
 
 @dataclass
-class ReferenceAttentionMetadata(AttentionMetadata):
+class TorchCPUMetadata(AttentionMetadata):
     """One batch, and how it is cut into calls for each sliding window its layers use.
 
     Attributes:
@@ -80,11 +80,11 @@ class ReferenceAttentionMetadata(AttentionMetadata):
     def calls(self, sliding_window: int | None) -> list[AttentionCall]:
         """The batch's calls; planned by the first layer that asks, shared by the others."""
         if sliding_window not in self._calls:
-            self._calls[sliding_window] = plan_attention(self.batch, sliding_window, self.dtype)
+            self._calls[sliding_window] = cut_into_calls(self.batch, sliding_window, self.dtype)
         return self._calls[sliding_window]
 
 
-class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetadata]):
+class TorchCPUBuilder(AttentionMetadataBuilder[TorchCPUMetadata]):
     """Copies what the attention needs out of the batch's common metadata."""
 
     def __init__(
@@ -103,13 +103,13 @@ class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetad
         common_prefix_len: int,
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
-    ) -> ReferenceAttentionMetadata:
+    ) -> TorchCPUMetadata:
         m = common_attn_metadata
         if m.causal is not True:
-            raise NotImplementedError("CPU_REFERENCE attention is causal only")
+            raise NotImplementedError("TORCH_CPU attention is causal only")
         if m.mm_req_doc_ranges:
             raise NotImplementedError(
-                "CPU_REFERENCE attention is causal only; this model's image tokens see each other"
+                "TORCH_CPU attention is causal only; this model's image tokens see each other"
             )
         batch = BatchShape(
             query_start_loc=m.query_start_loc_cpu.tolist(),
@@ -117,7 +117,7 @@ class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetad
             block_table=m.block_table_tensor,
             block_size=self.block_size,
         )
-        return ReferenceAttentionMetadata(
+        return TorchCPUMetadata(
             num_actual_tokens=m.num_actual_tokens,
             query_start_loc=m.query_start_loc_cpu,
             seq_lens=m.seq_lens,
@@ -128,7 +128,7 @@ class ReferenceAttentionBuilder(AttentionMetadataBuilder[ReferenceAttentionMetad
         )
 
 
-class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
+class TorchCPUImpl(AttentionImpl[TorchCPUMetadata]):
     """scaled_dot_product_attention over K/V gathered from the paged cache.
 
     Attributes:
@@ -155,7 +155,7 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
     ) -> None:
         _refuse("ALiBi", alibi_slopes)
         _refuse("attention type", attn_type if attn_type != AttentionType.DECODER else None)
-        supported = ReferenceAttentionBackend.supports_kv_cache_dtype(kv_cache_dtype)
+        supported = TorchCPUBackend.supports_kv_cache_dtype(kv_cache_dtype)
         _refuse("KV-cache dtype", None if supported else kv_cache_dtype)
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads or num_heads
@@ -208,7 +208,7 @@ class ReferenceAttentionImpl(AttentionImpl[ReferenceAttentionMetadata]):
         key: torch.Tensor,
         value: torch.Tensor,
         kv_cache: torch.Tensor,
-        attn_metadata: ReferenceAttentionMetadata | None,
+        attn_metadata: TorchCPUMetadata | None,
         output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
@@ -314,4 +314,4 @@ def _float8_bytes(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _refuse(what: str, value: Any) -> None:
     if value:
-        raise NotImplementedError(f"CPU_REFERENCE attention does not support {what} {value}")
+        raise NotImplementedError(f"TORCH_CPU attention does not support {what} {value}")

@@ -25,7 +25,7 @@ def cpu_platform() -> str | None:
     if switch not in ("", "0", "1"):
         warnings.warn(f"{_SWITCH}={switch!r} is neither 0 nor 1; ignored", stacklevel=2)
     offered = switch == "1" or (switch != "0" and not _has_own_platform())
-    return "ems_vllm.platform.cpu.ReferenceCPUPlatform" if offered else None
+    return "ems_vllm.cpu_platform.cpu.TorchCPUPlatform" if offered else None
 
 
 def _has_own_platform() -> bool:

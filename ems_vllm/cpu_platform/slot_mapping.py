@@ -35,7 +35,7 @@ def compute_slot_mapping(
         NotImplementedError: with context parallelism.
     """
     if TOTAL_CP_WORLD_SIZE != 1:
-        raise NotImplementedError("the CPU reference platform has no context parallelism")
+        raise NotImplementedError("this CPU platform has no context parallelism")
     query_lens = query_start_loc_ptr.diff()
     num_scheduled = int(query_start_loc_ptr[-1])
     req_idx = torch.repeat_interleave(query_lens, output_size=num_scheduled)
