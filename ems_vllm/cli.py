@@ -17,8 +17,8 @@ from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
 from ems_vllm.head_shares import HeadShares, least_and_most
 from ems_vllm.plan import PlanSettings, prompt_blocks
-from ems_vllm.policies.budgets.ada import AdaBudget
-from ems_vllm.policies.budgets.uniform import UniformBudget
+from ems_vllm.policies.allocators.ada import AdaBudget
+from ems_vllm.policies.allocators.uniform import UniformBudget
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan

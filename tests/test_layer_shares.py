@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ems_vllm.layer_shares import LayerShares
-from ems_vllm.policies.budgets.pyramid import PyramidBudget
+from ems_vllm.policies.allocators.pyramid import PyramidBudget
 from ems_vllm.policies.levels import in_levels
 
 RATIOS = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4, unique=True).map(sorted)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ems_vllm.policies.budgets.ada import AdaBudget
+from ems_vllm.policies.allocators.ada import AdaBudget
 
 
 @contextmanager

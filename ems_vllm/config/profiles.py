@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from ems_vllm.config import recipes
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
-from ems_vllm.policies.budgets.profile import LayerProfile
+from ems_vllm.policies.allocators.profile import LayerProfile
 
 
 def _folder() -> Any:

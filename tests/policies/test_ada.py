@@ -15,8 +15,8 @@ from policies.contexts import BLOCK_SIZE, Row, build_context, heads_as_rows
 from policies.test_workspace import Allocations
 
 from ems_vllm.config import load_config
+from ems_vllm.policies.allocators.ada import AdaBudget
 from ems_vllm.policies.base import Scores
-from ems_vllm.policies.budgets.ada import AdaBudget
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 

@@ -21,8 +21,8 @@ from policies.contexts import (
 )
 
 from ems_vllm.config import load_config, recipes
+from ems_vllm.policies.allocators.ada import AdaBudget
 from ems_vllm.policies.base import MERGERS
-from ems_vllm.policies.budgets.ada import AdaBudget
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.protection import kept_of
