@@ -8,7 +8,7 @@
 namespace ems {
 
 void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
-                   const std::optional<Tensor>& paged_scores, const Tensor& weights,
+                   const std::optional<Tensor>& accumulated_pages, const Tensor& weights,
                    const std::optional<Tensor>& carry, bool merges_keys,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
@@ -33,11 +33,12 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
   p.block_table = checks.block_table("block_table", block_table, p.num_rows);
   p.weights = checks.head_rows<const float>("weights", weights, ScalarType::Float, p.num_layers,
                                             p.num_rows, p.num_kv_heads);
-  checks.require(paged_scores.has_value() == carry.has_value(),
-                 "paged_scores and carry must be given together or not at all");
-  if (paged_scores.has_value()) {
-    p.paged_scores = checks.scores("paged_scores", *paged_scores,
-                                   {p.num_layers, kAny, p.num_kv_heads, p.key_cache.block_size});
+  checks.require(accumulated_pages.has_value() == carry.has_value(),
+                 "accumulated_pages and carry must be given together or not at all");
+  if (accumulated_pages.has_value()) {
+    p.accumulated_pages =
+        checks.scores("accumulated_pages", *accumulated_pages,
+                      {p.num_layers, kAny, p.num_kv_heads, p.key_cache.block_size});
     p.carry = checks.head_rows<const float>("carry", *carry, ScalarType::Float, p.num_layers,
                                             p.num_rows, p.num_kv_heads);
     checks.same_length("carry", *carry, "weights", weights);

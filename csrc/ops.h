@@ -35,7 +35,7 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
                     const Tensor& class_idx);
 
 void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
-                   const std::optional<Tensor>& paged_scores, const Tensor& weights,
+                   const std::optional<Tensor>& accumulated_pages, const Tensor& weights,
                    const std::optional<Tensor>& carry, bool merges_keys,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,

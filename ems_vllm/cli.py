@@ -17,8 +17,8 @@ from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
 from ems_vllm.head_shares import HeadShares, least_and_most
 from ems_vllm.plan import PlanSettings, prompt_blocks
-from ems_vllm.policies.allocators.ada import AdaBudget
-from ems_vllm.policies.allocators.uniform import UniformBudget
+from ems_vllm.policies.allocators.ada import AdaAllocator
+from ems_vllm.policies.allocators.uniform import UniformAllocator
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
@@ -95,7 +95,7 @@ def _settings(config: KVCompressionConfig, shape: CacheShape | None) -> PlanSett
     """Settings of the plan; those of an allocator that deals to layers need the model."""
     if shape is not None:
         return config.plan_settings_of(shape.num_layers)
-    if not isinstance(config.allocator, UniformBudget | AdaBudget):
+    if not isinstance(config.allocator, UniformAllocator | AdaAllocator):
         raise ConfigError(
             f"allocator={config.allocator.name()!r} shares a budget among the layers of a model: "
             "give --model."

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ems_vllm.layer_shares import LayerShares
-from ems_vllm.policies.allocators.pyramid import PyramidBudget
+from ems_vllm.policies.allocators.pyramid import PyramidAllocator
 from ems_vllm.policies.levels import in_levels
 
 RATIOS = st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4, unique=True).map(sorted)
@@ -37,12 +37,10 @@ def shares(draw: st.DrawFn) -> LayerShares:
 
 def pyramids() -> st.SearchStrategy[LayerShares]:
     return st.builds(
-        lambda beta, num_levels, num_layers: PyramidBudget(beta=beta, num_levels=num_levels).shares(
-            num_layers
-        ),
-        st.floats(1.01, 1000),
-        st.integers(1, 5),
+        lambda num_layers, **options: PyramidAllocator(**options).shares(num_layers),
         st.integers(1, 40),
+        beta=st.floats(1.01, 1000),
+        num_levels=st.integers(1, 5),
     )
 
 
@@ -106,7 +104,7 @@ def test_layers_that_keep_alike_are_put_together(order):
 
 @given(st.floats(1.01, 1000), st.integers(2, 60))
 def test_a_pyramid_falls_linearly_from_the_first_layer(beta, num_layers):
-    shared = PyramidBudget(beta=beta, num_levels=64).shares(num_layers)
+    shared = PyramidAllocator(beta=beta, num_levels=64).shares(num_layers)
     # One level a layer, in their order.
     assert shared.levels == tuple((layer,) for layer in range(num_layers))
     (ratio,) = shared.ratios
@@ -119,4 +117,4 @@ def test_a_pyramid_falls_linearly_from_the_first_layer(beta, num_layers):
 
 
 def test_a_pyramid_of_one_layer_is_the_budget():
-    assert PyramidBudget().shares(1).blocks(3, 10) == (3,)
+    assert PyramidAllocator().shares(1).blocks(3, 10) == (3,)

@@ -10,7 +10,7 @@ from unittest import mock
 
 import torch
 
-from ems_vllm.policies.allocators.ada import AdaBudget
+from ems_vllm.policies.allocators.ada import AdaAllocator
 
 
 @contextmanager
@@ -21,7 +21,7 @@ def unlike_heads() -> Iterator[list[list[list[int]]]]:
         What it deals, [num_requests][num_heads] pages at a time.
     """
     dealt: list[list[list[int]]] = []
-    deal = AdaBudget.deal
+    deal = AdaAllocator.deal
 
     def deal_unlike(allocator, context, scores, budgets):
         compared = scores.weights if scores.mass is None else scores.mass
@@ -31,5 +31,5 @@ def unlike_heads() -> Iterator[list[list[list[int]]]]:
         dealt.append(pages.tolist())
         return pages
 
-    with mock.patch.object(AdaBudget, "deal", deal_unlike):
+    with mock.patch.object(AdaAllocator, "deal", deal_unlike):
         yield dealt

@@ -140,7 +140,7 @@ def assign_classes(
 def merge_compact(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    paged_scores: torch.Tensor | None,
+    accumulated_pages: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
     merges_keys: bool,

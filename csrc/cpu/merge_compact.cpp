@@ -22,9 +22,9 @@ void check_indices(const MergeCompactParams& p) {
   const IndexChecks checks("merge_compact");
   const int64_t block_size = p.key_cache.block_size;
   const int64_t capacity = p.block_table.num_columns * block_size;
-  const bool has_scores = p.paged_scores.data != nullptr;
+  const bool has_scores = p.accumulated_pages.data != nullptr;
   const int64_t num_blocks = has_scores
-                                 ? std::min(p.key_cache.num_blocks, p.paged_scores.num_blocks)
+                                 ? std::min(p.key_cache.num_blocks, p.accumulated_pages.num_blocks)
                                  : p.key_cache.num_blocks;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     check_selection("merge_compact", p, row, std::min(capacity, p.weights.length));
@@ -120,7 +120,7 @@ template <typename T>
 struct MergedHead {
   std::vector<T> keys;        // [budget, head_size]
   std::vector<T> values;      // [budget, head_size]
-  std::vector<float> scores;  // [budget]; empty without paged_scores
+  std::vector<float> scores;  // [budget]; empty without accumulated_pages
 };
 
 template <typename T>
@@ -130,7 +130,7 @@ MergedHead<T> build_head(const MergeCompactParams& p, int64_t layer, int64_t row
   const int32_t* kept = p.kept_idx.at(layer, row, head);
   const int32_t* merged = p.merge_idx.at(layer, row, head);
   const int32_t* classes = p.class_idx.at(layer, row, head);
-  const bool has_scores = p.paged_scores.data != nullptr;
+  const bool has_scores = p.accumulated_pages.data != nullptr;
   const float* carry = has_scores ? p.carry.at(layer, row, head) : nullptr;
 
   std::vector<std::vector<int32_t>> members(budget);
@@ -173,8 +173,9 @@ void write_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t
                 built.keys.data() + rank * size, size * sizeof(T));
     std::memcpy(p.value_cache.entry<T>(p.block_table, row, layer, head, target),
                 built.values.data() + rank * size, size * sizeof(T));
-    if (p.paged_scores.data != nullptr) {
-      *p.paged_scores.entry<float>(p.block_table, row, layer, head, target) = built.scores[rank];
+    if (p.accumulated_pages.data != nullptr) {
+      *p.accumulated_pages.entry<float>(p.block_table, row, layer, head, target) =
+          built.scores[rank];
     }
   }
 }

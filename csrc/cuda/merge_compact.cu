@@ -27,7 +27,7 @@ ItemScratch item_scratch(const MergeCompactParams& p, int32_t sort_len) {
   const int64_t max_budget = p.kept_idx.length;
   const bool sorts_in_scratch = sort_len > kMaxSharedMembers;
   return {padded(max_budget * 2 * p.head_size * static_cast<int64_t>(sizeof(T))),
-          p.paged_scores.data == nullptr ? 0 : padded(max_budget * 4),
+          p.accumulated_pages.data == nullptr ? 0 : padded(max_budget * 4),
           padded(p.merge_idx.length * 4), padded((max_budget + 1) * 4),
           sorts_in_scratch ? sort_len * 8 : 0};
 }

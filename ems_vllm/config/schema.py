@@ -26,7 +26,7 @@ from ems_vllm.policies.base import (
     MERGERS,
     SCORERS,
     SELECTORS,
-    BudgetAllocator,
+    Allocator,
     Component,
     Merger,
     Scorer,
@@ -140,7 +140,7 @@ class KVCompressionConfig(BaseModel):
     workspace_mib: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     protect: tuple[Role, ...] = ()
     scorer: Scorer
-    allocator: BudgetAllocator
+    allocator: Allocator
     selector: Selector
     merger: Merger
 
@@ -265,7 +265,7 @@ class KVCompressionConfig(BaseModel):
     @property
     def is_neutral_to_hits(self) -> bool:
         """Whether hits in the prefix cache, or other chunks, leave the kept entries as they are."""
-        return not self.scorer.uses_global or (
+        return not self.scorer.uses_accumulated or (
             self.global_queries != "all" and self.scorer.global_stride == 1
         )
 

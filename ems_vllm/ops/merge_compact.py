@@ -16,7 +16,7 @@ _Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 def merge_compact(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
-    paged_scores: torch.Tensor | None,
+    accumulated_pages: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
     merges_keys: bool,
@@ -54,8 +54,8 @@ def merge_compact(
     Args:
         key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float.
         value_cache: like key_cache.
-        paged_scores: [num_layers, num_pages, num_kv_heads, block_size], float32, or None - scores
-            by cache block; needs carry.
+        accumulated_pages: [num_layers, num_pages, num_kv_heads, block_size], float32, or None -
+            scores by cache block; needs carry.
         weights: [num_layers, num_rows, num_kv_heads, max_entries], float32 - weight of an entry.
         carry: [num_layers, num_rows, num_kv_heads, max_entries], float32, or None - score of an
             entry; a class has the sum of its entries' scores.
@@ -72,10 +72,10 @@ def merge_compact(
         rows_together: rows of a group, which share blocks; divides num_rows.
     Mutates:
         key_cache, value_cache: slots 0..budgets[r]-1 from the target column on; no other slot.
-        paged_scores: the same slots.
+        accumulated_pages: the same slots.
     Raises:
-        RuntimeError: a shape, dtype, device or stride is not as above, only one of paged_scores
-            and carry is given, or rows_together is below 1 or does not divide num_rows; on the CPU
+        RuntimeError: a shape, dtype, device or stride is not as above, only one of
+            accumulated_pages and carry is given, or rows_together is below 1 or does not divide num_rows; on the CPU
             also when an index is out of range; on a GPU also when a group has more than 65535
             kv_heads.
     Workspace: on a GPU at most 32 MiB, or what a group takes if that is more: `merge_scratch_bytes`
@@ -109,8 +109,8 @@ def merge_compact(
             block = table_row[int(target_columns[row]) + rank // block_size]
             slot = (layer, block, head, rank % block_size)
             key_cache[slot], value_cache[slot] = key, value
-            if paged_scores is not None and score is not None:
-                paged_scores[slot] = score
+            if accumulated_pages is not None and score is not None:
+                accumulated_pages[slot] = score
 
     for layer in range(num_layers):
         for first in range(0, num_rows, rows_together):

@@ -4,8 +4,8 @@
 import importlib
 import pkgutil
 
-from ems_vllm.policies import budgets, mergers, scorers, selectors
+from ems_vllm.policies import allocators, mergers, scorers, selectors
 
-for _package in (scorers, budgets, selectors, mergers):
+for _package in (scorers, allocators, selectors, mergers):
     for _module in pkgutil.iter_modules(_package.__path__):
         importlib.import_module(f"{_package.__name__}.{_module.name}")

@@ -2,7 +2,7 @@
 """The four choices that make a policy, as narrow interfaces.
 
     Scorer            how important every entry of every kv_head is
-    BudgetAllocator   how many entries are kept where
+    Allocator   how many entries are kept where
     Selector          which entries stay, and which may still be merged
     Merger            what happens to the ones that do not stay
 
@@ -80,7 +80,7 @@ class Scorer(Component):
     registry: ClassVar[Registry] = Registry("scorer")
 
     @property
-    def uses_global(self) -> bool:
+    def uses_accumulated(self) -> bool:
         """Whether attention of all prompt queries is accumulated during prefill."""
         return False
 
@@ -97,7 +97,7 @@ class Scorer(Component):
     @property
     def reads_queries(self) -> bool:
         """Whether a score depends on queries."""
-        return self.uses_global or self.uses_window
+        return self.uses_accumulated or self.uses_window
 
     @property
     def num_score_tensors(self) -> int:
@@ -117,7 +117,7 @@ class Scorer(Component):
         """Score the live entries of every row of `context`."""
 
 
-class BudgetAllocator(Component):
+class Allocator(Component):
     """Deals the server's budget to the layers, and what a layer keeps to its kv_heads."""
 
     registry: ClassVar[Registry] = Registry("allocator")
@@ -221,6 +221,6 @@ class Merger(Component):
 
 
 SCORERS: Registry[Scorer] = Scorer.registry
-ALLOCATORS: Registry[BudgetAllocator] = BudgetAllocator.registry
+ALLOCATORS: Registry[Allocator] = Allocator.registry
 SELECTORS: Registry[Selector] = Selector.registry
 MERGERS: Registry[Merger] = Merger.registry

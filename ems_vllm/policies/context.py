@@ -53,7 +53,7 @@ class CompactionContext:
             short to be compressed, and hence to be accumulated. 0 at the prompt's end.
         max_entries, max_budget: the largest `num_entries` and `budgets`, on the host.
         scale: softmax scale of the model.
-        paged_scores: [num_layers, num_pages, num_kv_heads, block_size], float32, or None.
+        accumulated_pages: [num_layers, num_pages, num_kv_heads, block_size], float32, or None.
         score_table: [num_rows, max_columns], int32, or None - page of each live column.
         query_ring: [num_layers, num_ring_rows, obs_window, num_heads, head_size], or None.
         ring_rows: [num_rows], int32 - the request's row of the ring.
@@ -83,7 +83,7 @@ class CompactionContext:
     max_entries: int
     max_budget: int
     scale: float
-    paged_scores: Tensor | None
+    accumulated_pages: Tensor | None
     score_table: Tensor | None
     query_ring: Tensor | None
     ring_rows: Tensor
@@ -178,11 +178,13 @@ class CompactionContext:
         Returns:
             [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 where there is none.
         """
-        assert self.paged_scores is not None
+        assert self.accumulated_pages is not None
         assert self.score_table is not None
         columns = -(-self.max_entries // self.block_size)
         pages = self.score_table[:, :columns].long()
-        gathered = self.paged_scores[:, pages].transpose(2, 3).flatten(3)[..., : self.max_entries]
+        gathered = (
+            self.accumulated_pages[:, pages].transpose(2, 3).flatten(3)[..., : self.max_entries]
+        )
         is_unscored = (self._entries >= self.num_scored[:, None])[None, :, None, :]
         # No product: an unscored slot may hold anything, NaN included.
         return gathered.masked_fill_(is_unscored, 0.0)

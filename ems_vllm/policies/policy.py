@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from ems_vllm.config.schema import KVCompressionConfig
-    from ems_vllm.policies.base import BudgetAllocator, Merger, Scorer, Scores, Selector
+    from ems_vllm.policies.base import Allocator, Merger, Scorer, Scores, Selector
     from ems_vllm.policies.context import CompactionContext
 
 # What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
@@ -34,10 +34,10 @@ _ROW_BYTES = 16
 
 @dataclass(frozen=True)
 class Policy:
-    """The composition Scorer x BudgetAllocator x Selector x Merger."""
+    """The composition Scorer x Allocator x Selector x Merger."""
 
     scorer: Scorer
-    allocator: BudgetAllocator
+    allocator: Allocator
     selector: Selector
     merger: Merger
 
@@ -100,7 +100,7 @@ class Policy:
         ops.merge_compact(
             context.key_cache,
             context.value_cache,
-            context.paged_scores if carries else None,
+            context.accumulated_pages if carries else None,
             scores.weights if scores.mass is None else scores.mass,
             scores.carry,
             self.merger.merges_keys,

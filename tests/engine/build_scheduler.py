@@ -89,7 +89,7 @@ def specs_of(compression: dict[str, Any] | None) -> list[Any]:
         return [plain]
     observation = ObservationSettings(
         obs_window=config.obs_window if config.scorer.uses_window else 0,
-        score_tokens=config.prefix_score_tokens if config.scorer.uses_global else None,
+        score_tokens=config.prefix_score_tokens if config.scorer.uses_accumulated else None,
         ring_rows=config.query_ring_rows,
     )
     return [

@@ -161,7 +161,11 @@ class SymbolicPolicy:
         # A group's rotations are the numbers of its layers.
         (layer,) = context.rotations
         cache = context.key_cache.numpy()[0, :, 0, :, 0]
-        scores = None if context.paged_scores is None else context.paged_scores.numpy()[0, :, 0]
+        scores = (
+            None
+            if context.accumulated_pages is None
+            else context.accumulated_pages.numpy()[0, :, 0]
+        )
         table, columns = context.block_table.numpy(), context.target_columns.tolist()
         lens = [context.num_live, context.num_entries, context.num_scored, context.budgets]
         assert context.rows_together == self._num_heads

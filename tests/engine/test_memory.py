@@ -42,7 +42,9 @@ def footprint(
     )
     observation = ObservationSettings(
         obs_window=config.obs_window if policy.scorer.uses_window else 0,
-        score_tokens=score_tokens(None, max_model_len, 8192) if policy.scorer.uses_global else None,
+        score_tokens=score_tokens(None, max_model_len, 8192)
+        if policy.scorer.uses_accumulated
+        else None,
         ring_rows=config.query_ring_rows,
     )
     settings = config.plan_settings_of(layers)

@@ -26,7 +26,7 @@ class Case:
     carry: torch.Tensor | None
     merges_keys: bool
     mass_keys: torch.Tensor | None
-    paged_scores: torch.Tensor | None
+    accumulated_pages: torch.Tensor | None
     class_idx: torch.Tensor
     target_columns: list[int]
     rows_together: int = 1
@@ -37,7 +37,7 @@ class Case:
         return [
             cache.key,
             cache.value,
-            None if self.paged_scores is None else self.paged_scores.clone(),
+            None if self.accumulated_pages is None else self.accumulated_pages.clone(),
             self.weights,
             self.carry,
             self.merges_keys,
@@ -115,7 +115,7 @@ def make_case(
         carry=carry if with_scores else None,
         merges_keys=merges_keys,
         mass_keys=mass_keys if with_mass else None,
-        paged_scores=torch.full(page_shape, float("nan")) if with_scores else None,
+        accumulated_pages=torch.full(page_shape, float("nan")) if with_scores else None,
         class_idx=class_idx,
         target_columns=columns,
     )
@@ -129,9 +129,9 @@ def check(case: Case) -> None:
     ):
         assert_close(after, want, "merged")
         assert_untouched(after, before, written[..., None])
-    if case.paged_scores is not None:
+    if case.accumulated_pages is not None:
         assert_close(actual[2], expected[2], "scores")
-        assert_untouched(actual[2], case.paged_scores, written)
+        assert_untouched(actual[2], case.accumulated_pages, written)
 
 
 ROWS = [(129, 48, 60), (63, 33, 7), (1, 1, 0), (0, 0, 0), (70, 70, 0), (40, 5, 35)]
@@ -454,8 +454,8 @@ def test_opcheck():
     [
         (0, lambda t: t.double(), "merge_compact: key_cache must have dtype float32, bfloat16"),
         (1, lambda t: t[:, 1:], r"value_cache must have shape \[2, 6, 2, 8, 64\]"),
-        (2, lambda t: None, "paged_scores and carry must be given together or not at all"),
-        (2, lambda t: t[..., 1:], r"paged_scores must have shape \[2, \*, 2, 8\]"),
+        (2, lambda t: None, "accumulated_pages and carry must be given together or not at all"),
+        (2, lambda t: t[..., 1:], r"accumulated_pages must have shape \[2, \*, 2, 8\]"),
         (3, lambda t: t[..., :20], r"carry must be as long as weights \(20\), got 33"),
         (
             6,

@@ -38,7 +38,7 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
     cache = torch.full(
         (NUM_LAYERS, num_blocks, NUM_KV_HEADS, BLOCK_SIZE, 2 * HEAD_SIZE), float("nan")
     )
-    paged_scores = torch.full((NUM_LAYERS, num_blocks, NUM_KV_HEADS, BLOCK_SIZE), float("nan"))
+    accumulated_pages = torch.full((NUM_LAYERS, num_blocks, NUM_KV_HEADS, BLOCK_SIZE), float("nan"))
     ring = torch.full(
         (NUM_LAYERS, len(rows), WINDOW, NUM_KV_HEADS * GROUP, HEAD_SIZE), float("nan")
     )
@@ -59,7 +59,7 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         for column, block_id in enumerate(own.tolist()):
             live = min(BLOCK_SIZE, row.num_entries + row.tail - column * BLOCK_SIZE)
             cache[:, block_id, :, :live] = randn(NUM_LAYERS, NUM_KV_HEADS, live, 2 * HEAD_SIZE)
-            paged_scores[:, block_id, :, :live] = randn(NUM_LAYERS, NUM_KV_HEADS, live).abs()
+            accumulated_pages[:, block_id, :, :live] = randn(NUM_LAYERS, NUM_KV_HEADS, live).abs()
     ints = lambda values: torch.tensor(list(values), dtype=torch.int32)  # noqa: E731
     key_cache, value_cache = cache.chunk(2, dim=-1)
     return CompactionContext(
@@ -78,7 +78,7 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         max_entries=max(row.num_entries for row in rows),
         max_budget=max(row.budget for row in rows),
         scale=HEAD_SIZE**-0.5,
-        paged_scores=paged_scores,
+        accumulated_pages=accumulated_pages,
         score_table=block_table.clone(),
         query_ring=ring,
         ring_rows=ints(range(len(rows))),
@@ -107,7 +107,7 @@ def heads_as_rows(context: CompactionContext) -> CompactionContext:
     def table(blocks: torch.Tensor) -> torch.Tensor:
         return (blocks[:, None] * num_heads + torch.arange(num_heads)[:, None]).flatten(0, 1).int()
 
-    assert context.paged_scores is not None
+    assert context.accumulated_pages is not None
     assert context.score_table is not None
     assert context.query_ring is not None
     ring = context.query_ring.unflatten(3, (num_heads, -1)).permute(0, 1, 3, 2, 4, 5).flatten(1, 2)
@@ -120,7 +120,7 @@ def heads_as_rows(context: CompactionContext) -> CompactionContext:
         context,
         key_cache=pages(context.key_cache),
         value_cache=pages(context.value_cache),
-        paged_scores=pages(context.paged_scores),
+        accumulated_pages=pages(context.accumulated_pages),
         block_table=table(context.block_table),
         score_table=table(context.score_table),
         query_ring=ring,

@@ -15,7 +15,7 @@ from policies.contexts import BLOCK_SIZE, Row, build_context, heads_as_rows
 from policies.test_workspace import Allocations
 
 from ems_vllm.config import load_config
-from ems_vllm.policies.allocators.ada import AdaBudget
+from ems_vllm.policies.allocators.ada import AdaAllocator
 from ems_vllm.policies.base import Scores
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
@@ -67,7 +67,7 @@ def weights_of(requests: list[Request]) -> torch.Tensor:
 def deal(requests: list[Request], safeguard: float = 0.2) -> list[list[int]]:
     context, scores = context_of(requests), Scores(weights_of(requests))
     budgets = [one.budget * BLOCK_SIZE for one in requests]
-    dealt = AdaBudget(safeguard=safeguard).deal(context, scores, budgets)
+    dealt = AdaAllocator(safeguard=safeguard).deal(context, scores, budgets)
     assert dealt.dtype == torch.int64
     return dealt.tolist()
 
@@ -182,7 +182,7 @@ def test_attention_counts_where_scores_are_ranks():
     mass[:, 1] *= 1000
     scores = Scores(weights_of([request]), mass=mass)
     budgets = [2 * BLOCK_SIZE]
-    allocator = AdaBudget(safeguard=0)
+    allocator = AdaAllocator(safeguard=0)
     assert allocator.deal(context_of([request]), scores, budgets).tolist() == [[1, 3]]
     assert deal([request], safeguard=0) == [[2, 2]]
 
@@ -213,7 +213,7 @@ def test_dealing_stays_within_the_workspace(recipe, num_requests):
         one_layer,
         **{
             name: getattr(one_layer, name)[:1]
-            for name in ("key_cache", "value_cache", "paged_scores", "query_ring")
+            for name in ("key_cache", "value_cache", "accumulated_pages", "query_ring")
         },
     )
     shape = (1, one_layer.num_rows, 1, one_layer.max_entries)

@@ -38,7 +38,7 @@ def policy(recipe, request):
 def compacted(policy, rows):
     """(context, keys, values, scores before; the same after) of a compaction."""
     context = build_context(rows)
-    tensors = (context.key_cache, context.value_cache, context.paged_scores)
+    tensors = (context.key_cache, context.value_cache, context.accumulated_pages)
     before = [tensor.clone() for tensor in tensors]
     policy.compact(context)
     return context, before, tensors
@@ -99,7 +99,7 @@ def test_scores_are_positive_finite_and_zero_beyond_the_row(recipe):
 
 
 @pytest.mark.parametrize(
-    "recipe", [name for name in recipes.names() if load_config(name).scorer.uses_global]
+    "recipe", [name for name in recipes.names() if load_config(name).scorer.uses_accumulated]
 )
 def test_carried_scores_are_stored_with_the_entries(recipe):
     config = load_config({"recipe": recipe, "merger": {"name": "none"}})

@@ -21,7 +21,7 @@ from policies.contexts import (
 )
 
 from ems_vllm.config import load_config, recipes
-from ems_vllm.policies.allocators.ada import AdaBudget
+from ems_vllm.policies.allocators.ada import AdaAllocator
 from ems_vllm.policies.base import MERGERS
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
@@ -66,7 +66,7 @@ def protecting(context: CompactionContext, seed: int = 0) -> CompactionContext:
 
 def poisoned(context: CompactionContext, row: int) -> CompactionContext:
     """The same after its columns before the targets were given to somebody else."""
-    for cache in (context.key_cache, context.value_cache, context.paged_scores):
+    for cache in (context.key_cache, context.value_cache, context.accumulated_pages):
         freed = context.block_table[row, : int(context.target_columns[row])].long()
         cache[:, freed] = float("nan")
     return context
@@ -140,9 +140,9 @@ def test_they_survive_one_compaction_after_the_other(recipe):
             columns = item.budget // BLOCK_SIZE
             source = context.block_table[row, old : old + columns].long()
             target = later.block_table[row, :columns].long()
-            for name in ("key_cache", "value_cache", "paged_scores"):
+            for name in ("key_cache", "value_cache", "accumulated_pages"):
                 values = getattr(context, name)[:, source]
-                if not (name == "paged_scores" and values.isnan().any()):
+                if not (name == "accumulated_pages" and values.isnan().any()):
                     getattr(later, name)[:, target] = values
         context = replace(
             later, is_protected=longer, is_untouched=torch.zeros(len(ROWS), dtype=torch.bool)
@@ -204,11 +204,11 @@ def test_ada_gives_every_head_room_for_what_is_protected():
         context,
         **{
             name: getattr(context, name)[:1]
-            for name in ("key_cache", "value_cache", "paged_scores", "query_ring")
+            for name in ("key_cache", "value_cache", "accumulated_pages", "query_ring")
         },
     )
     scores = replace(scores, weights=scores.weights[:1])
-    unlike = AdaBudget(safeguard=0.0)
+    unlike = AdaAllocator(safeguard=0.0)
     assert unlike.deal(context, scores, [24]).tolist() == [[5, 1]]
     mask = torch.zeros((1, NUM_KV_HEADS, 1, 64), dtype=torch.bool)
     mask[..., 30:42] = True

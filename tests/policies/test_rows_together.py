@@ -54,12 +54,12 @@ def test_heads_may_take_blocks_of_each_other(recipe):
         first, count = int(shared.target_columns[row]), int(shared.budgets[row]) // BLOCK_SIZE
         table[row, first : first + count] = shared.block_table[other, :count]
     shared = replace(shared, block_table=table, score_table=table)
-    assert shared.paged_scores is not None
+    assert shared.accumulated_pages is not None
     own = replace(
         shared,
         **{
             name: getattr(shared, name)[:, table.flatten().long()]
-            for name in ("key_cache", "value_cache", "paged_scores")
+            for name in ("key_cache", "value_cache", "accumulated_pages")
         },
         block_table=torch.arange(table.numel(), dtype=torch.int32).view_as(table),
     )

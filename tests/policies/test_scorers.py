@@ -45,7 +45,7 @@ def window_attention(context, row, layer, kv_head, peak=False):
 
 
 def accumulated(context, row, layer, kv_head):
-    values = entries(context.paged_scores, context, row)[layer, kv_head].clone()
+    values = entries(context.accumulated_pages, context, row)[layer, kv_head].clone()
     values = values[: int(context.num_entries[row])]
     values[int(context.num_scored[row]) :] = 0
     return values
@@ -165,7 +165,7 @@ def test_a_generated_token_counts_as_much_as_one_of_the_prompt(recipe):
     context.key_cache.fill_(-10.0)
     generated = context.block_table[0, half // BLOCK_SIZE : 2 * half // BLOCK_SIZE].long()
     context.key_cache[:, generated] = 10.0
-    context.paged_scores.fill_(num_queries / half)
+    context.accumulated_pages.fill_(num_queries / half)
     carry = load_config(recipe).scorer.score(context).carry
     torch.testing.assert_close(carry, torch.full_like(carry, num_queries / half))
 

@@ -89,7 +89,7 @@ def meta_context(
             max_entries=num_entries,
             max_budget=budget,
             scale=1.0,
-            paged_scores=torch.empty(shape),
+            accumulated_pages=torch.empty(shape),
             score_table=table,
             query_ring=ring,
             ring_rows=row,

@@ -226,7 +226,7 @@ write_targets_kernel(MergeCompactParams p, int64_t first_item, Staging<T> stagin
   const auto* from = reinterpret_cast<const Vector16*>(staging.entries + place * 2 * HEAD_SIZE);
   reinterpret_cast<Vector16*>(to)[is_key ? vector : vector - Layout::kKeyVectors] = from[vector];
   if (vector == 0 && staging.scores != nullptr) {
-    *p.paged_scores.entry<float>(p.block_table, item.row, item.layer, item.head, target) =
+    *p.accumulated_pages.entry<float>(p.block_table, item.row, item.layer, item.head, target) =
         staging.scores[place];
   }
 }

@@ -105,9 +105,10 @@ struct MergeCompactParams {
   int64_t num_rows;
   int64_t num_kv_heads;
   int64_t head_size;
-  PagedTensor key_cache;     // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
-  PagedTensor value_cache;   // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
-  PagedTensor paged_scores;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
+  PagedTensor key_cache;    // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor value_cache;  // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  PagedTensor
+      accumulated_pages;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
   HeadRows<const float> weights;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
   HeadRows<const float>
       carry;         // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable

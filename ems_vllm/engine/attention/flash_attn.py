@@ -38,7 +38,7 @@ class LseFlashAttentionImpl(FlashAttentionImpl):
         version = self.vllm_flash_attn_version
         if not self.keep_softmax_lse or self.sinks is not None or version not in _VERSIONS_WITH_LSE:
             return super().forward(*args, **kwargs)
-        with softmax_lse.keeping() as kept:
+        with softmax_lse.capture_lse() as kept:
             result = super().forward(*args, **kwargs)
         if kept.lse is not None:
             self.softmax_lse = kept.lse.t()

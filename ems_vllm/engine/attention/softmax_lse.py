@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class KeptLse:
-    """What the kernel left.
+class CapturedLse:
+    """The log of the softmax denominators that a kernel left.
 
     Attributes:
         lse: [num_heads, num_tokens], float32, as FlashAttention lays it out; None when another
@@ -25,20 +25,20 @@ class KeptLse:
 
 
 # A worker runs one layer at a time.
-_wanted: list[KeptLse] = []
+_captures: list[CapturedLse] = []
 
 
 @contextmanager
-def keeping() -> Iterator[KeptLse]:
+def capture_lse() -> Iterator[CapturedLse]:
     """Ask the attention calls in this block for their LSE."""
-    kept = KeptLse()
-    _wanted.append(kept)
+    kept = CapturedLse()
+    _captures.append(kept)
     try:
         yield kept
     finally:
-        _wanted.pop()
+        _captures.pop()
 
 
-def wanted() -> KeptLse | None:
+def open_capture() -> CapturedLse | None:
     """Where to leave the LSE, or None when nobody asked."""
-    return _wanted[-1] if _wanted else None
+    return _captures[-1] if _captures else None

@@ -97,7 +97,7 @@ def _context(
         max_entries=int(rows.num_entries.max()),
         max_budget=int(rows.budgets.max()),
         scale=tensors.scale,
-        paged_scores=scores,
+        accumulated_pages=scores,
         score_table=None if scores is None else moved(rows.score_table),
         query_ring=ring,
         ring_rows=moved(rows.ring_rows),

@@ -56,7 +56,7 @@ def _compressed(
 ) -> CompressedAttentionSpec:
     scorer = config.scorer
     tokens = None
-    if scorer.uses_global:
+    if scorer.uses_accumulated:
         tokens = score_tokens(
             config.prefix_score_tokens,
             settings.most_entries(spec.block_size, vllm_config.model_config.max_model_len),

@@ -197,7 +197,7 @@ class GroupBuilder:
 
     def _score_store(self, groups: Sequence[KVCacheGroupSpec]) -> ScoreStore | None:
         """Where all compressed groups keep accumulated scores; None if there are none."""
-        if not self.policy.scorer.uses_global:
+        if not self.policy.scorer.uses_accumulated:
             return None
         owners = [self._owners(group.layer_names) for group in groups]
         caches: list[torch.Tensor] = [

@@ -69,7 +69,7 @@ def compaction_context(
     values: torch.Tensor,
     table: torch.Tensor,
     ring: torch.Tensor,
-    paged_scores: torch.Tensor | None,
+    accumulated_pages: torch.Tensor | None,
 ) -> CompactionContext:
     """What the policy sees of rows that are compacted together.
 
@@ -79,7 +79,7 @@ def compaction_context(
         keys, values: [num_layers, num_pages, num_kv_heads, block_size, head_size].
         table: [num_rows, num_columns], int32.
         ring: [num_layers, num_rows, obs_window, num_heads, head_size].
-        paged_scores: [num_layers, num_pages, num_kv_heads, block_size], or None.
+        accumulated_pages: [num_layers, num_pages, num_kv_heads, block_size], or None.
     """
     num_rows = len(table)
     num_sinks = settings.policy.selector.num_sink_tokens
@@ -101,7 +101,7 @@ def compaction_context(
         max_entries=max(counts.num_entries),
         max_budget=max(counts.num_kept),
         scale=settings.scale,
-        paged_scores=paged_scores,
+        accumulated_pages=accumulated_pages,
         score_table=table,
         query_ring=ring,
         ring_rows=ints(range(num_rows)),

@@ -156,7 +156,11 @@ class TransformersEngine:
         """Position of the first prompt query whose attention the request needs; None for none."""
         # Before anything else: what is refused is refused before the prompt is processed.
         plans = self.plans(num_tokens, config, options)
-        return first_scored_query(plans) if Policy.from_config(config).scorer.uses_global else None
+        return (
+            first_scored_query(plans)
+            if Policy.from_config(config).scorer.uses_accumulated
+            else None
+        )
 
     def begin(
         self,

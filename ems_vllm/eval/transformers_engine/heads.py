@@ -95,9 +95,9 @@ class CompressedHeads(CompressedLevel):
         num_kept = [count * block_size for count in pages]
         longest, most = max(num_live), max(num_entries if by_scores else num_kept)
         scores = None if self._of_heads is None else self._of_heads[at]
-        paged_scores = None
+        accumulated_pages = None
         if scores is not None:
-            paged_scores, _ = _paged(scores, longest, most, block_size)
+            accumulated_pages, _ = _paged(scores, longest, most, block_size)
         key_pages, num_columns = _paged(keys, longest, most, block_size)
         value_pages, _ = _paged(values, longest, most, block_size)
         width = key_pages.shape[1] // num_rows
@@ -125,7 +125,7 @@ class CompressedHeads(CompressedLevel):
             value_pages,
             table.view(num_rows, width),
             recorded,
-            paged_scores,
+            accumulated_pages,
         )
         held = self._held(at, tail)
         context = self._protected.protect(context, [held])
@@ -156,8 +156,8 @@ class CompressedHeads(CompressedLevel):
             for of_pages, old in zip((key_pages, value_pages), (keys, values), strict=True)
         ]
         replace_entries(cache, [layer], *(one[None] for one in filled))
-        if context.paged_scores is not None and self._of_heads is not None:
-            self._of_heads[at] = [one.clone() for one in kept(context.paged_scores)]
+        if context.accumulated_pages is not None and self._of_heads is not None:
+            self._of_heads[at] = [one.clone() for one in kept(context.accumulated_pages)]
 
     def _dealt(self, layer: int, tail: int) -> Sequence[int]:
         """Pages of each kv_head of a layer, after a compaction of columns up to `tail`."""

@@ -54,7 +54,7 @@ class CompressedLevel:
         self._num_accumulated = prompt.num_tokens if self.plan.compresses_prompt else 0
         # Scores of the leading entries; the others have none yet.
         self._scores: torch.Tensor | None = None
-        if settings.policy.scorer.uses_global:
+        if settings.policy.scorer.uses_accumulated:
             self._scores = self._prompt_scores(prompt, first_query)
         # Where the forward pass began whose attention was added last.
         self._scored_from: int | None = None
@@ -138,11 +138,11 @@ class CompressedLevel:
         start, stop = (first - self._first) * block_size, self.num_live(num_processed)
         kept = (from_pages(pages, start, stop) for pages in (keys, values))
         replace_entries(cache, self.layers, *kept)
-        if context.paged_scores is not None:
+        if context.accumulated_pages is not None:
             if num_processed >= self.plan.prompt_len:
                 # Of what comes behind, the next compaction sees recorded queries alone.
                 stop = (tail - self._first) * block_size
-            self._scores = from_pages(context.paged_scores, start, stop)
+            self._scores = from_pages(context.accumulated_pages, start, stop)
 
     def _context(
         self,
@@ -170,9 +170,9 @@ class CompressedLevel:
         )
         table = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[None]
         recorded = ring(queries[:, -window:], window, num_processed)
-        paged_scores = self._paged_scores(num_live)
+        accumulated_pages = self._paged_scores(num_live)
         return compaction_context(
-            self._settings, counts, keys, values, table, recorded, paged_scores
+            self._settings, counts, keys, values, table, recorded, accumulated_pages
         )
 
     def _held(self, layer: int, tail: int) -> list[torch.Tensor]:

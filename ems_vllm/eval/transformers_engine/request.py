@@ -50,7 +50,7 @@ class CompressedRequest:
         self._plans = list(levels)
         self._scale = settings.scale
         self._prompt_len = levels[0].plan.prompt_len
-        self._accumulates = settings.policy.scorer.uses_global
+        self._accumulates = settings.policy.scorer.uses_accumulated
         self._queries = prompt.queries
         self._new_queries: dict[int, torch.Tensor] = {}
         self._layers = prompt.layers

@@ -25,7 +25,7 @@ def _wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         from ems_vllm.engine.attention import softmax_lse
 
-        kept = softmax_lse.wanted()
+        kept = softmax_lse.open_capture()
         if kept is None:
             return original(self, q=q, k=k, v=v, **kwargs)
         out, kept.lse = original(self, q=q, k=k, v=v, return_softmax_lse=True, **kwargs)

@@ -11,14 +11,14 @@ import torch
 from pydantic import Field
 
 from ems_vllm.head_shares import whole_pages
-from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator, Scores
+from ems_vllm.policies.base import ALLOCATORS, Allocator, Scores
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
 
 
 @ALLOCATORS.register("ada")
-class AdaBudget(BudgetAllocator):
+class AdaAllocator(Allocator):
     """Every layer keeps as much; its kv_heads share that by the scores of each compaction.
 
     Paper: Feng et al. 2024, Ada-KV, arXiv:2407.11550. The entries of all H kv_heads of a layer are

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from ems_vllm.head_shares import HeadShares
 from ems_vllm.layer_shares import LayerShares
-from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator
+from ems_vllm.policies.base import ALLOCATORS, Allocator
 from ems_vllm.policies.levels import in_levels
 
 _Ratio = Annotated[float, Field(gt=0, lt=1)]
@@ -100,7 +100,7 @@ class LayerProfile(BaseModel):
 
 
 @ALLOCATORS.register("profile")
-class ProfileBudget(BudgetAllocator):
+class ProfileAllocator(Allocator):
     """Gives each layer what it was found to need, whatever the prompt is (ours).
 
     By KVzip's scores (Kim et al. 2025, arXiv:2505.23416), which go by the attention that repeats a
@@ -127,7 +127,7 @@ class ProfileBudget(BudgetAllocator):
     slots of one kv_head in one block)."""
 
     @model_validator(mode="after")
-    def _has_heads(self) -> ProfileBudget:
+    def _has_heads(self) -> ProfileAllocator:
         if self.per_head and self.profile.head_fractions is None:
             raise ValueError(
                 "per_head=True is not allowed: its profile says nothing of kv_heads; measure one "

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
-from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator
+from ems_vllm.policies.base import ALLOCATORS, Allocator
 from ems_vllm.policies.levels import in_levels
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @ALLOCATORS.register("pyramid")
-class PyramidBudget(BudgetAllocator):
+class PyramidAllocator(Allocator):
     """Budgets that fall linearly from the first layer to the last.
 
     Paper: Cai et al. 2024, PyramidKV, arXiv:2406.02069: the last layer keeps 1 / beta of the mean,

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The same budget everywhere."""
 
-from ems_vllm.policies.base import ALLOCATORS, BudgetAllocator
+from ems_vllm.policies.base import ALLOCATORS, Allocator
 
 
 @ALLOCATORS.register("uniform")
-class UniformBudget(BudgetAllocator):
+class UniformAllocator(Allocator):
     """Every layer and every kv_head keeps the same number of entries (different ones)."""
 
     def shares(self, num_layers: int) -> None:

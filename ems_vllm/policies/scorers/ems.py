@@ -102,7 +102,7 @@ class EMSScorer(Scorer):
         return self
 
     @property
-    def uses_global(self) -> bool:
+    def uses_accumulated(self) -> bool:
         return True
 
     @property

@@ -28,7 +28,7 @@ class H2OScorer(Scorer):
     """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
 
     @property
-    def uses_global(self) -> bool:
+    def uses_accumulated(self) -> bool:
         return True
 
     @property
