@@ -15,11 +15,12 @@ LAYERS = (
     ("ops",),
     ("policies",),
     ("config",),
+    ("capacity",),
     ("eval",),
     ("patches",),
     ("platform",),
     ("engine",),
-    ("plugin", "cli"),
+    ("plugin", "plan_command", "cli"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 ADAPTERS = ("engine", "patches", "platform", "plugin")
