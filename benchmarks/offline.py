@@ -31,7 +31,7 @@ def engine(
         max_model_len=longest,
         max_num_seqs=max_num_seqs,
         block_size=BLOCK_SIZE,
-        logits_processors=["ems_vllm.engine.forced_tokens:ForcedTokens"],
+        logits_processors=["ems_vllm.engine.measuring.forced_tokens:ForcedTokens"],
         **arguments,
     )
     try:

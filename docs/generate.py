@@ -15,7 +15,9 @@ from pathlib import Path
 import tables
 from pages import configuration
 
-from ems_vllm.engine.compatibility import HARMONY_ROLES, LAYER_REFUSALS, RULES, Refusal
+from ems_vllm.engine.frontend.compatibility import HARMONY_ROLES, RULES
+from ems_vllm.engine.refusal import Refusal
+from ems_vllm.engine.worker.refusals import LAYER_REFUSALS
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.contracts import CONTRACTS
 

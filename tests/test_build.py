@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import ems_vllm
-from ems_vllm.engine.memory import _MAX_SHARED_MEMBERS, KERNEL_SCRATCH_BYTES
+from ems_vllm.engine.worker.memory import _MAX_SHARED_MEMBERS, KERNEL_SCRATCH_BYTES
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = Path(ems_vllm.__file__).parent / "_ops.abi3.so"

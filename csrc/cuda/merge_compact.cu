@@ -13,7 +13,7 @@ namespace ems::cuda {
 namespace {
 
 // Sizes of the parts of an item's scratch memory; each part starts at a multiple of 16 bytes.
-// merge_scratch_bytes of ems_vllm/engine/memory.py bounds what a group of items takes.
+// merge_scratch_bytes of ems_vllm/engine/worker/memory.py bounds what a group of items takes.
 struct ItemScratch {
   int64_t entries, scores, members, starts, sort;
 

@@ -11,6 +11,7 @@ import ems_vllm.policies  # noqa: F401  (registers every component)
 from ems_vllm.config import recipes
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
 from ems_vllm.config.schema import KEY_PREFIX, KVCompressionConfig
+from ems_vllm.keys import CONFIG_KEY
 
 DEFAULT_RECIPE = "ems"
 COMPONENTS = ("scorer", "allocator", "selector", "merger")
@@ -78,6 +79,15 @@ def load_config(value: Any) -> KVCompressionConfig | None:
     if _is_complete(overrides):
         return _validate({"recipe": recipe, **overrides})
     return _validate(_merge(recipes.load(recipe), overrides))
+
+
+def settings_of(vllm_config: Any) -> KVCompressionConfig | None:
+    """Settings that a VllmConfig carries, in any process of the engine; None when off.
+
+    Raises:
+        ConfigError: as `load_config`, where it was built by hand.
+    """
+    return load_config((vllm_config.additional_config or {}).get(CONFIG_KEY))
 
 
 def _is_complete(settings: dict[str, Any]) -> bool:

@@ -63,3 +63,20 @@ def without_dtypes(device: str, query_dtype: str, cache_dtype: str) -> str | Non
         f"{query_dtype} queries with a {cache_dtype} cache, for which there is no kernel on "
         f"{device} (caches that go with them: {known})"
     )
+
+
+def covers(arch: str, major: int, minor: int) -> bool:
+    """Whether kernels for an architecture run on a GPU.
+
+    Args:
+        arch: In torch's notation: 9.0a is for 9.0 alone, 10.0f and 8.0 also for later GPUs of the
+            same major version, and 9.0+PTX for all later ones.
+        major, minor: Compute capability of the GPU.
+    """
+    number, _, ptx = arch.partition("+")
+    built = tuple(int(part) for part in number.rstrip("af").split("."))
+    if number.endswith("a"):
+        return built == (major, minor)
+    if ptx and not number.endswith("f"):
+        return built <= (major, minor)
+    return built[0] == major and built[1] <= minor

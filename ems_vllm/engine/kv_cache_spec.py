@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Self
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, replace_as
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 
-from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.plan import PlanSettings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+    from ems_vllm.engine.scheduler.group_spec import GroupSpec
 
 _OWN_FIELDS = ("settings", "observation")
 
@@ -95,3 +97,6 @@ KVCacheSpecRegistry._ensure_registered()
 KVCacheSpecRegistry.register(
     CompressedAttentionSpec, CompressedAttentionManager, uniform_type_base_spec=FullAttentionSpec
 )
+
+if TYPE_CHECKING:
+    _AS_READ_BY_THE_SCHEDULER: type[GroupSpec] = CompressedAttentionSpec

@@ -156,7 +156,8 @@ def cannot_prescribe(task: str) -> ConfigError:
     """The error for a server without our logits processor."""
     return ConfigError(
         f"tasks={task!r} needs answers that are prescribed: start the server with "
-        "--logits-processors ems_vllm.engine.forced_tokens:ForcedTokens, or leave the task out."
+        "--logits-processors ems_vllm.engine.measuring.forced_tokens:ForcedTokens, or leave the "
+        "task out."
     )
 
 

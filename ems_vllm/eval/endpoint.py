@@ -125,8 +125,8 @@ class Endpoint:
     ) -> Answer:
         """Make the server generate given tokens, then go on freely.
 
-        The server runs with our logits processor (engine/forced_tokens.py) unless there is nothing
-        to prescribe.
+        The server runs with our logits processor (engine/measuring/forced_tokens.py) unless there
+        is nothing to prescribe.
 
         Args:
             num_top: Most likely tokens to report at each place.

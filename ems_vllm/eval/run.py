@@ -34,7 +34,7 @@ from ems_vllm.eval.tasks import TASKS
 from ems_vllm.eval.tokenizer import Tokenizer
 from ems_vllm.eval.watch import PoolWatch, serving
 
-_PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
+_PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 
 
 @dataclass(frozen=True)

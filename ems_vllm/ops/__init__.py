@@ -351,7 +351,7 @@ def merge_compact(
             also when an index is out of range; on a GPU also when a group has more than 65535
             kv_heads.
     Workspace: on a GPU at most 32 MiB, or what a group takes if that is more: `merge_scratch_bytes`
-        of engine/memory.py. On a CPU the merged classes of a group, for every thread.
+        of engine/worker/memory.py. On a CPU the merged classes of a group, for every thread.
     Note: no host sync; deterministic: members are added in the order of merge_idx.
     """
     operators().merge_compact(

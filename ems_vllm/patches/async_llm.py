@@ -17,7 +17,7 @@ def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
     def generate(
         self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from ems_vllm.engine.request_check import check_prompt, check_request
+        from ems_vllm.engine.frontend.request_check import check_prompt, check_request
 
         check_request(self.vllm_config, sampling_params)
         check_prompt(self.vllm_config, prompt, sampling_params)

@@ -20,7 +20,7 @@ _VLLM = ">=0.32.0,<0.33"
 
 def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_cli_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-        from ems_vllm.engine.arguments import add_arguments
+        from ems_vllm.engine.frontend.arguments import add_arguments
 
         return add_arguments(original(parser))
 
@@ -29,7 +29,7 @@ def _wrap_add_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wrap_from_cli_args(original: Callable[..., Any]) -> Callable[..., Any]:
     def from_cli_args(cls: type[EngineArgs], args: argparse.Namespace) -> EngineArgs:
-        from ems_vllm.engine.arguments import store_arguments
+        from ems_vllm.engine.frontend.arguments import store_arguments
 
         return store_arguments(original(cls, args), args)
 
@@ -41,11 +41,11 @@ def _wrap_create_engine_config(original: Callable[..., Any]) -> Callable[..., An
         additional = self.additional_config
         if not isinstance(additional, dict) or CONFIG_KEY not in additional:
             return original(self, *args, **kwargs)
-        from ems_vllm.engine.activation import activate, normalize
-        from ems_vllm.engine.arguments import answer_mistakes
+        from ems_vllm.engine.frontend.arguments import answer_mistakes
+        from ems_vllm.engine.frontend.switch_on import activate, write_out_settings
 
         with answer_mistakes(additional):
-            config = normalize(self)
+            config = write_out_settings(self)
         vllm_config = original(self, *args, **kwargs)
         if config is not None:
             with answer_mistakes(additional):

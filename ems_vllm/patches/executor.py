@@ -18,7 +18,7 @@ def _wrap_init(original: Callable[..., None]) -> Callable[..., None]:
     def __init__(self: Executor, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         additional = vllm_config.additional_config
         if isinstance(additional, dict) and CONFIG_KEY in additional:
-            from ems_vllm.engine.activation import check_activated
+            from ems_vllm.engine.frontend.switch_on import check_activated
 
             check_activated(vllm_config)
         original(self, vllm_config, *args, **kwargs)

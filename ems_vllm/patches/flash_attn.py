@@ -22,7 +22,7 @@ def _wrap_call(original: Callable[..., Any]) -> Callable[..., Any]:
         v: torch.Tensor,
         **kwargs: Any,
     ) -> Any:
-        from ems_vllm.engine import softmax_lse
+        from ems_vllm.engine.attention import softmax_lse
 
         kept = softmax_lse.wanted()
         if kept is None:

@@ -16,7 +16,7 @@ def _wrap_process_inputs(original: Callable[..., Any]) -> Callable[..., Any]:
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        from ems_vllm.engine.request_check import (
+        from ems_vllm.engine.frontend.request_check import (
             check_protection,
             check_request,
             check_resumable,

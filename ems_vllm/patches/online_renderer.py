@@ -22,7 +22,7 @@ def _wrap_preprocess_chat(original: Callable[..., Any]) -> Callable[..., Any]:
         tool_dicts: list[dict[str, Any]] | None = None,
         **kwargs: Any,
     ) -> Any:
-        from ems_vllm.engine.chat_roles import protect_roles
+        from ems_vllm.engine.frontend.chat_roles import protect_roles
 
         rendered = await original(self, request, messages, *args, tool_dicts=tool_dicts, **kwargs)
         # The same template and arguments; a parser would change the request once more.

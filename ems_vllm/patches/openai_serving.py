@@ -11,7 +11,7 @@ from ems_vllm.patches.record import Patch
 
 def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        from ems_vllm.engine.request_check import check_api_request
+        from ems_vllm.engine.frontend.request_check import check_api_request
 
         check_api_request(self.engine_client.vllm_config, request)
         return await original(self, request, *args, **kwargs)

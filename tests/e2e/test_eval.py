@@ -16,7 +16,7 @@ from ems_vllm.eval.endpoint import Endpoint, NoAnswer
 from ems_vllm.eval.results import EvalResult
 from ems_vllm.eval.server import Server
 
-PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
+PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 SMOKE = preset.load("smoke", {})
 
 

@@ -11,7 +11,7 @@ from unittest import mock
 
 from engine.harness import BLOCK_SIZE, EngineProbe
 
-from ems_vllm.engine.compactor import Compactor
+from ems_vllm.engine.group.compactor import Compactor
 from ems_vllm.engine.orders import Compaction
 
 

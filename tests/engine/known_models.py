@@ -144,8 +144,9 @@ def choose(model: KnownModel, device: str, recipe: str) -> Any:
         ConfigError: the model is refused.
     """
     from ems_vllm.config import load_config
-    from ems_vllm.engine import layer_choice
-    from ems_vllm.engine.compatibility import NO_FULL_ATTENTION, check_compatibility
+    from ems_vllm.engine.frontend.compatibility import check_compatibility
+    from ems_vllm.engine.worker import layer_choice
+    from ems_vllm.engine.worker.refusals import NO_FULL_ATTENTION
 
     config = load_config({"recipe": recipe})
     assert config is not None

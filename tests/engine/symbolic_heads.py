@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A worker's kv_heads that own different numbers of pages, beside the blocks of symbolic_cache.py.
 
-The engine's own CompressionRuntime runs over symbolic pages: it compacts, deals pages to heads, and
+The engine's own StepRunner runs over symbolic pages: it compacts, deals pages to heads, and
 lays out the tables by which attention reads. What attention, or a compaction, would read of every
 request, kv_head and layer is compared with what must be there.
 """
@@ -17,12 +17,16 @@ from engine.block_tables import Request
 from engine.symbolic_cache import BLOCK_SIZE, Columns
 from engine.symbolic_pages import ExpectedCompaction, SymbolicPages, SymbolicPolicy, Symbols
 
-from ems_vllm.engine.compressed_group import CompressedGroup, GroupTensors
-from ems_vllm.engine.head_tables import HeadTables
-from ems_vllm.engine.layer_stack import LayerStack
+from ems_vllm.engine.attention.bindings import MetadataRewriter
+from ems_vllm.engine.attention.head_batch import HeadBatch
+from ems_vllm.engine.attention.live_columns import LiveColumns
+from ems_vllm.engine.group.compressed_group import CompressedGroup
+from ems_vllm.engine.group.head_tables import HeadTables
+from ems_vllm.engine.group.layer_stack import LayerStack
+from ems_vllm.engine.group.prompt_chunks import score_pages
+from ems_vllm.engine.group.tensors import GroupTensors
 from ems_vllm.engine.orders import attached
-from ems_vllm.engine.runtime import CompressionRuntime, GroupBinding
-from ems_vllm.engine.score_rows import score_pages
+from ems_vllm.engine.worker.step import StepRunner
 
 if TYPE_CHECKING:
     from ems_vllm.head_shares import HeadShares
@@ -58,13 +62,18 @@ class SymbolicHeads:
         scores = specs[0].observation.score_tokens is not None
         num_pages = num_blocks + sum(spec.num_score_pages for spec in specs) if scores else 0
         self.groups = [
-            _Group(group_id, spec, of_layers, num_blocks, num_pages, max_num_seqs, max_num_columns)
+            _Group(group_id, spec, of_layers, num_blocks, num_pages, max_num_seqs)
             for group_id, (spec, of_layers) in enumerate(zip(specs, shares, strict=True))
         ]
         self._order: list[str] = []
         groups = [group.compressed for group in self.groups]
-        runtime = self._runtime = CompressionRuntime(groups, lambda metadata: self._order)
-        self._bindings = [GroupBinding(runtime, group) for group in groups]
+        steps = self._steps = StepRunner(groups, lambda metadata: self._order)
+        self._rewriters = []
+        for group in groups:
+            block_size, device = group.tensors.spec.block_size, group.tensors.device
+            live = LiveColumns(block_size, max_num_seqs + 1, max_num_columns, device)
+            batch = HeadBatch(group.heads, block_size, live.block_table, live.seq_lens)
+            self._rewriters.append(MetadataRewriter(group, steps.batch, live, batch))
 
     @property
     def num_owners(self) -> int:
@@ -90,7 +99,7 @@ class SymbolicHeads:
                 group.kept.pop(req_id, None)
             of_group = [order for order in orders.compactions if order.group_id == group.group_id]
             group.expect(of_group, requests, tokens)
-        self._runtime.begin_step(output)
+        self._steps.begin_step(output)
         for group in self.groups:
             group.check_compacted()
 
@@ -109,20 +118,20 @@ class SymbolicHeads:
         # A model runner orders as it likes.
         requests = list(reversed(scheduled))
         self._order = [request.req_id for request in requests]
-        for group, binding in zip(self.groups, self._bindings, strict=True):
+        for group, rewriter in zip(self.groups, self._rewriters, strict=True):
             metadata = self._metadata(requests, group.group_id)
-            rows = binding.rewrite(metadata)
+            rows = rewriter.rewrite(metadata)
             expected = [
                 group.expected(request, request.end, tokens(request, group.group_id))
                 for request in requests
             ]
             for layer in range(group.num_layers):
-                lens, table = binding.group.head_batch.write(layer)
+                lens, table = rewriter.head_batch.write(layer)
                 group.check_rows(layer, self._order, expected, lens.numpy(), table.numpy())
                 assert rows.max_seq_len >= lens.max(), "a row is longer than was announced"
                 assert (rows.seq_lens_cpu_upper_bound >= lens).all()
             self.num_checked_rows += len(requests) * group.num_heads * group.num_layers
-        self._runtime.end_step()
+        self._steps.end_step()
 
     def score(self, chunk: Any) -> None:
         """The queries of a ScoredChunk; those before it have left a score."""
@@ -198,7 +207,6 @@ class _Group:
             stacks=stacks,
             scores=self.pages.scores,
             query_ring=None,
-            obs_window=0,
             scale=1.0,
             layer_scales=[],
             key_scales=None,
@@ -210,9 +218,6 @@ class _Group:
             [f"layer {layer}" for layer in range(self.num_layers)],
             self._policy,
             workspace_bytes=0,
-            max_num_reqs=max_num_seqs + 1,
-            max_num_tokens=1,
-            max_num_columns=max_num_columns,
             heads=self.tables,
         )
 

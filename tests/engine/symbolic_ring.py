@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from engine.block_tables import Request
 
-from ems_vllm.engine.runtime import Batch, ring_slots
+from ems_vllm.engine.group.batch import Batch
+from ems_vllm.engine.group.query_ring import slots_of
 
 
 class SymbolicRing:
@@ -37,7 +38,7 @@ class SymbolicRing:
             starts=np.array([request.num_computed for request in requests]),
         )
         window = self._obs_window
-        for token, slot in enumerate(ring_slots(batch, starts[-1], window or 1).tolist()):
+        for token, slot in enumerate(slots_of(batch, starts[-1], window or 1).tolist()):
             if slot >= 0:
                 index = max(i for i, first in enumerate(starts[:-1]) if first <= token)
                 position = requests[index].num_computed + token - starts[index]

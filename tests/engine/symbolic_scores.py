@@ -25,7 +25,7 @@ class Scoring(NamedTuple):
 
 
 class SymbolicScores:
-    """The pages of all groups in one store, as in engine/score_store.py.
+    """The pages of all groups in one store, as in engine/group/score_store.py.
 
     Args:
         num_pages: Of all blocks, and the private ones of all groups.

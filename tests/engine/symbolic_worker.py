@@ -27,7 +27,7 @@ from engine.symbolic_scores import Scoring, SymbolicScores
 from ems_vllm.config import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.orders import attached
-from ems_vllm.engine.residents import Residents
+from ems_vllm.engine.worker.requests import WorkerRequests
 
 
 class SymbolicWorker:
@@ -58,7 +58,7 @@ class SymbolicWorker:
         self.num_drafts = num_drafts
         self.specs = [spec for spec in specs if isinstance(spec, CompressedAttentionSpec)]
         assert len(self.specs) in (0, len(specs))
-        self.residents = Residents()
+        self.residents = WorkerRequests()
         self.scores: SymbolicScores | None = None
         self.ring = SymbolicRing(0, 0)
         if self.specs:

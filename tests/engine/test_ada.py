@@ -25,7 +25,7 @@ from engine.unequal_budgets import (
 from unlike_heads import unlike_heads
 
 from ems_vllm.config import load_config
-from ems_vllm.engine.head_tables import HeadTables
+from ems_vllm.engine.group.head_tables import HeadTables
 
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE

@@ -11,7 +11,7 @@ import pytest
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.exceptions import VLLMValidationError
 
-from ems_vllm.engine.chat_roles import Chat, protect_roles
+from ems_vllm.engine.frontend.chat_roles import Chat, protect_roles
 
 TOOLS = [{"name": "look_up"}]
 SYSTEM = {"role": "system", "content": "Be kind."}

@@ -16,7 +16,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from ems_vllm.config import ConfigError
 
 WORKER = "ems_vllm.platform.worker.ReferenceCPUWorker"
-COMPRESSED_WORKER = "ems_vllm.engine.workers.cpu.CompressedCPUWorker"
+COMPRESSED_WORKER = "ems_vllm.engine.worker.cpu.CompressedCPUWorker"
 FLAGS = {
     "off": ([], WORKER),
     "recipe": (["--kv-compression", "ems"], COMPRESSED_WORKER),

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.engine.compaction_rows import CompactionRows, by_head, dealt, rows_of
+from ems_vllm.engine.group.compaction_rows import CompactionRows, by_head, dealt, rows_of
 from ems_vllm.engine.orders import Compaction
 
 BLOCK_SIZE = 4

@@ -18,7 +18,9 @@ from vllm.platforms.interface import DeviceCapability
 
 import ems_vllm
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.compatibility import LAYER_REFUSALS, RULES, check_compatibility, covers
+from ems_vllm.engine.frontend.compatibility import RULES, check_compatibility
+from ems_vllm.engine.kernels import covers
+from ems_vllm.engine.worker.refusals import LAYER_REFUSALS
 from ems_vllm.keys import CONFIG_KEY
 
 CONFIG = load_config({"recipe": "ems"})

@@ -6,7 +6,7 @@ import pytest
 from engine.harness import LLAMA, engine, tokens
 from processes import run_script
 
-PROCESSOR = "ems_vllm.engine.forced_tokens:ForcedTokens"
+PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 COMPRESSION = {
     "recipe": "ems",
     "budget": 32,

@@ -18,7 +18,7 @@ from engine.harness import LLAMA, QWEN3, engine, tokens
 from safetensors.torch import load_file, save_file
 
 from ems_vllm.config import ConfigError
-from ems_vllm.engine.cache_scales import FLOAT8_CACHES
+from ems_vllm.engine.group.cache_scales import FLOAT8_CACHES
 
 PROMPTS = [tokens(length, seed=length) for length in (420, 30, 250)]
 MAX_TOKENS = 48
@@ -261,16 +261,16 @@ def test_everything_beside_the_cache_is_counted():
     with engine({**settings("ems"), "workspace_mib": 16}, **options) as probe:
         (group,) = probe.worker.compression.groups
         tensors = group.tensors
-        assert tensors.query_ring.dtype == torch.float32
+        assert tensors.query_ring.queries.dtype == torch.float32
         assert tensors.scores.dtype == torch.float32
         elements = sum(2 * stack.key_cache.numel() for stack in tensors.stacks)
         assert tensors.spec.page_size_bytes * tensors.num_layers * tensors.num_blocks == elements
         footprint = probe.worker._footprint()
         assert footprint.score_bytes(tensors.num_blocks) == tensors.scores.nbytes
-        assert footprint.ring_bytes(tensors.num_blocks) == tensors.query_ring.nbytes
+        assert footprint.ring_bytes(tensors.num_blocks) == tensors.query_ring.queries.nbytes
         total = elements + footprint.total_bytes(tensors.num_blocks)
         assert limit - (1 << 20) < total <= limit
-        assert footprint.query_itemsize == tensors.query_ring.itemsize
+        assert footprint.query_itemsize == tensors.query_ring.queries.itemsize
 
 
 class TestRefusals:
@@ -281,7 +281,7 @@ class TestRefusals:
         """Puts back what a worker that was refused had set up."""
         from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-        from ems_vllm.engine.backends import restore_backends
+        from ems_vllm.engine.attention import restore_backends
 
         yield
         restore_backends()
@@ -292,7 +292,7 @@ class TestRefusals:
         from vllm.engine.arg_utils import EngineArgs
 
         from ems_vllm.config import load_config
-        from ems_vllm.engine.compatibility import check_compatibility
+        from ems_vllm.engine.frontend.compatibility import check_compatibility
 
         vllm_config = EngineArgs(model=LLAMA).create_engine_config()
         config = load_config({"recipe": "ems"})

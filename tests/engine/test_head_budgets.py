@@ -29,7 +29,7 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.head_tables import HeadTables
+from ems_vllm.engine.group.head_tables import HeadTables
 
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE
@@ -159,11 +159,11 @@ class TestHeads:
         assert re.search(r"of a prompt of 420 tokens from 16 to 1[12]\d entries", line), line
 
     def test_scores_tables_and_cache_together_fit_the_memory(self, probe):
-        groups = probe.worker.compression.groups
         held = [*probe.worker.model_runner.kv_caches]
-        for group in groups:
-            held += [group.tensors.scores, group.tensors.query_ring, group.heads.page_starts]
-            tables = vars(group.head_batch).values()
+        for rewriter in probe.worker.rewriters:
+            tensors, heads = rewriter.group.tensors, rewriter.group.heads
+            held += [tensors.scores, tensors.query_ring.queries, heads.page_starts]
+            tables = vars(rewriter.head_batch).values()
             held += [tensor for tensor in tables if isinstance(tensor, torch.Tensor)]
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in held

@@ -8,7 +8,7 @@ import torch
 from engine.harness import LLAMA, engine
 
 from ems_vllm.config import ConfigError
-from ems_vllm.engine.head_deal import shares_of_rank
+from ems_vllm.engine.worker.head_deal import shares_of_rank
 from ems_vllm.head_shares import HeadShares
 
 PROFILE = {
@@ -33,8 +33,7 @@ def layer(worker):
 def build_group(worker):
     """The group of the running model, built again."""
     (group,) = worker.compression.groups
-    layers = worker._attention_layers()
-    return worker._build_group(0, group.tensors.spec, group.layer_names, layers, None)
+    return worker._group_builder().group(0, group.tensors.spec, group.layer_names, None)
 
 
 def refused(worker, reason):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ems_vllm.engine.head_tables import HeadTables, page_start_bytes
+from ems_vllm.engine.group.head_tables import HeadTables, page_start_bytes
 from ems_vllm.engine.orders import Compaction
 from ems_vllm.head_shares import HeadShares
 

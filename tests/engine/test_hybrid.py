@@ -12,7 +12,7 @@ from engine.tiny_models import MAX_MODEL_LEN
 
 import ems_vllm
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
+from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES
 
 LONG = tokens(500)
 # One is the beginning of another: a hit that went too far would be compressed in place.
@@ -149,7 +149,7 @@ def test_scores_and_cache_together_fit_the_memory(folder):
             cache.untyped_storage().data_ptr(): cache.untyped_storage().nbytes()
             for cache in probe.worker.model_runner.kv_caches
         }
-        taken = sum(caches.values()) + tensors.scores.nbytes + tensors.query_ring.nbytes
+        taken = sum(caches.values()) + tensors.scores.nbytes + tensors.query_ring.queries.nbytes
         taken += (workspace << 20) + KERNEL_SCRATCH_BYTES
         assert 0.95 * memory < taken <= memory
         probe.generate(PROMPTS, MAX_TOKENS)
@@ -162,7 +162,7 @@ def refused_start():
     """An engine that fails while it starts does not shut down its worker, which would do this."""
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    from ems_vllm.engine.backends import restore_backends
+    from ems_vllm.engine.attention import restore_backends
 
     yield
     restore_backends()
@@ -240,7 +240,7 @@ def on_cuda(monkeypatch):
 
     The pairs of dtypes are those of the CPU unless others are given.
     """
-    from ems_vllm.engine import layer_choice
+    from ems_vllm.engine.worker import layer_choice
 
     build = ems_vllm.build_info()
 
@@ -278,14 +278,14 @@ class TestLayerChoice:
         ],
     )
     def test_special_full_attention_is_kept(self, fields, reason):
-        from ems_vllm.engine.layer_choice import choose_layers
+        from ems_vllm.engine.worker.layer_choice import choose_layers
 
         choice = choose_layers({"plain": self.spec(), "special": self.spec(**fields)})
         assert choice.compressed == {"plain"}
         assert reason in choice.describe_kept()
 
     def test_on_a_gpu_layers_without_kernels_are_kept(self, on_cuda):
-        from ems_vllm.engine.layer_choice import choose_layers
+        from ems_vllm.engine.worker.layer_choice import choose_layers
 
         specs = {f"size {size}": self.spec(head_size=size) for size in (32, 64, 72, 128)}
         assert choose_layers(specs).compressed == specs.keys()
@@ -306,7 +306,7 @@ class TestLayerChoice:
         ],
     )
     def test_on_a_gpu_dtypes_without_kernels_are_kept(self, on_cuda, recipe, query, cache, reason):
-        from ems_vllm.engine.layer_choice import choose_layers
+        from ems_vllm.engine.worker.layer_choice import choose_layers
 
         pairs = [("float32", "float32"), ("float16", "float16"), ("bfloat16", "bfloat16")]
         pairs += [("bfloat16", "float8_e4m3fn"), ("float16", "float8_e4m3fn")]
@@ -334,7 +334,7 @@ class TestLayerChoice:
         ],
     )
     def test_biased_and_soft_capped_logits(self, recipe, impl, is_compressed):
-        from ems_vllm.engine.layer_choice import choose_layers
+        from ems_vllm.engine.worker.layer_choice import choose_layers
 
         layers = {"layer": self.layer(impl=SimpleNamespace(**impl))}
         scorer = load_config({"recipe": recipe, "budget": 64}).scorer
@@ -384,7 +384,7 @@ class TestGrouping:
     def test_a_compressed_layer_beside_a_plain_one_is_noticed(self, compressed_first, other_kind):
         from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
 
-        from ems_vllm.engine.layer_choice import mixed_layer
+        from ems_vllm.engine.worker.layer_choice import mixed_layer
 
         other = TestLayerChoice.spec()
         if other_kind == "sliding":
@@ -403,7 +403,7 @@ class TestGrouping:
     def test_a_compressed_layer_beside_a_sliding_window_is_right_by_default(self):
         from vllm.v1.kv_cache_interface import SlidingWindowSpec, replace_as
 
-        from ems_vllm.engine.layer_choice import mixed_layer
+        from ems_vllm.engine.worker.layer_choice import mixed_layer
 
         sliding = replace_as(
             TestLayerChoice.spec(),

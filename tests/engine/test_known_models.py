@@ -9,7 +9,7 @@ from engine import known_models
 import ems_vllm
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.layer_choice import mixed_layer
+from ems_vllm.engine.worker.layer_choice import mixed_layer
 
 DOCUMENTED = json.loads(known_models.OUTCOMES.read_text())
 

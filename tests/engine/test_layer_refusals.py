@@ -13,10 +13,10 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.engine import capacity
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.layer_settings import LayersDiffer, by_layer
 from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.worker.layer_settings import LayersDiffer, by_layer
+from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.policies.policy import Policy
 
 CONFIG = load_config({"recipe": "ems", "budget": 64})
@@ -31,8 +31,7 @@ def worker():
 def build_group(worker):
     """The group of the running model, built again."""
     (group,) = worker.compression.groups
-    layers = worker._attention_layers()
-    return worker._build_group(0, group.tensors.spec, group.layer_names, layers, None)
+    return worker._group_builder().group(0, group.tensors.spec, group.layer_names, None)
 
 
 class TestQueryHeads:
@@ -149,7 +148,7 @@ def test_the_log_gives_the_reasons_that_only_layers_know():
     sizes = mock.Mock(workspace_bytes=0)
     sizes.score_bytes.return_value = sizes.ring_bytes.return_value = 0
     sizes.head_bytes.return_value = 0
-    capacity.log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
+    log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
     lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
     assert any(
         "0 of 1 layers compressed; left alone: 1 layers: soft-capped" in line for line in lines

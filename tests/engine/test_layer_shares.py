@@ -24,7 +24,7 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import load_config
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES
+from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES
 
 # The model's four layers in two levels, each a KV-cache group.
 PYRAMID = {**COMPRESSION, "allocator": {"name": "pyramid", "num_levels": 2}}
@@ -152,7 +152,7 @@ class TestPyramid:
     def test_scores_and_cache_together_fit_the_memory(self, probe):
         groups = [group.tensors for group in probe.worker.compression.groups]
         held = [*probe.worker.model_runner.kv_caches, *(tensors.scores for tensors in groups)]
-        held += [tensors.query_ring for tensors in groups]
+        held += [tensors.query_ring.queries for tensors in groups]
         storages = {
             tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in held
         }

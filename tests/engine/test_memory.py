@@ -10,12 +10,12 @@ from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.config import load_config, recipes
-from ems_vllm.engine.head_batch import HeadBatch, batch_bytes
-from ems_vllm.engine.head_tables import HeadTables, page_start_bytes
+from ems_vllm.engine.attention.head_batch import HeadBatch, batch_bytes
+from ems_vllm.engine.group.head_tables import HeadTables, page_start_bytes
+from ems_vllm.engine.group.score_store import ScoreStore
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
-from ems_vllm.engine.memory import KERNEL_SCRATCH_BYTES, Footprint, merge_scratch_bytes
 from ems_vllm.engine.observation import ObservationSettings, score_tokens
-from ems_vllm.engine.score_store import ScoreStore
+from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES, Footprint, merge_scratch_bytes
 from ems_vllm.policies.policy import Policy
 
 GIB = 1 << 30

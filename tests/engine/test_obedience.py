@@ -18,7 +18,7 @@ from ems_vllm.engine.orders import (
     attach,
     attached,
 )
-from ems_vllm.engine.residents import Residents, StepRefused
+from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
 COMPRESSION = {
     "recipe": "knorm",
@@ -55,7 +55,7 @@ class TestResidents:
 
     @pytest.fixture
     def residents(self):
-        residents = Residents()
+        residents = WorkerRequests()
         residents.begin_step(StepOrders(7, admitted=["a", "b"]))
         return residents
 
@@ -98,7 +98,7 @@ class TestResidents:
             residents.recorded(RecordedQueries("b", 3, 16), end=100)
         with pytest.raises(StepRefused, match=r"by its queries.*\(3, 181\)"):
             residents.compact([first_compaction(ring_row=3, num_queries=16, num_computed=181)])
-        residents = Residents()
+        residents = WorkerRequests()
         residents.begin_step(StepOrders(7, admitted=["a", "b"]))
         residents.recorded(RecordedQueries("a", 3, 16), end=180)
         residents.compact([first_compaction(ring_row=3, num_queries=16)])

@@ -20,7 +20,7 @@ from engine.harness import engine, tokens
 
 from ems_vllm import ops
 from ems_vllm.config.request import RequestOptions
-from ems_vllm.engine.compactor import Compactor
+from ems_vllm.engine.group.compactor import Compactor
 from ems_vllm.platform.attention import ReferenceAttentionBuilder
 from ems_vllm.policies.policy import Policy
 
@@ -69,14 +69,19 @@ def address(tensor):
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
+def live_columns_of(probe):
+    (rewriter,) = probe.worker.rewriters
+    return rewriter.live_columns
+
+
 def persistent_tensors(probe):
     """Everything of compression that a captured graph would read or write."""
-    group = group_of(probe)
+    group, live = group_of(probe), live_columns_of(probe)
     tensors = {
-        "ring_slots": group.ring_slots,
-        "block_table": group._block_table,
-        "seq_lens": group._seq_lens,
-        "query_ring": group.tensors.query_ring,
+        "ring_slots": group.tensors.query_ring.slots,
+        "block_table": live.block_table,
+        "seq_lens": live.seq_lens,
+        "query_ring": group.tensors.query_ring.queries,
         "scores": group.tensors.scores,
     }
     for index, stack in enumerate(group.tensors.stacks):
@@ -188,20 +193,20 @@ def test_buffers_never_move(probe, places):
 
 def test_builder_is_given_views_of_the_buffers(probe, places):
     """For a given batch size always the same addresses and shapes."""
-    group = group_of(probe)
+    live = live_columns_of(probe)
     for num_reqs, found in places.metadata.items():
         ((block_table, seq_lens),) = found
-        assert seq_lens == address(group._seq_lens[:num_reqs])
+        assert seq_lens == address(live.seq_lens[:num_reqs])
         width = block_table[1][1]
-        assert block_table == address(group._block_table[:num_reqs, :width])
+        assert block_table == address(live.block_table[:num_reqs, :width])
     assert len({block_table[1][1] for ((block_table, _),) in places.metadata.values()}) == 1
 
 
 def test_layers_record_into_the_ring_through_the_same_slots(probe, places):
     """What the operator is given inside of the model, where a graph captures it."""
-    group = group_of(probe)
-    assert places.slots == {(group.ring_slots.data_ptr(), 0)}
-    assert set(places.rings) == {address(ring) for ring in group.tensors.query_ring}
+    ring = group_of(probe).tensors.query_ring
+    assert places.slots == {(ring.slots.data_ptr(), 0)}
+    assert set(places.rings) == {address(queries) for queries in ring.queries}
     assert len(set(places.rings.values())) == 1
 
 

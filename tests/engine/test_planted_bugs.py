@@ -5,13 +5,13 @@ import pytest
 from engine.busy_run import SETTINGS, busy_runs
 from engine.levels import WITHIN_PROMPTS
 
-from ems_vllm.engine.compaction_ledger import CompactionLedger
-from ems_vllm.engine.dealer import Dealer
-from ems_vllm.engine.kv_cache_manager import CompressedAttentionManager
-from ems_vllm.engine.planner import Planner
 from ems_vllm.engine.pools import Pool
-from ems_vllm.engine.residents import Residents, StepRefused
-from ems_vllm.engine.tracked_request import TrackedRequest
+from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
+from ems_vllm.engine.scheduler.dealer import Dealer
+from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.scheduler.planner import Planner
+from ems_vllm.engine.scheduler.request import SchedulerRequest
+from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
 
 def _freed_one_step_early(monkeypatch):
@@ -42,14 +42,14 @@ def _compressed_columns_are_hashed(monkeypatch):
 
 
 def _worker_state_survives_a_preemption(monkeypatch):
-    begin_step = Residents.begin_step
+    begin_step = WorkerRequests.begin_step
 
     def forgetful(self, orders):
         orders.ended.clear()
         orders.admitted[:] = [r for r in orders.admitted if r not in self._residents]
         return begin_step(self, orders)
 
-    monkeypatch.setattr(Residents, "begin_step", forgetful)
+    monkeypatch.setattr(WorkerRequests, "begin_step", forgetful)
 
 
 def _chunk_runs_across_a_compaction(monkeypatch):
@@ -92,7 +92,7 @@ def _preempted_request_hits_its_own_prompt(monkeypatch):
 
 
 def _preempted_request_scores_more_than_at_first(monkeypatch):
-    first_scored_query = TrackedRequest.first_scored_query
+    first_scored_query = SchedulerRequest.first_scored_query
 
     def of_this_hit(self, num_processed):
         first_hit, self.first_hit = self.first_hit, None
@@ -100,7 +100,7 @@ def _preempted_request_scores_more_than_at_first(monkeypatch):
         self.first_hit = first_hit
         return found
 
-    monkeypatch.setattr(TrackedRequest, "first_scored_query", of_this_hit)
+    monkeypatch.setattr(SchedulerRequest, "first_scored_query", of_this_hit)
 
 
 def _chunks_look_like_decoding(monkeypatch):
@@ -214,7 +214,7 @@ def _queries_score_for_the_group_that_keeps_least(monkeypatch):
         plans = [ledger.plan for ledger in self.ledgers]
         return max(plan.first_scored_query(num_processed) for plan in plans)
 
-    monkeypatch.setattr(TrackedRequest, "first_scored_query", first_scored_query)
+    monkeypatch.setattr(SchedulerRequest, "first_scored_query", first_scored_query)
 
 
 def _late_group_represents_the_generated_tokens_only(monkeypatch):
@@ -228,7 +228,7 @@ def _late_group_represents_the_generated_tokens_only(monkeypatch):
 
 
 def _prompt_does_not_wait_for_its_blocks(monkeypatch):
-    monkeypatch.setattr(TrackedRequest, "waits_for_blocks", lambda self, start: False)
+    monkeypatch.setattr(SchedulerRequest, "waits_for_blocks", lambda self, start: False)
 
 
 def _what_was_kept_of_a_prompt_is_scored_by_its_old_columns(monkeypatch):
@@ -251,10 +251,10 @@ def _scores_of_what_was_kept_are_lost(monkeypatch):
 
 
 def _queries_score_twice(monkeypatch):
-    first_scored_query = TrackedRequest.first_scored_query
+    first_scored_query = SchedulerRequest.first_scored_query
     # Those before the prompt's end, whatever is compacted before.
     monkeypatch.setattr(
-        TrackedRequest,
+        SchedulerRequest,
         "first_scored_query",
         lambda self, num_processed: first_scored_query(self, self.prompt_len - 1),
     )

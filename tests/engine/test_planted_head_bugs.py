@@ -6,12 +6,12 @@ import pytest
 from engine.busy_run import busy_runs
 
 from ems_vllm import ops
-from ems_vllm.engine import compactor
-from ems_vllm.engine.compactor import Compactor
-from ems_vllm.engine.head_batch import HeadBatch
-from ems_vllm.engine.head_tables import HeadTables
-from ems_vllm.engine.planner import Planner
+from ems_vllm.engine.attention.head_batch import HeadBatch
+from ems_vllm.engine.group import compactor
+from ems_vllm.engine.group.compactor import Compactor
+from ems_vllm.engine.group.head_tables import HeadTables
 from ems_vllm.engine.pools import Pool
+from ems_vllm.engine.scheduler.planner import Planner
 
 
 def _release_is_forgotten(monkeypatch, when_finished):

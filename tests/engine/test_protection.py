@@ -26,7 +26,7 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 from unlike_heads import unlike_heads
 
-from ems_vllm.engine.protection import ProtectedEntries
+from ems_vllm.engine.group.protection import ProtectedEntries
 
 # With the sinks 43 of the 48 entries that the level which keeps least has room for.
 SPANS = ((100, 131), (380, 388))
@@ -211,7 +211,7 @@ def test_two_workers_protect_alike(parallel: dict[str, Any]):
 def test_a_worker_that_forgets_what_it_kept_is_noticed(monkeypatch):
     """A planted bug: after the first compaction only positions say what is protected."""
     monkeypatch.setattr(
-        "ems_vllm.engine.protection.kept_of", lambda mask, idx: torch.zeros_like(idx).bool()
+        "ems_vllm.engine.group.protection.kept_of", lambda mask, idx: torch.zeros_like(idx).bool()
     )
     with engine(COMPRESSION, LLAMA, **OPTIONS) as probe:
         watch = Watch(probe)

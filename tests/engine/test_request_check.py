@@ -9,7 +9,7 @@ from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
-from ems_vllm.engine.request_check import check_prompt, check_request
+from ems_vllm.engine.frontend.request_check import check_prompt, check_request
 from ems_vllm.patches import input_processor
 
 COMPRESSED = SimpleNamespace(additional_config={"kv_compression": {"recipe": "ems", "budget": 64}})

@@ -10,7 +10,7 @@ from engine.tiny_models import gemma3
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from ems_vllm.engine.rope import rotations
+from ems_vllm.engine.group.rope import rotations
 from ems_vllm.eval.reference.cache import compressed_layers
 from ems_vllm.eval.reference.rope import rotation_of
 from ems_vllm.policies.policy import Policy

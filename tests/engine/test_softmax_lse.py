@@ -58,7 +58,7 @@ def test_scores_are_the_same_with_the_lse_of_attention():
 def flash_attn():
     """The wrapped FLASH_ATTN, whose kernels need a GPU."""
     pytest.importorskip("vllm.v1.attention.backends.flash_attn")
-    from ems_vllm.engine.backends import flash_attn
+    from ems_vllm.engine.attention import flash_attn
 
     return flash_attn
 

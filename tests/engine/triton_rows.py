@@ -13,10 +13,10 @@ from vllm.config import CUDAGraphMode
 from vllm.v1.attention.backend import CommonAttentionMetadata
 from vllm.v1.attention.backends.triton_attn import TritonAttentionImpl
 
-from ems_vllm.engine.backends.head_rows import SPLITTINGS, LayerRows
-from ems_vllm.engine.backends.triton_attn import CompressedTritonAttentionBackend
-from ems_vllm.engine.head_batch import HeadBatch
-from ems_vllm.engine.head_tables import HeadTables
+from ems_vllm.engine.attention.head_batch import HeadBatch
+from ems_vllm.engine.attention.head_rows import SPLITTINGS, LayerRows
+from ems_vllm.engine.attention.triton_attn import CompressedTritonAttentionBackend
+from ems_vllm.engine.group.head_tables import HeadTables
 
 BACKEND = "TRITON_ATTN"
 NUM_LAYERS, NUM_HEADS, GROUP, HEAD_SIZE, BLOCK_SIZE = 2, 3, 2, 32, 16

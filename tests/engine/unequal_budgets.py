@@ -15,7 +15,7 @@ from engine.harness import LLAMA, EngineProbe, tokens
 from processes import run_script
 
 from ems_vllm.config import RequestOptions, load_config
-from ems_vllm.engine import capacity
+from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.eval.reference.model import ReferenceModel
 
 BUDGET = 64
@@ -136,7 +136,7 @@ def start_log(probe: EngineProbe, compression: dict[str, Any], num_tokens: int) 
     config = load_config(compression)
     assert config is not None
     kv_cache_config, layers = worker.model_runner.kv_cache_config, worker._attention_layers()
-    capacity.log_start(logger, config, kv_cache_config, layers, num_tokens, worker._footprint())
+    log_start(logger, config, kv_cache_config, layers, num_tokens, worker._footprint())
     return [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
 
 

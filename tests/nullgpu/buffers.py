@@ -64,7 +64,7 @@ class _Checks:
         self._worker = probe.worker
         (group,) = probe.worker.compression.groups
         self._tensors = group.tensors
-        self._expected = Expected(group.tensors.spec, group.tensors.obs_window)
+        self._expected = Expected(group.tensors.spec, group.tensors.query_ring.obs_window)
         # What requests hold until their compaction.
         self._rows: dict[str, int] = {}
         self._private: dict[str, list[int]] = {}
@@ -87,9 +87,9 @@ class _Checks:
         }
 
     def installed(self) -> Any:
-        from ems_vllm.engine.runtime import GroupBinding
+        from ems_vllm.engine.attention.bindings import MetadataRewriter
 
-        execute, rewrite = self._worker.execute_model, GroupBinding.rewrite
+        execute, rewrite = self._worker.execute_model, MetadataRewriter.rewrite
 
         def rewriting(binding: Any, metadata: Any) -> Any:
             lens = metadata.seq_lens.cpu()
@@ -115,7 +115,7 @@ class _Checks:
             return result
 
         self._worker.execute_model = executing
-        return mock.patch.object(GroupBinding, "rewrite", rewriting)
+        return mock.patch.object(MetadataRewriter, "rewrite", rewriting)
 
     @property
     def _requests(self) -> list[Request]:
@@ -178,11 +178,11 @@ class _Checks:
 
     def _poison_ring(self) -> None:
         """Everything that was recorded: what is written in this step then shows."""
-        ring = self._tensors.query_ring
+        ring = self._tensors.query_ring.queries
         ring.copy_(torch.full(ring.shape, POISON, dtype=ring.dtype))
 
     def _check_ring(self, orders: StepOrders) -> None:
-        window = self._tensors.obs_window
+        window = self._tensors.query_ring.obs_window
         rows = {order.req_id: order.ring_row for order in orders.recorded}
         recorded = {r.req_id: self._expected.recorded(r) for r in self._requests}
         # A request keeps its row, and nobody else has it.
@@ -199,7 +199,7 @@ class _Checks:
             for position in positions
         }
         self.found["steps that record nothing"] += not expected
-        for layer, found in enumerate(self._tensors.query_ring.cpu()):
+        for layer, found in enumerate(self._tensors.query_ring.queries.cpu()):
             got = {tuple(slot) for slot in (found != POISON).flatten(2).any(2).nonzero().tolist()}
             self.found["slots checked"] += len(expected)
             if got != expected:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from nullgpu.trace import listening
 
-from ems_vllm.engine.host_tensors import pad_rows, to_device
+from ems_vllm.engine.group.to_device import pad_rows, to_device
 
 GPU = torch.device("cuda")
 

@@ -60,6 +60,6 @@ def test_the_installed_vllm_is_supported():
     """The control: the same script with the version that is there."""
     cases = {name: CASES[name] for name in ("python", "neither")}
     assert run_script(_SCRIPT, {"version": "0.32.0", "cases": cases}) == {
-        "python": "ems_vllm.engine.workers.cpu.CompressedCPUWorker",
+        "python": "ems_vllm.engine.worker.cpu.CompressedCPUWorker",
         "neither": "ems_vllm.platform.worker.ReferenceCPUWorker",
     }

@@ -4,9 +4,10 @@
 A prompt alone cannot measure this: its log probabilities (`prompt_logprobs`) come from the prefill,
 which attends to everything, and the cache is compressed only afterwards. Here the prefix is the
 prompt, and the server is made to *generate* the document's own continuation
-(engine/forced_tokens.py): each of its tokens but the first is predicted from the compressed cache,
-and vLLM reports its log probability before the other tokens were masked. With a budget of at least
-the length this equals what `prompt_logprobs` gives for the same tokens (tests/e2e/test_eval.py).
+(engine/measuring/forced_tokens.py): each of its tokens but the first is predicted from the
+compressed cache, and vLLM reports its log probability before the other tokens were masked. With a
+budget of at least the length this equals what `prompt_logprobs` gives for the same tokens
+(tests/e2e/test_eval.py).
 
 Bits per byte, unlike perplexity, compares models with different tokenizers.
 """

@@ -15,8 +15,9 @@ from ems_vllm.eval.tokenizer import Tokenizer
 class LongGeneration(Task):
     """A long list of codes, written token by token, and then one of its codes once more.
 
-    The list is prescribed (engine/forced_tokens.py), so that every model has written the same; it
-    is generated like any answer, and recompressed like one. Only what follows is the model's own.
+    The list is prescribed (engine/measuring/forced_tokens.py), so that every model has written the
+    same; it is generated like any answer, and recompressed like one. Only what follows is the
+    model's own.
     A request holds up to `recompress_interval` entries more here before it is compressed again,
     which its budget includes.
     """

@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the policy over the requests that are to be compacted, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ems_vllm.engine.group.compaction_context import context_of, context_of_heads, with_targets
+from ems_vllm.engine.group.compaction_rows import CompactionRows, by_head, dealt, rows_of
+from ems_vllm.engine.group.protection import ProtectedEntries, ProtectedWave, num_reserved
+
+if TYPE_CHECKING:
+    from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.tensors import GroupTensors
+    from ems_vllm.engine.orders import Compaction
+    from ems_vllm.policies.context import CompactionContext
+    from ems_vllm.policies.policy import Policy
+
+
+@dataclass
+class CompactionCounters:
+    """What has been compacted since the start."""
+
+    num_compactions: int = 0
+    num_entries_in: int = 0
+    num_entries_kept: int = 0
+
+
+class Compactor:
+    """Compacts the requests of one group.
+
+    Args:
+        tensors: The group's cache, scores and query ring.
+        policy: What stays and what is merged.
+        workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
+            single request does.
+        heads: What kv_heads own; None where all of a layer keep as much.
+
+    Attributes:
+        protected: What requests protect.
+    """
+
+    def __init__(
+        self,
+        tensors: GroupTensors,
+        policy: Policy,
+        workspace_bytes: int,
+        heads: HeadTables | None = None,
+    ) -> None:
+        self._tensors = tensors
+        self._policy = policy
+        self._heads = heads
+        self._block_size = tensors.spec.block_size
+        self._num_sinks = policy.selector.num_sink_tokens
+        self._workspace_bytes = workspace_bytes
+        self.counters = CompactionCounters()
+        self.protected = ProtectedEntries(self._block_size, tensors.device)
+
+    @torch.inference_mode()
+    def compact(self, orders: Sequence[Compaction]) -> None:
+        """Compress requests, before the step's forward pass."""
+        for wave, max_layers in self._waves(orders):
+            requests = rows_of(wave, self._block_size, self._num_sinks)
+            protected = self.protected.wave(wave)
+            if self._heads is None:
+                self._compact_requests(requests, max_layers, protected)
+            else:
+                self._compact_heads(requests, wave, self._heads, protected)
+        for order in orders:
+            self.counters.num_compactions += 1
+            self.counters.num_entries_in += self._num_entries(order)
+            self.counters.num_entries_kept += self._num_kept(order)
+
+    def _compact_requests(
+        self, requests: CompactionRows, max_layers: int, protected: ProtectedWave | None
+    ) -> None:
+        for stack in self._tensors.stacks:
+            for part in stack.split(max_layers):
+                context = context_of(self._tensors, requests, part)
+                if protected is None:
+                    self._policy.compact(context)
+                    continue
+                mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
+                protected.keep(self._policy.compact(replace(context, is_protected=mask)))
+        if protected is not None:
+            protected.end(requests.budgets.tolist())
+
+    def _compact_heads(
+        self,
+        requests: CompactionRows,
+        wave: Sequence[Compaction],
+        heads: HeadTables,
+        protected: ProtectedWave | None,
+    ) -> None:
+        req_ids = [order.req_id for order in wave]
+        owned, shared = heads.owned(req_ids), heads.deal(wave, self._least_pages(wave))
+        kept = np.empty_like(owned) if shared is None else shared
+        for stack in self._tensors.stacks:
+            for part in stack.split(1):
+                layer = part.layers.start
+                rows = by_head(requests, owned[layer], self._block_size)
+                if shared is not None:
+                    rows = dealt(rows, requests, kept[layer], self._block_size)
+                context = context_of_heads(self._tensors, requests, rows, part)
+                if protected is not None:
+                    held = owned[layer] * self._block_size
+                    mask = protected.of_heads(layer, held, context.max_entries)
+                    context = replace(context, is_protected=mask)
+                if shared is None:
+                    kept[layer], kept_idx = self._deal_and_compact(requests, rows, context)
+                else:
+                    kept_idx = self._policy.compact(context)
+                if protected is not None:
+                    protected.keep(kept_idx)
+        heads.own(req_ids, kept)
+        if protected is not None:
+            protected.end((kept.max((0, 2)) * self._block_size).tolist())
+
+    def _deal_and_compact(
+        self, requests: CompactionRows, rows: CompactionRows, context: CompactionContext
+    ) -> tuple[np.ndarray, torch.Tensor]:
+        """Compact a layer whose kv_heads, the rows, share what it keeps by their scores.
+
+        Returns:
+            [num_requests, num_heads]: pages that each keeps; and kept_idx, see Selection.
+        """
+        scores = self._policy.score(context)
+        budgets = requests.budgets.tolist()
+        kept: np.ndarray = self._policy.allocator.deal(context, scores, budgets).numpy()
+        rows = dealt(rows, requests, kept, self._block_size)
+        return kept, self._policy.place(with_targets(context, rows), scores)
+
+    def _least_pages(self, orders: Sequence[Compaction]) -> list[int]:
+        """By order, pages that any kv_head needs for what it must keep."""
+        return [
+            # Sinks alone take what there is: a page may be smaller than they are.
+            max(1, -(-num_reserved(order, self._num_sinks, self._block_size) // self._block_size))
+            if order.protected
+            else 1
+            for order in orders
+        ]
+
+    def _num_entries(self, order: Compaction) -> int:
+        return (order.tail - order.first_before) * self._block_size
+
+    def _longest(self, order: Compaction) -> int:
+        """Entries of the longest kv_head."""
+        if self._heads is None:
+            return self._num_entries(order)
+        (beyond,) = self._heads.most_beyond(self._heads.places([order.req_id]))
+        return self._num_entries(order) + int(beyond) * self._block_size
+
+    def _num_kept(self, order: Compaction) -> int:
+        return (order.tail - order.first) * self._block_size
+
+    def _waves(self, orders: Sequence[Compaction]) -> Iterator[tuple[list[Compaction], int]]:
+        """Split the work so that what the policy allocates for a wave fits the workspace.
+
+        Yields:
+            (requests, most layers at a time); requests of similar length together, because a wave
+            pads to its longest.
+        """
+        # Heads are compressed a layer at a time.
+        num_layers = self._tensors.num_layers if self._heads is None else 1
+        max_entries = self._max_entries(any(order.protected for order in orders))
+        wave: list[Compaction] = []
+        for order in sorted(orders, key=self._longest):
+            size = self._longest(order)
+            if wave and (len(wave) + 1) * size * num_layers > max_entries:
+                yield wave, self._max_layers(wave, max_entries)
+                wave = []
+            wave.append(order)
+        if wave:
+            yield wave, self._max_layers(wave, max_entries)
+
+    def _max_entries(self, protects: bool) -> int:
+        """Entries that fit the workspace, of requests as rows."""
+        num_heads = self._tensors.spec.num_kv_heads
+        fits = partial(self._policy.max_entries, self._workspace_bytes, protects=protects)
+        # Where heads are compressed by themselves, each is a row.
+        return fits(num_heads) if self._heads is None else fits(1) // num_heads
+
+    def _max_layers(self, wave: list[Compaction], max_entries: int) -> int:
+        """A single request may exceed the workspace; its layers are taken in turns then."""
+        per_layer = len(wave) * self._longest(wave[-1])
+        return max(1, min(self._tensors.num_layers, max_entries // per_layer))

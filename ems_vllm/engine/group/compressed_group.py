@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One KV-cache group on a worker: its tensors and what its requests own and protect."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ems_vllm.engine.group.compactor import Compactor
+
+if TYPE_CHECKING:
+    from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.tensors import GroupTensors
+    from ems_vllm.engine.orders import Compaction
+    from ems_vllm.policies.policy import Policy
+
+
+class CompressedGroup:
+    """Compresses the layers of one KV-cache group.
+
+    Args:
+        tensors: Its tensors.
+        layer_names: Its layers, in the order of the tensors.
+        policy: Chooses what stays and what is merged.
+        workspace_bytes: Bound of the scratch memory of a compaction.
+        heads: Pages that kv_heads own; None where all of a layer keep as much.
+
+    Attributes:
+        heads: As given.
+    """
+
+    def __init__(
+        self,
+        tensors: GroupTensors,
+        layer_names: Sequence[str],
+        policy: Policy,
+        workspace_bytes: int,
+        heads: HeadTables | None = None,
+    ) -> None:
+        self.tensors = tensors
+        self.layer_names = list(layer_names)
+        self.global_stride = policy.scorer.global_stride
+        self.heads = heads
+        self._compactor = Compactor(tensors, policy, workspace_bytes, heads)
+        self.counters = self._compactor.counters
+
+    def release(self, req_ids: Sequence[str]) -> None:
+        """Requests gave their blocks back."""
+        self._compactor.protected.release(req_ids)
+        if self.heads is not None:
+            self.heads.release(req_ids)
+
+    def compact(self, orders: Sequence[Compaction]) -> None:
+        """Compress requests of this group, before anything of the step runs."""
+        self._compactor.compact(orders)

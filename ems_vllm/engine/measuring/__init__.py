@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For evaluations: what a server is asked for beside answers."""

@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decides what every step compacts, scores and records.
+
+The one place where a request's CompressionPlan is evaluated. A worker is told the outcome
+(`orders.StepOrders`) and derives nothing.
+
+What is dealt out to requests for that (dealer.py) is dealt when a chunk reaches so far that it is
+needed. A request that finds none does not run any further in this step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ems_vllm.config.request import RequestOptions
+from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
+from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
+from ems_vllm.engine.scheduler.dealer import Dealer
+from ems_vllm.engine.scheduler.request import NEVER, SchedulerRequest
+from ems_vllm.plan import prompt_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.request import Request
+
+    from ems_vllm._C import CompressionPlan
+    from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
+
+
+class Planner:
+    """Decides for one scheduler.
+
+    Args:
+        managers: Of the compressed KV-cache groups.
+        num_blocks: Blocks of the cache.
+        max_num_seqs: Most requests that run at a time.
+        decode_query_len: Tokens of a decoding request in a step, drafts included.
+        cuts_anywhere: Whether a chunk may end wherever it suits. Where states of Mamba layers are
+            cached, vLLM cuts at blocks; then a request that is short of something waits instead of
+            advancing a little, and a last chunk may look like a decoding step.
+        num_sinks: First tokens of a prompt that always stay.
+    """
+
+    def __init__(
+        self,
+        managers: Sequence[CompressedAttentionManager],
+        num_blocks: int,
+        max_num_seqs: int,
+        decode_query_len: int,
+        cuts_anywhere: bool = True,
+        num_sinks: int = 0,
+    ) -> None:
+        self.requests: dict[str, SchedulerRequest] = {}
+        self._managers = list(managers)
+        self._decode_query_len = decode_query_len
+        self._cuts_anywhere = cuts_anywhere
+        self._num_sinks = num_sinks
+        observation = managers[0].group_spec.observation
+        self._obs_window = observation.obs_window
+        self._scores = observation.score_tokens is not None
+        self._dealer = Dealer(
+            [manager.group_spec for manager in managers], num_blocks, max_num_seqs
+        )
+        self._num_steps = 0
+        self._ended: list[str] = []
+        for index, manager in enumerate(managers):
+            manager.follow(self.requests, index)
+
+    # -- admission and end ---------------------------------------------------------------------
+
+    def admit(self, request: Request) -> int | None:
+        """Take note of a request that is about to be scheduled for the first time, or again.
+
+        Returns:
+            The longest prefix-cache hit it may use, in tokens; None for no limit.
+        """
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            tracked = self.requests[request.request_id] = self._track(request)
+        limit, first_hit = tracked.max_shared_tokens, tracked.first_hit
+        if limit is None or first_hit is None or not self._scores or not tracked.compresses_prompt:
+            return limit
+        # A preempted request finds its own prompt in the cache. Queries that scored at first have
+        # to score again, or the preemption would change the answer.
+        return first_hit if tracked.first_scored_query(0) < limit else limit
+
+    def _track(self, request: Request) -> SchedulerRequest:
+        params = request.sampling_params
+        options = RequestOptions.parse_admitted(params.extra_args if params else None)
+        plans = self._plans(request, options)
+        if options.protect:
+            num_tokens = request.num_prompt_tokens + request.max_tokens
+            options = options.checked_again(
+                request.num_prompt_tokens, num_tokens, plans, self._num_sinks
+            )
+            plans = self._plans(request, options)
+        return SchedulerRequest(
+            request,
+            tuple(map(CompactionLedger, plans)),
+            protected=options.protect.ranges if options.protect else (),
+        )
+
+    def _plans(self, request: Request, options: RequestOptions) -> list[CompressionPlan]:
+        """By compressed group."""
+        return [
+            manager.group_spec.settings.plan(request.num_prompt_tokens, manager.block_size, options)
+            for manager in self._managers
+        ]
+
+    def released(self, request: Request) -> None:
+        """The request gave its blocks back: it was preempted, or has finished."""
+        tracked = self.requests.get(request.request_id)
+        if tracked is None:
+            return
+        if not tracked.is_new:
+            self._ended.append(request.request_id)
+        self._dealer.take_back_row(tracked)
+        self._dealer.take_back_pages(tracked)
+        tracked.restart()
+        if request.is_finished():
+            del self.requests[request.request_id]
+
+    # -- while a step is scheduled -------------------------------------------------------------
+
+    def limit_chunk(self, request: Request, start: int, num_tokens: int) -> int:
+        """How many of `num_tokens` a step of this request may process; 0 makes it wait.
+
+        A step never runs across a compaction: a request that was preempted computes its generated
+        tokens again, many at a time, and ends every chunk where a compaction falls due, so that
+        each token attends to what it attended to at first.
+
+        Args:
+            request: An admitted request.
+            start: Tokens processed before the step.
+            num_tokens: What vLLM would schedule.
+        """
+        tracked = self.requests[request.request_id]
+        if start + num_tokens <= tracked.quiet_until:
+            return num_tokens
+        if tracked.is_new:
+            tracked.num_cached = start
+        if tracked.waits_for_blocks(start):
+            return 0
+        due = tracked.next_compaction(start)
+        if due == NEVER:
+            return num_tokens
+        num_tokens = min(num_tokens, due - start)
+        recorded_from = due - self._obs_window
+        scores = self._scores and tracked.compresses_prompt and start < tracked.prompt_len
+        if scores:
+            needed_from = min(tracked.first_scored_query(start), recorded_from)
+            if start + num_tokens > needed_from and not self._dealer.deal_pages(tracked):
+                num_tokens = self._until(needed_from, start)
+        if (
+            self._obs_window
+            and start + num_tokens > recorded_from
+            and not self._dealer.deal_row(tracked)
+        ):
+            num_tokens = self._until(recorded_from, start)
+        if scores and self._cuts_anywhere:
+            num_tokens = self._unlike_decoding(due - start, num_tokens)
+        return num_tokens
+
+    def _until(self, position: int, start: int) -> int:
+        """Tokens to a position from which on something is needed that there is none of."""
+        return max(0, position - start) if self._cuts_anywhere else 0
+
+    def _unlike_decoding(self, remaining: int, num_tokens: int) -> int:
+        """At most `num_tokens`, so that this chunk and what is left exceed a decoding step.
+
+        What is left of a prompt, or of it until it is compacted. 0 where that cannot be. A batch
+        in which no request has more tokens than a decoding one replays the CUDA graph of decoding
+        batches, which scores nothing.
+        """
+        longest = self._decode_query_len
+        if num_tokens < remaining <= num_tokens + longest:
+            num_tokens = remaining - longest - 1
+        return num_tokens if num_tokens > longest or num_tokens == remaining else 0
+
+    # -- once it is scheduled ------------------------------------------------------------------
+
+    def orders(self, output: SchedulerOutput) -> StepOrders:
+        """What the workers do in the step that was just scheduled.
+
+        Args:
+            output: vLLM's, with the tokens of the step counted as computed already.
+        """
+        self._num_steps += 1
+        orders = StepOrders(self._num_steps, ended=self._ended)
+        self._ended = []
+        self._dealer.take_back_unused(output.num_scheduled_tokens)
+        scheduled = []
+        for req_id, num_tokens in output.num_scheduled_tokens.items():
+            tracked = self.requests[req_id]
+            end = tracked.request.num_computed_tokens
+            orders.starts.append(end - num_tokens)
+            scheduled.append(tracked)
+            if end > tracked.quiet_until:
+                self._order(tracked, end - num_tokens, end, orders)
+        for index, manager in enumerate(self._managers):
+            orders.first_columns[manager.kv_cache_group_id] = [
+                tracked.ledgers[index].first for tracked in scheduled
+            ]
+        return orders
+
+    def _order(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:
+        """Add what a request's step from `start` to `end` asks for."""
+        if tracked.is_new:
+            self._begin(tracked, start, orders)
+        due = tracked.next_compaction(start)
+        is_recorded = self._obs_window > 0 and end > due - self._obs_window
+        if self._compact(tracked, start, orders):
+            self._dealer.take_back_pages(tracked)
+            if not is_recorded:
+                self._dealer.take_back_row(tracked)
+        if self._scores and tracked.compresses_prompt:
+            self._score(tracked, start, end, orders)
+        if is_recorded:
+            assert tracked.ring_row is not None
+            num_queries = min(end - start, end - due + self._obs_window)
+            orders.recorded.append(
+                RecordedQueries(tracked.request.request_id, tracked.ring_row, num_queries)
+            )
+        tracked.quiet_until = self._quiet_until(tracked, end, due)
+
+    def _begin(self, tracked: SchedulerRequest, start: int, orders: StepOrders) -> None:
+        tracked.is_new = False
+        tracked.num_cached = start
+        if tracked.first_hit is None:
+            tracked.first_hit = start
+        orders.admitted.append(tracked.request.request_id)
+
+    def _quiet_until(self, tracked: SchedulerRequest, end: int, due: int) -> int:
+        if tracked.compresses_prompt and end < tracked.prompt_len:
+            return 0
+        return due - self._obs_window if due != NEVER else NEVER
+
+    def _compact(self, tracked: SchedulerRequest, start: int, orders: StepOrders) -> bool:
+        """Order the compactions that fall due; whether there is one."""
+        compacted = False
+        for index, ledger in enumerate(tracked.ledgers):
+            before = (ledger.first, ledger.tail)
+            if ledger.step_scheduled(start):
+                orders.compactions.append(self._compaction(tracked, index, start, before))
+                ledger.accumulated_until = start
+                compacted = True
+        return compacted
+
+    def _compaction(
+        self, tracked: SchedulerRequest, index: int, start: int, before: tuple[int, int]
+    ) -> Compaction:
+        manager, ledger = self._managers[index], tracked.ledgers[index]
+        plan, (first_before, tail_before) = ledger.plan, before
+        is_of_prompt = plan.compresses_prompt and start <= tracked.prompt_len
+        num_scored = 0
+        if self._scores and is_of_prompt:
+            num_scored = (ledger.tail - first_before) * manager.block_size
+        elif self._scores and first_before > 0:
+            num_scored = (tail_before - first_before) * manager.block_size
+        return Compaction(
+            req_id=tracked.request.request_id,
+            group_id=manager.kv_cache_group_id,
+            first_before=first_before,
+            first=ledger.first,
+            tail=ledger.tail,
+            num_computed=start,
+            block_ids=manager.block_ids(tracked.request.request_id, first_before, start),
+            score_pages=tracked.score_pages_of(index),
+            num_scored=num_scored,
+            num_represented=0 if is_of_prompt else start - ledger.accumulated_until,
+            ring_row=-1 if tracked.ring_row is None else tracked.ring_row,
+            num_queries=min(self._obs_window, start - tracked.num_cached),
+            prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
+            protected=tracked.protected,
+        )
+
+    def _score(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:
+        first_scored = tracked.first_scored_query(start)
+        first_query, seq_len = max(start, first_scored), min(end, tracked.prompt_len)
+        if first_query >= seq_len:
+            return
+        for index, manager in enumerate(self._managers):
+            ledger = tracked.ledgers[index]
+            if not ledger.plan.compresses_prompt:
+                continue
+            assert ledger.first > 0 or tracked.score_pages is not None
+            # Where all queries score, what was kept has the scores of those before.
+            carries = ledger.first > 0 and ledger.plan.global_queries is None
+            is_fresh = start <= first_scored and not carries
+            orders.scored.append(
+                ScoredChunk(
+                    req_id=tracked.request.request_id,
+                    group_id=manager.kv_cache_group_id,
+                    first_query=first_query,
+                    seq_len=seq_len,
+                    first_column=ledger.first,
+                    num_accumulated=0 if is_fresh else start - ledger.first * manager.block_size,
+                    block_ids=manager.block_ids(tracked.request.request_id, ledger.first, seq_len),
+                    score_pages=tracked.score_pages_of(index),
+                )
+            )

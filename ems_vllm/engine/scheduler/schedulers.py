@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's schedulers, with a planner beside them.
+
+They come in through `scheduler_cls`. What they override bounds a hit and a chunk, notices that a
+request gave its blocks back, and sends the orders of a step along with it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+
+from ems_vllm.config import settings_of
+from ems_vllm.engine.orders import attach
+from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
+from ems_vllm.engine.scheduler.planner import Planner
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    # For type checkers; the real base is the scheduler that this is mixed into.
+    from vllm.v1.core.sched.scheduler import Scheduler as _Base
+    from vllm.v1.request import Request
+else:
+    _Base = object
+
+
+class CompressionSchedulerMixin(_Base):
+    """Mixed into a scheduler class of vLLM, before it in the order of resolution."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        managers = [
+            manager
+            for manager in self.kv_cache_manager.coordinator.single_type_managers
+            if isinstance(manager, CompressedAttentionManager)
+        ]
+        # Without a compressed layer the worker has refused to start.
+        assert managers, "a compressing scheduler was chosen, but no layer is compressed"
+        config = settings_of(self.vllm_config)
+        assert config is not None, "a compressing scheduler was chosen without settings"
+        self.planner = Planner(
+            managers,
+            num_blocks=self.kv_cache_config.num_blocks,
+            max_num_seqs=self.max_num_running_reqs,
+            decode_query_len=1 + self.num_spec_tokens,
+            cuts_anywhere=not self.need_mamba_block_aligned_split,
+            num_sinks=config.selector.num_sink_tokens,
+        )
+
+    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+        """A hit must end where the request's compaction begins to write."""
+        with CompressedAttentionManager.limit_hits(self.planner.admit(request)):
+            return super()._get_local_prefix_cache_hit(request)
+
+    def _reserve_prefill_lookahead(
+        self, request: Request, num_computed_tokens: int, num_new_tokens: int
+    ) -> int:
+        """The last thing that vLLM asks about the length of a chunk."""
+        num_new_tokens = super()._reserve_prefill_lookahead(
+            request, num_computed_tokens, num_new_tokens
+        )
+        if num_new_tokens == 0:
+            return 0
+        return self.planner.limit_chunk(request, num_computed_tokens, num_new_tokens)
+
+    def _free_request_blocks(self, request: Request) -> None:
+        super()._free_request_blocks(request)
+        self.planner.released(request)
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        output = super().schedule(*args, **kwargs)
+        attach(output, self.planner.orders(output))
+        return output
+
+
+class CompressingScheduler(CompressionSchedulerMixin, Scheduler):
+    """For synchronous scheduling."""
+
+
+class CompressingAsyncScheduler(CompressionSchedulerMixin, AsyncScheduler):
+    """For asynchronous scheduling."""

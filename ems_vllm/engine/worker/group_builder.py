@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds the compressed groups of a worker, once vLLM has allocated the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.worker.block_table import get_block_table_width
+
+from ems_vllm.engine.attention import OVERRIDES, observable_backend
+from ems_vllm.engine.attention.bindings import MetadataRewriter
+from ems_vllm.engine.attention.head_batch import HeadBatch
+from ems_vllm.engine.attention.live_columns import LiveColumns
+from ems_vllm.engine.cache_dtype import unquantised_cache
+from ems_vllm.engine.group.cache_scales import LayerScales, has_scales_per_head, layer_scales
+from ems_vllm.engine.group.compressed_group import CompressedGroup
+from ems_vllm.engine.group.query_ring import QueryRing
+from ems_vllm.engine.group.rope import rotations
+from ems_vllm.engine.group.score_store import ScoreStore
+from ems_vllm.engine.group.tensors import GroupTensors
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.worker.head_tables import head_tables
+from ems_vllm.engine.worker.refusals import (
+    HEAD_SCALES,
+    MIXED_QUERY_HEADS,
+    MIXED_SCALES,
+    SPLIT_BLOCKS,
+    UNKNOWN_BACKEND,
+)
+
+if TYPE_CHECKING:
+    from torch import nn
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+
+    from ems_vllm.config import ConfigError, KVCompressionConfig
+    from ems_vllm.engine.group.batch import BatchOf
+    from ems_vllm.policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class GroupBuilder:
+    """Builds groups and what binds attention to them.
+
+    Attributes:
+        config: Settings of the server.
+        policy: Made of them.
+        vllm_config: vLLM's.
+        layers: vLLM's attention layers by name, with their caches.
+        model: The loaded model.
+        memory_pool: Opens the pool where vLLM allocates the cache: sleep mode frees what is in it,
+            and discards it as it does the cache.
+    """
+
+    config: KVCompressionConfig
+    policy: Policy
+    vllm_config: VllmConfig
+    layers: Mapping[str, Attention]
+    model: nn.Module
+    memory_pool: Callable[[], AbstractContextManager[Any]]
+
+    @property
+    def max_num_reqs(self) -> int:
+        """Rows of the largest batch, CUDA-graph padding included."""
+        return max(self.vllm_config.scheduler_config.max_num_seqs, *self._capture_sizes)
+
+    @property
+    def _capture_sizes(self) -> list[int]:
+        return self.vllm_config.compilation_config.cudagraph_capture_sizes or [0]
+
+    def build(self, kv_cache_config: KVCacheConfig) -> list[CompressedGroup]:
+        """The compressed groups of which this worker has layers.
+
+        Raises:
+            ConfigError: layers or their attention backend cannot be compressed.
+        """
+        groups = {
+            group_id: group
+            for group_id, group in enumerate(kv_cache_config.kv_cache_groups)
+            if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+        }
+        scores = self._score_store(list(groups.values()))
+        return [
+            self.group(group_id, group.kv_cache_spec, group.layer_names, scores)
+            for group_id, group in groups.items()
+            # A pipeline stage may have no layer of a group.
+            if group.layer_names
+        ]
+
+    def group(
+        self,
+        group_id: int,
+        spec: CompressedAttentionSpec,
+        layer_names: Sequence[str],
+        scores: ScoreStore | None,
+    ) -> CompressedGroup:
+        """One group.
+
+        Raises:
+            ConfigError: as for `build`.
+        """
+        owners = self._owners(layer_names)
+        scale = self._check(spec, layer_names, owners)
+        tensors = GroupTensors.bind(
+            group_id=group_id,
+            spec=spec,
+            caches=[self.layers[name].kv_cache for name in owners],
+            scores=None if scores is None else scores.of(spec, len(owners)),
+            query_ring=self._query_ring(spec, owners),
+            scale=scale,
+            layer_scales=self.scales(owners),
+            query_dtype=self.vllm_config.model_config.dtype,
+            rotations=rotations(self.model, [self.layers[name] for name in owners]),
+        )
+        heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
+        workspace_bytes = self.config.workspace_mib << 20
+        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads)
+
+    def rewriter(self, group: CompressedGroup, batch_of: BatchOf) -> MetadataRewriter:
+        """What the metadata builders of a group call."""
+        spec, device = group.tensors.spec, group.tensors.device
+        max_model_len = self.vllm_config.model_config.max_model_len
+        columns = spec.max_num_blocks_per_req(self.vllm_config, max_model_len)
+        # vLLM rounds the width of its block tables up for some kernels.
+        width = get_block_table_width(columns, spec.block_size)
+        live = LiveColumns(spec.block_size, self.max_num_reqs, width, device)
+        head_batch = None
+        if group.heads is not None:
+            head_batch = HeadBatch(group.heads, spec.block_size, live.block_table, live.seq_lens)
+        return MetadataRewriter(group, batch_of, live, head_batch)
+
+    def scales(self, layer_names: Sequence[str]) -> list[LayerScales]:
+        """Scales of layers, as loaded.
+
+        Raises:
+            ConfigError: a checkpoint scales every kv_head on its own.
+        """
+        for name in layer_names:
+            if has_scales_per_head(self.layers[name]):
+                dtype = unquantised_cache(self.vllm_config)
+                raise self._refused(HEAD_SCALES, name=name, dtype=dtype)
+        return [layer_scales(self.layers[name]) for name in layer_names]
+
+    def _owners(self, layer_names: Sequence[str]) -> list[str]:
+        """Layers of a group but those that share another one's cache, which are listed too."""
+        return [n for n in layer_names if not self.layers[n].kv_sharing_target_layer_name]
+
+    def _check(
+        self, spec: CompressedAttentionSpec, layer_names: Sequence[str], owners: Sequence[str]
+    ) -> float:
+        """The softmax scale of a group that can be compressed."""
+        native = self.layers[owners[0]].kv_cache.shape[2]
+        if native != spec.block_size:
+            raise SPLIT_BLOCKS.error(spec.block_size, self.config.recipe, native=native)
+        for name in layer_names:
+            if not hasattr(self.layers[name].impl, "compression"):
+                backend = self.layers[name].attn_backend.get_name()
+                raise UNKNOWN_BACKEND.error(
+                    backend,
+                    self.config.recipe,
+                    known=", ".join(OVERRIDES),
+                    choice=observable_backend(backend),
+                )
+        scales = {float(self.layers[name].impl.scale) for name in owners}
+        if len(scales) > 1:
+            raise self._refused(MIXED_SCALES, scales=sorted(scales))
+        heads = {self.layers[name].num_heads for name in owners}
+        if len(heads) > 1 and self.policy.scorer.uses_window:
+            raise self._refused(MIXED_QUERY_HEADS, heads=sorted(heads))
+        return scales.pop()
+
+    def _refused(self, refusal: Any, **details: Any) -> ConfigError:
+        model = self.vllm_config.model_config.model
+        error: ConfigError = refusal.error(model, self.config.recipe, **details)
+        return error
+
+    def _query_ring(self, spec: CompressedAttentionSpec, owners: Sequence[str]) -> QueryRing | None:
+        if not self.policy.scorer.uses_window:
+            return None
+        cache, scheduler = self.layers[owners[0]].kv_cache, self.vllm_config.scheduler_config
+        return QueryRing(
+            num_layers=len(owners),
+            num_rows=spec.num_ring_rows(cache.shape[0], scheduler.max_num_seqs),
+            obs_window=self.config.obs_window,
+            num_heads=self.layers[owners[0]].num_heads,
+            head_size=spec.head_size,
+            max_num_tokens=max(scheduler.max_num_batched_tokens, *self._capture_sizes),
+            dtype=self.vllm_config.model_config.dtype,
+            device=cache.device,
+            pool=self.memory_pool(),
+        )
+
+    def _score_store(self, groups: Sequence[KVCacheGroupSpec]) -> ScoreStore | None:
+        """Where all compressed groups keep accumulated scores; None if there are none."""
+        if not self.policy.scorer.uses_global:
+            return None
+        owners = [self._owners(group.layer_names) for group in groups]
+        caches: list[torch.Tensor] = [
+            self.layers[name].kv_cache for names in owners for name in names
+        ]
+        if not caches:
+            return None
+        return ScoreStore(
+            [group.kv_cache_spec for group in groups],
+            [len(names) for names in owners],
+            caches[0].shape[0],
+            caches[0].device,
+            self.memory_pool(),
+        )

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many requests fit, dense and compressed, and the start-up log that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from logging import Logger
+from typing import TYPE_CHECKING, Any
+
+from vllm.model_executor.models.utils import extract_layer_index
+
+from ems_vllm.config.request import RequestOptions
+from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.engine.worker.layer_choice import choose_layers
+from ems_vllm.head_shares import least_and_most
+from ems_vllm.plan import prompt_blocks
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from ems_vllm.config import KVCompressionConfig
+    from ems_vllm.engine.worker.memory import Footprint
+    from ems_vllm.plan import PlanSettings
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Block-table columns that one request holds in a compressed group.
+
+    Attributes:
+        dense: Without compression.
+        compressed: At most, once the prompt has been compressed.
+    """
+
+    dense: int
+    compressed: int
+
+
+def request_columns(settings: PlanSettings, block_size: int, num_tokens: int) -> Columns:
+    """Columns of a request whose prompt is all but one of `num_tokens`.
+
+    Args:
+        settings: Of the group.
+        block_size: Tokens per block.
+        num_tokens: Length of the request, for example max_model_len.
+    """
+    plan = settings.plan(num_tokens - 1, block_size, RequestOptions())
+    dense = -(-num_tokens // block_size)
+    if not plan.compresses_prompt:
+        return Columns(dense, dense)
+    # The state between two compactions repeats, so the first interval has the greatest one.
+    end = num_tokens + max(settings.recompress_interval, block_size)
+    steady = range(num_tokens + 1, end + 1)
+    return Columns(dense, min(dense, max(plan.max_live_columns(n) for n in steady)))
+
+
+def log_start(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    layers: Mapping[str, Any],
+    max_model_len: int,
+    footprint: Footprint,
+) -> None:
+    """Say which recipe runs, what it leaves alone and takes, and how many requests fit.
+
+    Args:
+        layers: vLLM's attention layers by name.
+        footprint: What this worker holds beside the cache.
+    """
+    parts = " x ".join(
+        f"{key}={getattr(config, key).name()}"
+        for key in ("scorer", "allocator", "selector", "merger")
+    )
+    size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
+    logger.info(
+        "KV-cache compression: recipe %s (%s), %s entries per kv_head, recent window %d, "
+        "recompression every %d generated tokens.",
+        config.recipe,
+        parts,
+        size,
+        config.recent_window,
+        config.recompress_interval,
+    )
+    specs = {
+        name: group.kv_cache_spec
+        for group in kv_cache_config.kv_cache_groups
+        for name in group.layer_names
+    }
+    compressed = {
+        name: spec for name, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)
+    }
+    others = {name: spec for name, spec in specs.items() if name not in compressed}
+    logger.info(
+        "KV-cache compression: %d of %d layers compressed; left alone: %s.",
+        len(compressed),
+        len(specs),
+        choose_layers(others, layers, config.scorer).describe_kept(),
+    )
+    _log_within_prompts(logger, config, kv_cache_config, max_model_len)
+    _log_levels(logger, kv_cache_config, max_model_len)
+    _log_heads(logger, config, kv_cache_config, max_model_len)
+    blocks = kv_cache_config.num_blocks
+    logger.info(
+        "KV-cache compression: beside the cache %.1f MiB of scores, %.1f MiB of recorded queries "
+        "and %.1f MiB of workspace on each worker.",
+        footprint.score_bytes(blocks) / 2**20,
+        footprint.ring_bytes(blocks) / 2**20,
+        (footprint.workspace_bytes + footprint.head_bytes(blocks)) / 2**20,
+    )
+    if len(compressed) < len(specs):
+        return
+    # A column of each group is a block.
+    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    of_groups = [request_columns(spec.settings, spec.block_size, max_model_len) for spec in groups]
+    columns = Columns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
+    # Block 0 is vLLM's null block.
+    num_blocks = kv_cache_config.num_blocks - 1
+    logger.info(
+        "KV-cache compression: requests of %d tokens that fit: %.1f dense (%d blocks each), "
+        "%.1f compressed (%d blocks each once the prompt is compressed).",
+        max_model_len,
+        num_blocks / columns.dense,
+        columns.dense,
+        num_blocks / columns.compressed,
+        columns.compressed,
+    )
+
+
+def _log_within_prompts(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    max_model_len: int,
+) -> None:
+    """Say that prompts are compressed before they end, and what a request then holds."""
+    if config.prefill_interval == 0:
+        return
+    columns = blocks = 0
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, CompressedAttentionSpec):
+            plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+            of_group = plan.max_replay_columns(max_model_len)
+            columns, blocks = max(columns, of_group * spec.block_size), blocks + of_group
+    logger.info(
+        "KV-cache compression: prompts are compressed as they come, every %d tokens, so that a "
+        "request of %d tokens holds at most %d entries per kv_head (%d blocks); what comes later "
+        "in a prompt attends to what was kept of it.",
+        config.prefill_interval,
+        max_model_len,
+        columns,
+        blocks,
+    )
+
+
+def _log_levels(logger: Logger, kv_cache_config: KVCacheConfig, max_model_len: int) -> None:
+    """Say how layers share the budget, where they do, and what equal groups of them cost."""
+    groups = [
+        (group.kv_cache_spec, len(group.layer_names))
+        for group in kv_cache_config.kv_cache_groups
+        if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
+    ]
+    if not groups or groups[0][0].settings.shares is None:
+        return
+    kept = []
+    for spec, num_layers in groups:
+        plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+        kept.append(f"{plan.budget_blocks * spec.block_size} in {num_layers} layers")
+    most = max(num_layers for _, num_layers in groups)
+    padding = 1 - sum(num_layers for _, num_layers in groups) / (most * len(groups))
+    logger.info(
+        "KV-cache compression: entries per kv_head by level, of a prompt of %d tokens: %s; "
+        "%.1f%% of the cache is padding between levels.",
+        max_model_len,
+        ", ".join(kept),
+        100 * padding,
+    )
+
+
+def _log_heads(
+    logger: Logger,
+    config: KVCompressionConfig,
+    kv_cache_config: KVCacheConfig,
+    max_model_len: int,
+) -> None:
+    """Say how kv_heads share what their layers keep, where they do."""
+    if config.allocator.deals_by_scores:
+        logger.info(
+            "KV-cache compression: kv_heads share what their layer keeps, by the scores of each "
+            "compaction."
+        )
+    shares = config.allocator.head_shares()
+    if shares is None:
+        return
+    spans = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        # A pipeline stage may have no layer of a group.
+        if group.layer_names and isinstance(spec, CompressedAttentionSpec):
+            plan = spec.settings.plan(max_model_len, spec.block_size, RequestOptions())
+            before_window = prompt_blocks(max_model_len, plan.recent_window, spec.block_size)
+            layers = [shares[extract_layer_index(name)] for name in group.layer_names]
+            pages = least_and_most(layers, plan.budget_blocks, before_window)
+            spans += [count * spec.block_size for count in pages]
+    if not spans:
+        return
+    logger.info(
+        "KV-cache compression: kv_heads share what their layer keeps: of a prompt of %d tokens "
+        "from %d to %d entries.",
+        max_model_len,
+        min(spans),
+        max(spans),
+    )
