@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tables
-from pages import configuration
+from pages import configuration, life
 
 from ems_vllm.engine.frontend.compatibility import HARMONY_ROLES, RULES
 from ems_vllm.engine.refusal import Refusal
@@ -169,6 +169,7 @@ def patches() -> str:
 PAGES = {
     "compatibility.md": compatibility,
     "configuration.md": configuration.page,
+    "life-of-a-request.md": life.page,
     "patches.md": patches,
 }
 

@@ -122,3 +122,22 @@ def test_commands_of_the_readme_print_its_table_of_capacity():
                 _, dense, _, coming_in = (part.strip() for part in line.strip("│ ").split("│"))
                 in_page = cell.split(" / ")
                 assert (dense, coming_in) == (in_page[0], in_page[place])
+
+
+def test_every_module_of_the_engine_stands_once_in_the_life_of_a_request():
+    engine = ROOT / "ems_vllm" / "engine"
+    modules = {
+        str(path.relative_to(engine)) for path in engine.rglob("*.py") if path.name != "__init__.py"
+    }
+    page = (ROOT / "docs" / "life-of-a-request.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\* \[`([\w/.]+)`\]", page, re.MULTILINE)
+    assert sorted(listed) == sorted(modules), "add it to a step in docs/pages/life.py"
+    assert len(re.findall(r"^## \d\. ", page, re.MULTILINE)) == 8
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_are_named_exist(page):
+    text = page.read_text(encoding="utf-8")
+    roots = (ROOT, ROOT / "ems_vllm", ROOT / "ems_vllm" / "engine")
+    for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|h|cpp|cu|cuh|yaml))`", text):
+        assert any((root / name).exists() for root in roots), name

@@ -2,6 +2,7 @@
 """Dependencies run in one direction, and vLLM is imported by its adapters only."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,13 @@ def test_only_adapters_import_vllm(path):
 def test_every_layer_is_ranked():
     found = {layer(path) for path in FILES} - {"__init__"}
     assert found <= set(RANK)
+
+
+def test_the_order_is_that_of_the_architecture_page():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    order = page.split("(`tests/test_imports.py`): ")[1].split(".\n")[0]
+    named = tuple(tuple(re.findall(r"`(\w+)`", names)) for names in order.split(";"))
+    assert named == LAYERS
 
 
 def test_kernel_headers_include_no_torch():
