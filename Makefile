@@ -50,6 +50,9 @@ CXX_SOURCES := $(shell find csrc -name "*.h" -o -name "*.cuh" -o -name "*.inl" -
 EMULATOR := $(shell find tests/emulation -name "*.h" -o -name "*.cuh" -o -name "*.cpp" -o -name "build.py" 2>/dev/null)
 # Compilation is parallel; on a small machine more jobs than cores only cost memory.
 export MAX_JOBS ?= $(shell nproc)
+# Images of containers tend to set it. Without byte code, every process that imports vLLM compiles
+# 5,000 files first, which takes longer than all else that it does until it can serve.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -115,10 +115,10 @@ def peak(policy: Policy, context: CompactionContext) -> int:
 
 
 def policies() -> list[Any]:
+    # Scorers pool alike; ems holds more beside it, and takes longest here.
     poolings = [
         {"recipe": recipe, "scorer": {"pooling": pooling, "kernel_size": 63}}
-        for recipe in ("ems", "snapkv")
-        for pooling in ("avg", "max", "forward")
+        for recipe, pooling in (("ems", "max"), ("snapkv", "avg"), ("snapkv", "forward"))
     ]
     names = recipes.names() + [f"{x['recipe']}-{x['scorer']['pooling']}" for x in poolings]
     settings = [{"recipe": recipe} for recipe in recipes.names()] + poolings
@@ -136,7 +136,7 @@ def policies() -> list[Any]:
     [
         pytest.param(1, 32_768, 1, torch.bfloat16, id="long"),
         pytest.param(1, 32_768, 8, torch.float8_e4m3fn, id="long float8"),
-        pytest.param(200, 32, 8, torch.bfloat16, id="short"),
+        pytest.param(100, 64, 8, torch.bfloat16, id="short"),
         pytest.param(7, 1312, 8, torch.float32, id="some"),
     ],
 )
@@ -145,7 +145,7 @@ def test_what_fits_the_workspace_stays_within(policy, num_rows, num_entries, num
     per_layer = num_rows * num_entries
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads) // per_layer
     assert num_layers >= 1
-    for budget in (BLOCK_SIZE, num_entries // 2, num_entries - BLOCK_SIZE):
+    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
         options = {"num_kv_heads": num_kv_heads, "dtype": dtype}
         context = meta_context(num_layers, num_rows, num_entries, budget, **options)
         used = peak(policy, context)
@@ -161,7 +161,7 @@ def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
     per_layer, num_kv_heads = num_rows * num_entries, 8
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=True) // per_layer
     assert num_layers >= 1
-    for budget in (BLOCK_SIZE, num_entries // 2, num_entries - BLOCK_SIZE):
+    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
         context = meta_context(num_layers, num_rows, num_entries, budget)
         with torch.inference_mode(), Allocations() as allocations:
             shape = (num_layers, num_rows, num_kv_heads, num_entries)
