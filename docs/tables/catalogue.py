@@ -20,7 +20,7 @@ def catalogue() -> str:
         reads = "yes" if config.scorer.reads_queries else "no"
         merges = "yes" if config.merger.name() != "none" else "no"
         rows.append([f"`{name}`", source, says, reads, merges])
-    return table(["recipe", "from", "keeps", "reads queries", "merges"], rows)
+    return table(["recipe", "from", "what stays", "reads queries", "merges"], rows)
 
 
 def _comment(recipe: str) -> tuple[str, str]:
