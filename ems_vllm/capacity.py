@@ -18,7 +18,7 @@ class RequestColumns:
 
     Attributes:
         dense: At its end, without compression.
-        coming_in: While its prompt is processed.
+        coming_in: While its prompt is processed, and until its columns have come back.
         after_prompt: Once its prompt has been compressed.
         at_end: At its end.
         decoding: At most, from after_prompt on; reached between two compressions.
@@ -52,7 +52,8 @@ def request_columns(
     end = prompt_len + output_len
     dense = _blocks(end, block_size)
     # One step after the prompt, its columns have been given back.
-    steps = range(min(prompt_len + 2, end), end + 1)
+    first = min(prompt_len + 2, end)
+    steps = range(first, end + 1)
     coming_in = after_prompt = at_end = decoding = 0.0
     comes_compressed = False
     num_layers = sum(count for count, _ in settings.levels())
@@ -61,7 +62,7 @@ def request_columns(
         after_prompt += part * (_blocks(prompt_len + 1, block_size) - plan.columns(prompt_len)[0])
         at_end += part * (dense - plan.columns(end)[0])
         decoding += part * min(dense, max(plan.max_live_columns(n) for n in steps))
-        whole = _blocks(prompt_len, block_size)
+        whole = _blocks(first, block_size)
         if plan.num_within_prompt:
             comes_compressed = True
             whole = min(whole, plan.max_replay_columns(prompt_len))

@@ -132,10 +132,10 @@ def test_plan_shows_how_many_requests_a_pool_holds(tmp_path):
     assert result.exit_code == 0, result.output
     # 128 KiB a column, and one block that no request gets.
     pool = table_after(result.output, "a pool of 1 GiB: 8,191 columns")
-    # 314 columns dense; 37 once compressed; 250 while the prompt comes in.
-    fit = [8191 // 314, 8191 // 37, 1 + (8191 - 250) // 37]
+    # 314 columns dense; 37 once compressed; 251 with the prompt and the first two tokens.
+    fit = [8191 // 314, 8191 // 37, 1 + (8191 - 251) // 37]
     assert row_of(pool, "4,000") == ["4,000", *map(str, fit)]
-    # This prompt takes 12,500 columns before anything can be given back.
+    # This prompt takes 12,501 columns before anything can be given back.
     assert row_of(pool, "200,000") == ["200,000", "0", str(8191 // 37), "0"]
 
 
