@@ -27,7 +27,7 @@ OPS_SOURCES = [
     "csrc/assign_classes.cpp",
     "csrc/head_pages.cpp",
     "csrc/merge_compact.cpp",
-    "csrc/plan_metadata.cpp",
+    "csrc/shift_block_tables.cpp",
     "csrc/record_queries.cpp",
     "csrc/score_queries.cpp",
     "csrc/score_window.cpp",
@@ -36,7 +36,7 @@ OPS_SOURCES = [
     "csrc/cpu/assign_classes.cpp",
     "csrc/cpu/head_pages.cpp",
     "csrc/cpu/merge_compact.cpp",
-    "csrc/cpu/plan_metadata.cpp",
+    "csrc/cpu/shift_block_tables.cpp",
     "csrc/cpu/record_queries.cpp",
     "csrc/cpu/score_queries.cpp",
     "csrc/cpu/score_window.cpp",
@@ -48,12 +48,12 @@ OPS_SOURCES = [
     "csrc/cpu/simd_portable.cpp",
 ]
 # Only where there is nvcc.
-CUDA_HOST_SOURCES = ["csrc/cuda/queue.cpp"]
+CUDA_HOST_SOURCES = ["csrc/cuda/stream.cpp"]
 CUDA_SOURCES = [
     "csrc/cuda/assign_classes.cu",
     "csrc/cuda/head_pages.cu",
     "csrc/cuda/merge_compact.cu",
-    "csrc/cuda/plan_metadata.cu",
+    "csrc/cuda/shift_block_tables.cu",
     "csrc/cuda/record_queries.cu",
     "csrc/cuda/score_queries.cu",
     "csrc/cuda/score_window.cu",
@@ -75,7 +75,7 @@ INCLUDE_DIRS = [str(ROOT / "csrc"), str(ROOT / "csrc" / "include")]
 DEPENDS = ["setup.py", "ems_vllm/_version.py"] + [
     str(path.relative_to(ROOT))
     for path in sorted(ROOT.glob("csrc/**/*"))
-    if path.suffix in {".h", ".inl", ".cuh", ".cu", ".py"} or str(path).endswith("queue.cpp")
+    if path.suffix in {".h", ".inl", ".cuh", ".cu", ".py"} or str(path).endswith("stream.cpp")
 ]
 
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -36,7 +37,7 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
   checks.same_length("class_idx", class_idx, "merge_idx", merge_idx);
   on_device(
       checks, [&] { cpu::assign_classes(p); },
-      [&](const cuda::Queue& queue) { cuda::assign_classes(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::assign_classes(p, stream); });
 }
 
 }  // namespace ems

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 
@@ -45,33 +46,19 @@ class ArgumentChecks {
 
   // The dtype of a float argument, which the other float arguments must share.
   DType float_dtype(const char* name, const Tensor& tensor) const {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-        return DType::kFloat32;
-      case ScalarType::BFloat16:
-        return DType::kBFloat16;
-      case ScalarType::Half:
-        return DType::kFloat16;
-      default:
-        fail(name, " must have dtype float32, bfloat16 or float16, got ", tensor.scalar_type());
-    }
+    const std::optional<DType> dtype = dtype_of(tensor);
+    require(dtype.has_value() && *dtype != DType::kFloat8E4M3, name,
+            " must have dtype float32, bfloat16 or float16, got ", tensor.scalar_type());
+    return *dtype;
   }
 
   // The dtype of a cache: a float, or float8_e4m3fn.
   DType cache_dtype(const char* name, const Tensor& tensor) const {
-    switch (tensor.scalar_type()) {
-      case ScalarType::Float:
-        return DType::kFloat32;
-      case ScalarType::BFloat16:
-        return DType::kBFloat16;
-      case ScalarType::Half:
-        return DType::kFloat16;
-      case ScalarType::Float8_e4m3fn:
-        return DType::kFloat8E4M3;
-      default:
-        fail(name, " must have dtype float32, bfloat16, float16 or float8_e4m3fn, got ",
-             tensor.scalar_type());
-    }
+    const std::optional<DType> dtype = dtype_of(tensor);
+    require(dtype.has_value(), name,
+            " must have dtype float32, bfloat16, float16 or float8_e4m3fn, got ",
+            tensor.scalar_type());
+    return *dtype;
   }
 
   // Device, dtype and shape.
@@ -148,6 +135,22 @@ class ArgumentChecks {
   }
 
  private:
+  // None for a dtype that no kernel knows.
+  static std::optional<DType> dtype_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Float:
+        return DType::kFloat32;
+      case ScalarType::BFloat16:
+        return DType::kBFloat16;
+      case ScalarType::Half:
+        return DType::kFloat16;
+      case ScalarType::Float8_e4m3fn:
+        return DType::kFloat8E4M3;
+      default:
+        return std::nullopt;
+    }
+  }
+
   template <typename SIZES>
   struct Shape {
     SIZES sizes;

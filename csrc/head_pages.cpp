@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -34,7 +35,7 @@ void head_pages(const Tensor& block_table, const Tensor& seq_lens, const Tensor&
   p.out_seq_lens = static_cast<int32_t*>(out_seq_lens.mutable_data_ptr());
   on_device(
       checks, [&] { cpu::head_pages(p); },
-      [&](const cuda::Queue& queue) { cuda::head_pages(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::head_pages(p, stream); });
 }
 
 }  // namespace ems

@@ -15,17 +15,17 @@ void record_queries(const RecordQueriesParams& params);
 void select_entries(const SelectEntriesParams& params);
 void assign_classes(const AssignClassesParams& params);
 void merge_compact(const MergeCompactParams& params);
-void plan_metadata(const PlanMetadataParams& params);
+void shift_block_tables(const ShiftBlockTablesParams& params);
 void head_pages(const HeadPagesParams& params);
 
 }  // namespace ems::cpu
 
 namespace ems::cuda {
 
-// Where kernels run.
-struct Queue {
+// Where kernels run, and their scratch memory.
+struct Stream {
   // Of type cudaStream_t.
-  void* stream;
+  void* handle;
   // Returns device memory that stays valid for the work submitted until the launcher returns.
   std::function<void*(int64_t num_bytes)> allocate;
 };
@@ -36,13 +36,13 @@ struct Queue {
 constexpr int64_t kMaxScratchBytes = 32 << 20;
 
 // They return when the work is submitted; none waits for the device.
-void score_queries(const ScoreQueriesParams& params, const Queue& queue);
-void score_window(const ScoreWindowParams& params, const Queue& queue);
-void record_queries(const RecordQueriesParams& params, const Queue& queue);
-void select_entries(const SelectEntriesParams& params, const Queue& queue);
-void assign_classes(const AssignClassesParams& params, const Queue& queue);
-void merge_compact(const MergeCompactParams& params, const Queue& queue);
-void plan_metadata(const PlanMetadataParams& params, const Queue& queue);
-void head_pages(const HeadPagesParams& params, const Queue& queue);
+void score_queries(const ScoreQueriesParams& params, const Stream& stream);
+void score_window(const ScoreWindowParams& params, const Stream& stream);
+void record_queries(const RecordQueriesParams& params, const Stream& stream);
+void select_entries(const SelectEntriesParams& params, const Stream& stream);
+void assign_classes(const AssignClassesParams& params, const Stream& stream);
+void merge_compact(const MergeCompactParams& params, const Stream& stream);
+void shift_block_tables(const ShiftBlockTablesParams& params, const Stream& stream);
+void head_pages(const HeadPagesParams& params, const Stream& stream);
 
 }  // namespace ems::cuda

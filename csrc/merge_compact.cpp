@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -59,7 +60,7 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
   p.target_columns = checks.row_values("target_columns", target_columns, p.num_rows);
   on_device(
       checks, [&] { cpu::merge_compact(p); },
-      [&](const cuda::Queue& queue) { cuda::merge_compact(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::merge_compact(p, stream); });
 }
 
 }  // namespace ems

@@ -41,8 +41,9 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
                    const Tensor& budgets, const Tensor& target_columns, int64_t rows_together);
 
-void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tensor& first_columns,
-                   int64_t block_size, const Tensor& out_block_table, const Tensor& out_seq_lens);
+void shift_block_tables(const Tensor& block_table, const Tensor& seq_lens,
+                        const Tensor& first_columns, int64_t block_size,
+                        const Tensor& out_block_table, const Tensor& out_seq_lens);
 
 void head_pages(const Tensor& block_table, const Tensor& seq_lens, const Tensor& places,
                 const Tensor& page_starts, int64_t block_size, const Tensor& out_block_table,

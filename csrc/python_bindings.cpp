@@ -13,7 +13,7 @@
 #include "build_config.h"
 #include "cuda/head_sizes.h"
 #include "dtype_pairs.h"
-#include "ems/plan.h"
+#include "plan.h"
 
 #if defined(EMS_CUDA_ARCHS)
 #define EMS_CUDA_HEAD_SIZES ems::cuda::HeadSizes

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -25,7 +26,7 @@ void record_queries(const Tensor& query, const Tensor& ring_slots, const Tensor&
             ring.stride(0),          ring.stride(1), ring.stride(2)};
   on_device(
       checks, [&] { cpu::record_queries(p); },
-      [&](const cuda::Queue& queue) { cuda::record_queries(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::record_queries(p, stream); });
 }
 
 }  // namespace ems

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
 #include "ems/sampling.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -49,7 +50,7 @@ void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& b
   p.scores = checks.scores("scores", scores, {kAny, p.num_kv_heads, p.key_cache.block_size});
   on_device(
       checks, [&] { cpu::score_queries(p); },
-      [&](const cuda::Queue& queue) { cuda::score_queries(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::score_queries(p, stream); });
 }
 
 }  // namespace ems

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -50,7 +51,7 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   }
   on_device(
       checks, [&] { cpu::score_window(p); },
-      [&](const cuda::Queue& queue) { cuda::score_window(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::score_window(p, stream); });
 }
 
 }  // namespace ems

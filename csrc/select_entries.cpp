@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
@@ -28,7 +29,7 @@ void select_entries(const Tensor& scores, const Tensor& num_entries, const Tenso
                                           p.num_rows, p.num_kv_heads);
   on_device(
       checks, [&] { cpu::select_entries(p); },
-      [&](const cuda::Queue& queue) { cuda::select_entries(p, queue); });
+      [&](const cuda::Stream& stream) { cuda::select_entries(p, stream); });
 }
 
 }  // namespace ems

@@ -50,7 +50,8 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
 
   // Shifts block tables and sequence lengths past the columns that were given back.
   m.def(
-      "plan_metadata(Tensor block_table, Tensor seq_lens, Tensor first_columns, int block_size, "
+      "shift_block_tables(Tensor block_table, Tensor seq_lens, Tensor first_columns, int "
+      "block_size, "
       "Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
 
   // Gives every kv_head of every request a block table of the pages that it owns.
@@ -68,7 +69,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("select_entries", TORCH_BOX(&ems::select_entries));
   m.impl("assign_classes", TORCH_BOX(&ems::assign_classes));
   m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));
-  m.impl("plan_metadata", TORCH_BOX(&ems::plan_metadata));
+  m.impl("shift_block_tables", TORCH_BOX(&ems::shift_block_tables));
   m.impl("head_pages", TORCH_BOX(&ems::head_pages));
 }
 

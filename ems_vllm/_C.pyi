@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Types of the compiled module; csrc/python_bindings.cpp and csrc/include/ems/plan.h define it."""
+"""Types of the compiled module; csrc/python_bindings.cpp and csrc/plan.h define it."""
 
 from typing import Any, final
 

@@ -84,8 +84,41 @@ def test_the_order_is_that_of_the_architecture_page():
     assert named == LAYERS
 
 
-def test_kernel_headers_include_no_torch():
-    for header in (PACKAGE.parent / "csrc" / "include").rglob("*.h"):
-        for line in header.read_text(encoding="utf-8").splitlines():
-            if line.startswith("#include"):
-                assert not any(word in line for word in ("torch", "ATen", "c10")), (header, line)
+CSRC = PACKAGE.parent / "csrc"
+KERNEL_SOURCES = sorted(
+    path
+    for pattern in ("include/**/*.h", "include/**/*.cuh", "cuda/*.cu")
+    for path in CSRC.glob(pattern)
+)
+
+
+def includes(path: Path) -> list[str]:
+    """Files that a C++ file includes, as it names them."""
+    return re.findall(r'^\s*#\s*include\s*[<"](.+?)[>"]', path.read_text(encoding="utf-8"), re.M)
+
+
+def all_includes(path: Path) -> dict[str, Path]:
+    """Files that a C++ file includes, also by way of others of ours, each with who includes it."""
+    found: dict[str, Path] = {}
+    left = [path]
+    while left:
+        file = left.pop()
+        for name in includes(file):
+            if name not in found:
+                found[name] = file
+                places = (folder / name for folder in (file.parent, CSRC, CSRC / "include"))
+                left += [place for place in places if place.is_file()][:1]
+    return found
+
+
+@pytest.mark.parametrize("path", KERNEL_SOURCES, ids=lambda path: str(path.relative_to(CSRC)))
+def test_kernels_include_no_torch(path):
+    for name, file in all_includes(path).items():
+        assert name.split("/")[0] not in ("torch", "ATen", "c10"), f"{file} includes {name}"
+
+
+def test_includes_are_followed():
+    """From a kernel to the headers that it shares, and from a host file to torch."""
+    assert "ems/params.h" in all_includes(CSRC / "cuda" / "score_queries.cu")
+    assert "host/on_device.h" in includes(CSRC / "head_pages.cpp")
+    assert "torch/csrc/stable/accelerator.h" in all_includes(CSRC / "host" / "on_device.h")

@@ -185,7 +185,7 @@ def _with_zero_class(classes: torch.Tensor) -> torch.Tensor:
     return torch.cat([classes, torch.zeros_like(classes[..., :1, :])], dim=3)
 
 
-def plan_metadata(
+def shift_block_tables(
     block_table: torch.Tensor,
     seq_lens: torch.Tensor,
     first_columns: torch.Tensor,

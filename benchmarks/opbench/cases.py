@@ -141,7 +141,7 @@ def record_args(shape: Shape, num_tokens: int) -> tuple:
     return query, slots, ring
 
 
-def plan_args(shape: Shape, num_rows: int) -> tuple:
+def shift_args(shape: Shape, num_rows: int) -> tuple:
     table = torch.randint(
         0, 1000, (num_rows, shape.num_columns), dtype=torch.int32, device=shape.device
     )
@@ -245,10 +245,10 @@ def _compaction(shape: Shape) -> Iterator[Case]:
 
 def _decode(shape: Shape) -> Iterator[Case]:
     layers = [record_args(shape, DECODE_ROWS) for _ in range(shape.model.num_layers)]
-    plan = plan_args(shape, DECODE_ROWS)
+    shift = shift_args(shape, DECODE_ROWS)
 
     def step(namespace: object) -> None:
-        namespace.plan_metadata(*plan)  # type: ignore[attr-defined]
+        namespace.shift_block_tables(*shift)  # type: ignore[attr-defined]
         for args in layers:
             namespace.record_queries(*args)  # type: ignore[attr-defined]
 
@@ -259,9 +259,9 @@ def _decode(shape: Shape) -> Iterator[Case]:
     if shape.device.type == "cuda":
         providers = {name: graph_of(run) for name, run in providers.items()}
     query = layers[0][0]
-    num_bytes = 2.0 * len(layers) * query.numel() * query.element_size() + 8.0 * plan[0].numel()
+    num_bytes = 2.0 * len(layers) * query.numel() * query.element_size() + 8.0 * shift[0].numel()
     yield Case(
-        "record_queries + plan_metadata",
+        "record_queries + shift_block_tables",
         f"{DECODE_ROWS} rows, all layers" + (", graph" if shape.device.type == "cuda" else ""),
         providers,
         num_bytes,

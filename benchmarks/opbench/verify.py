@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import torch
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 from opbench import cases
 from opbench.shapes import Shape
 
@@ -25,7 +24,7 @@ def arguments(shape: Shape) -> Iterator[tuple[str, tuple]]:
     yield "assign_classes", compaction.assign
     yield "merge_compact", compaction.merge
     yield "record_queries", cases.record_args(shape, 5)
-    yield "plan_metadata", cases.plan_args(shape, 5)
+    yield "shift_block_tables", cases.shift_args(shape, 5)
     yield "head_pages", cases.head_pages_args(shape, 5)
 
 
@@ -35,7 +34,7 @@ def check(shape: Shape) -> None:
         actual = tuple(_copy(arg, shape.device) for arg in args)
         expected = tuple(_copy(arg, torch.device("cpu")) for arg in args)
         getattr(ops, op)(*actual)
-        getattr(reference, op)(*expected)
+        getattr(ops, op).reference(*expected)
         compare(op, actual, expected)
 
 

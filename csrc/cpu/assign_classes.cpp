@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/parallel.h"
 #include "cpu/selection_checks.h"
 #include "dispatch.h"
@@ -25,12 +25,12 @@ void normalize(float* vector, int64_t length) {
 template <typename T>
 class HeadUnits {
  public:
-  HeadUnits(const AssignClassesParams& p, const PagedTensor& cache, int64_t layer, int64_t row,
-            int64_t head)
-      : p_(p), cache_(cache), layer_(layer), row_(row), head_(head) {}
+  HeadUnits(const AssignClassesParams& p, const PagedTensor& cache, const Item& item)
+      : p_(p), cache_(cache), item_(item) {}
 
   void load(int64_t entry, float* out) const {
-    const T* vector = cache_.entry<const T>(p_.block_table, row_, layer_, head_, entry);
+    const T* vector =
+        cache_.entry<const T>(p_.block_table, item_.row, item_.layer, item_.head, entry);
     convert(vector, p_.head_size, 1.0f, out);
     normalize(out, p_.head_size);
   }
@@ -44,13 +44,12 @@ class HeadUnits {
  private:
   const AssignClassesParams& p_;
   const PagedTensor& cache_;
-  int64_t layer_;
-  int64_t row_;
-  int64_t head_;
+  Item item_;
 };
 
 template <typename T>
-void assign_head(const AssignClassesParams& p, int64_t layer, int64_t row, int64_t head) {
+void assign_head(const AssignClassesParams& p, const Item& item) {
+  const int64_t layer = item.layer, row = item.row, head = item.head;
   const int32_t* kept = p.kept_idx.at(layer, row, head);
   const int32_t* merged = p.merge_idx.at(layer, row, head);
   int32_t* classes = p.class_idx.at(layer, row, head);
@@ -67,8 +66,8 @@ void assign_head(const AssignClassesParams& p, int64_t layer, int64_t row, int64
   const int64_t num_members = static_cast<int64_t>(members.size());
   if (num_members == 0) return;
 
-  const HeadUnits<T> key_units(p, p.key_cache, layer, row, head);
-  const HeadUnits<T> value_units(p, p.value_cache, layer, row, head);
+  const HeadUnits<T> key_units(p, p.key_cache, item);
+  const HeadUnits<T> value_units(p, p.value_cache, item);
   const std::vector<float> member_keys = key_units.load_all(members.data(), num_members);
   const std::vector<float> member_values = value_units.load_all(members.data(), num_members);
   std::vector<float> best(num_members, -1.0f);
@@ -116,13 +115,8 @@ void assign_classes(const AssignClassesParams& p) {
   for (int64_t row = 0; row < p.num_rows; ++row) {
     check_selection("assign_classes", p, row, max_entries);
   }
-  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
   dispatch_cache_dtype(p.dtype, [&](auto element) {
-    parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
-      const int64_t in_layer = item % heads_per_layer;
-      assign_head<decltype(element)>(p, item / heads_per_layer, in_layer / p.num_kv_heads,
-                                     in_layer % p.num_kv_heads);
-    });
+    parallel_heads(p, [&](const Item& item) { assign_head<decltype(element)>(p, item); });
   });
 }
 

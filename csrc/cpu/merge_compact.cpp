@@ -179,6 +179,13 @@ void write_head(const MergeCompactParams& p, int64_t layer, int64_t row, int64_t
   }
 }
 
+// Items whose rows are groups of rows.
+struct Groups {
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+};
+
 template <typename T>
 void compact_group(const MergeCompactParams& p, int64_t layer, int64_t first_row, int64_t head) {
   std::vector<MergedHead<T>> built;
@@ -195,13 +202,10 @@ void compact_group(const MergeCompactParams& p, int64_t layer, int64_t first_row
 
 void merge_compact(const MergeCompactParams& p) {
   check_indices(p);
-  const int64_t items_per_layer = p.num_rows / p.rows_together * p.num_kv_heads;
+  const Groups groups{p.num_layers, p.num_rows / p.rows_together, p.num_kv_heads};
   dispatch_cache_dtype(p.dtype, [&](auto element) {
-    parallel_items(p.num_layers * items_per_layer, [&](int64_t item) {
-      const int64_t in_layer = item % items_per_layer;
-      const int64_t group = in_layer / p.num_kv_heads;
-      compact_group<decltype(element)>(p, item / items_per_layer, group * p.rows_together,
-                                       in_layer % p.num_kv_heads);
+    parallel_heads(groups, [&](const Item& item) {
+      compact_group<decltype(element)>(p, item.layer, item.row * p.rows_together, item.head);
     });
   });
 }

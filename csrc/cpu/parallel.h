@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cpu/simd.h"
+#include "ems/items.h"
 
 namespace ems::cpu {
 
@@ -24,6 +25,12 @@ void parallel_items(int64_t num_items, const F& f) {
   };
   const int64_t num_threads = torch::stable::get_num_threads();
   torch::stable::parallel_for(0, std::min(num_items, num_threads), 1, work);
+}
+
+// Calls f(item) for every kv_head of every row of every layer.
+template <typename COUNTS, typename F>
+void parallel_heads(const COUNTS& counts, const F& f) {
+  parallel_items(num_items(counts), [&](int64_t index) { f(item_at(counts, index)); });
 }
 
 }  // namespace ems::cpu

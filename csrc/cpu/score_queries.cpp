@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
@@ -22,7 +22,7 @@ namespace {
 // it.
 constexpr int64_t kRowsPerItem = 256;
 
-struct Item {
+struct Span {
   int64_t row;
   int64_t head;
   int64_t first;  // first sampled query of the first pass, first key of the second
@@ -123,7 +123,7 @@ class QueryRows {
 };
 
 template <typename T, typename C>
-void pack_keys(const ScoreQueriesParams& p, const Factors<T, C>& factors, const Item& item,
+void pack_keys(const ScoreQueriesParams& p, const Factors<T, C>& factors, const Span& item,
                int64_t first, int64_t count, KeyTiles* keys) {
   keys->pack(first, count, [&](int64_t key, float* out) {
     const C* vector = p.key_cache.entry<const C>(p.block_table, item.row, 0, item.head, key);
@@ -136,7 +136,7 @@ template <typename T, typename C>
 void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_item = std::max<int64_t>(kRowsPerItem / group, 1);
-  std::vector<Item> items;
+  std::vector<Span> items;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
       const int64_t num_queries = static_cast<int64_t>(samples[row].size());
@@ -146,7 +146,7 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
     }
   }
   parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
-    const Item& item = items[i];
+    const Span& item = items[i];
     const int64_t num_queries = static_cast<int64_t>(samples[item.row].size());
     const int64_t count = std::min(queries_per_item, num_queries - item.first);
     QueryRows<T, C> queries(p, samples, item.row, item.head);
@@ -169,7 +169,7 @@ template <typename T, typename C>
 void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t queries_per_chunk = std::max<int64_t>(kChunkRows / group, 1);
-  std::vector<Item> items;
+  std::vector<Span> items;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
       for (int64_t first = 0; first < p.seq_lens[row]; first += KeyTiles::kMaxKeys) {
@@ -178,12 +178,12 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
     }
   }
   parallel_items(static_cast<int64_t>(items.size()), [&](int64_t i) {
-    const Item& item = items[i];
+    const Span& item = items[i];
     const std::vector<int64_t>& sampled = samples[item.row];
     const int64_t num_queries = static_cast<int64_t>(sampled.size());
     const int64_t seq_len = p.seq_lens[item.row];
     const int64_t count = std::min(KeyTiles::kMaxKeys, seq_len - item.first);
-    std::vector<float> mass(KeyTiles::kMaxKeys, 0.0f);
+    std::vector<float> received(KeyTiles::kMaxKeys, 0.0f);
     // Queries before the first key see none of these keys.
     const int64_t first_position = seq_len - p.query_lens[item.row];
     const int64_t first_query =
@@ -196,13 +196,14 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
       for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
         queries.load(query, std::min(queries_per_chunk, num_queries - query));
         queries.load_lse(query, lse);
-        keys.add_mass(queries.rows(), queries.visible(), queries.lse(), queries.num_rows(),
-                      mass.data());
+        keys.add_attention(queries.rows(), queries.visible(), queries.lse(), queries.num_rows(),
+                           received.data());
       }
     }
     for (int64_t j = 0; j < count; ++j) {
       const int64_t key = item.first + j;
-      const float mean = mass[j] * static_cast<float>(p.sample_stride) / static_cast<float>(group);
+      const float mean =
+          received[j] * static_cast<float>(p.sample_stride) / static_cast<float>(group);
       float* score = p.scores.entry<float>(p.score_table, item.row, 0, item.head, key);
       *score = key < p.accumulate_lens[item.row] ? *score + mean : mean;
     }

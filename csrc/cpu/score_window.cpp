@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "cpu/attention_mass.h"
+#include "cpu/attention_sums.h"
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
 #include "dispatch.h"
@@ -30,7 +30,8 @@ void check_indices(const ScoreWindowParams& p) {
 
 // Queries of type T, keys of type C.
 template <typename T, typename C>
-void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t head) {
+void score_head(const ScoreWindowParams& p, const Item& item) {
+  const int64_t layer = item.layer, row = item.row, head = item.head;
   const int64_t group = p.num_heads / p.num_kv_heads;
   const int64_t num_entries = p.num_entries[row];
   float* scores = p.scores.at(layer, row, head);
@@ -71,16 +72,16 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
   std::vector<float> lse(num_rows);
   simd().finish_softmax(states.data(), num_rows, lse.data());
 
-  std::vector<float> mass(KeyTiles::kMaxKeys);
+  std::vector<float> received(KeyTiles::kMaxKeys);
   std::vector<float> most(peaks == nullptr ? 0 : KeyTiles::kMaxKeys);
   for (int64_t first = 0; first < num_entries; first += KeyTiles::kMaxKeys) {
     pack(first, num_entries);
-    std::fill(mass.begin(), mass.end(), 0.0f);
+    std::fill(received.begin(), received.end(), 0.0f);
     std::fill(most.begin(), most.end(), 0.0f);
-    keys.add_mass(rows.data(), visible.data(), lse.data(), num_rows, mass.data(),
-                  peaks == nullptr ? nullptr : most.data());
+    keys.add_attention(rows.data(), visible.data(), lse.data(), num_rows, received.data(),
+                       peaks == nullptr ? nullptr : most.data());
     for (int64_t j = 0; j < keys.count(); ++j) {
-      scores[first + j] = mass[j] / static_cast<float>(group);
+      scores[first + j] = received[j] / static_cast<float>(group);
     }
     if (peaks != nullptr) std::copy_n(most.begin(), keys.count(), peaks + first);
   }
@@ -90,13 +91,9 @@ void score_head(const ScoreWindowParams& p, int64_t layer, int64_t row, int64_t 
 
 void score_window(const ScoreWindowParams& p) {
   check_indices(p);
-  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
   const auto score = [&](auto element, auto cached) {
-    parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
-      const int64_t in_layer = item % heads_per_layer;
-      score_head<decltype(element), decltype(cached)>(
-          p, item / heads_per_layer, in_layer / p.num_kv_heads, in_layer % p.num_kv_heads);
-    });
+    parallel_heads(
+        p, [&](const Item& item) { score_head<decltype(element), decltype(cached)>(p, item); });
   };
   dispatch_dtypes("score_window", p.dtype, p.cache_dtype, QueryCachePairs{}, score);
 }

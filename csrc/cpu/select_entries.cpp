@@ -33,7 +33,8 @@ uint64_t rank_key(float score, int64_t entry) {
 
 int32_t entry_of(uint64_t key) { return static_cast<int32_t>(key); }
 
-void select_head(const SelectEntriesParams& p, int64_t layer, int64_t row, int64_t head) {
+void select_head(const SelectEntriesParams& p, const Item& item) {
+  const int64_t layer = item.layer, row = item.row, head = item.head;
   const float* scores = p.scores.at(layer, row, head);
   const int64_t num_entries = p.num_entries[row];
   const int64_t budget = p.budgets[row];
@@ -75,11 +76,7 @@ void select_head(const SelectEntriesParams& p, int64_t layer, int64_t row, int64
 
 void select_entries(const SelectEntriesParams& p) {
   check_indices(p);
-  const int64_t heads_per_layer = p.num_rows * p.num_kv_heads;
-  parallel_items(p.num_layers * heads_per_layer, [&](int64_t item) {
-    const int64_t in_layer = item % heads_per_layer;
-    select_head(p, item / heads_per_layer, in_layer / p.num_kv_heads, in_layer % p.num_kv_heads);
-  });
+  parallel_heads(p, [&](const Item& item) { select_head(p, item); });
 }
 
 }  // namespace ems::cpu

@@ -53,10 +53,10 @@ struct Simd {
   // lse[i] = log of the sum of exponentials; -inf for a row that saw nothing.
   void (*finish_softmax)(const SoftmaxState* states, int64_t num_rows, float* lse);
 
-  // mass[j] += sum over rows of exp(logit[i][j] - lse[i]), over the first visible[i] keys of row i;
-  // peaks[j], which may be null, becomes at least each of them. Overwrites hidden logits.
-  void (*add_mass)(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-                   float* mass, float* peaks);
+  // received[j] += sum over rows of exp(logit[i][j] - lse[i]), over the first visible[i] keys of
+  // row i; peaks[j], which may be null, becomes at least each of them. Overwrites hidden logits.
+  void (*add_attention)(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+                        float* received, float* peaks);
 
   // key_cos[i][j] = max(key_cos[i][j], 0) * max(value_cos[i][j], 0) for [num_rows][kTileKeys], and
   // the largest of each row.

@@ -158,8 +158,8 @@ void finish_softmax(const SoftmaxState* states, int64_t num_rows, float* lse) {
 }
 
 template <bool PEAKS>
-void add_mass_of(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-                 float* mass, float* peaks) {
+void add_attention_of(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+                      float* received, float* peaks) {
   Vec sums[kVectors] = {};
   Vec most[PEAKS ? kVectors : 1] = {};
   for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
@@ -172,17 +172,17 @@ void add_mass_of(float* logits, const int64_t* visible, const float* lse, int64_
     }
   }
   for (int64_t v = 0; v < kVectors; ++v) {
-    ((Vec*)mass)[v] += sums[v];
+    ((Vec*)received)[v] += sums[v];
     if constexpr (PEAKS) ((Vec*)peaks)[v] = maximum(((Vec*)peaks)[v], most[v]);
   }
 }
 
-void add_mass(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-              float* mass, float* peaks) {
+void add_attention(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
+                   float* received, float* peaks) {
   if (peaks == nullptr) {
-    add_mass_of<false>(logits, visible, lse, num_rows, mass, peaks);
+    add_attention_of<false>(logits, visible, lse, num_rows, received, peaks);
   } else {
-    add_mass_of<true>(logits, visible, lse, num_rows, mass, peaks);
+    add_attention_of<true>(logits, visible, lse, num_rows, received, peaks);
   }
 }
 
@@ -217,7 +217,7 @@ const Simd kSimd = {
     .init_softmax = init_softmax,
     .update_softmax = update_softmax,
     .finish_softmax = finish_softmax,
-    .add_mass = add_mass,
+    .add_attention = add_attention,
     .redundancy = redundancy,
 };
 

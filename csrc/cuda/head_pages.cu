@@ -6,9 +6,9 @@
 
 namespace ems::cuda {
 
-void head_pages(const HeadPagesParams& p, const Queue& queue) {
+void head_pages(const HeadPagesParams& p, const Stream& stream) {
   launch("head_pages", head_pages_kernel, {p.num_rows, p.num_kv_heads}, kHeadPagesThreads, 0,
-         queue.stream, p);
+         stream.handle, p);
 }
 
 }  // namespace ems::cuda

@@ -17,12 +17,12 @@ constexpr int64_t kMaxBatch = 65535;
 // one after the other and share the memory. `group` divides num_items and is at most kMaxBatch.
 template <typename F>
 void for_item_batches(int64_t num_items, int64_t scratch_per_item, int64_t group,
-                      const Queue& queue, const F& f) {
+                      const Stream& stream, const F& f) {
   if (num_items == 0) return;
   const int64_t most = scratch_per_item == 0 ? num_items : kMaxScratchBytes / scratch_per_item;
   const int64_t num_groups = std::min({most, kMaxBatch, num_items}) / group;
   const int64_t batch = std::max<int64_t>(num_groups, 1) * group;
-  void* scratch = scratch_per_item == 0 ? nullptr : queue.allocate(batch * scratch_per_item);
+  void* scratch = scratch_per_item == 0 ? nullptr : stream.allocate(batch * scratch_per_item);
   for (int64_t first = 0; first < num_items; first += batch) {
     f(first, std::min(batch, num_items - first), scratch);
   }

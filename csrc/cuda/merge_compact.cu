@@ -45,7 +45,7 @@ int64_t items_together(const char* op, const MergeCompactParams& p) {
 
 }  // namespace
 
-void merge_compact(const MergeCompactParams& p, const Queue& queue) {
+void merge_compact(const MergeCompactParams& p, const Stream& stream) {
   constexpr const char* kOp = "merge_compact";
   dispatch(kOp, p.dtype, p.head_size, [&](auto element, auto head_size) {
     using T = decltype(element);
@@ -71,7 +71,7 @@ void merge_compact(const MergeCompactParams& p, const Queue& queue) {
       auto* sort_scratch = static_cast<uint64_t*>(take(sizes.sort));
       if (merges) {
         const int64_t shared_bytes = sizes.sort > 0 ? 0 : sort_len * int64_t{sizeof(uint64_t)};
-        launch(kOp, group_members_kernel, {count}, kGroupThreads, shared_bytes, queue.stream, p,
+        launch(kOp, group_members_kernel, {count}, kGroupThreads, shared_bytes, stream.handle, p,
                first, lists, sort_len, sort_scratch);
       } else {
         lists = {nullptr, nullptr};
@@ -79,13 +79,13 @@ void merge_compact(const MergeCompactParams& p, const Queue& queue) {
       constexpr int64_t kClassesPerCta = kMergeThreads / device::kWarpSize;
       launch(kOp, merge_classes_kernel<T, kHeadSize>,
              {(max_budget + kClassesPerCta - 1) / kClassesPerCta, count}, kMergeThreads, 0,
-             queue.stream, p, first, lists, staging);
+             stream.handle, p, first, lists, staging);
       const int64_t num_vectors = max_budget * EntryLayout<T, kHeadSize>::kVectors;
       launch(kOp, write_targets_kernel<T, kHeadSize>,
              {(num_vectors + kMergeThreads - 1) / kMergeThreads, count}, kMergeThreads, 0,
-             queue.stream, p, first, staging);
+             stream.handle, p, first, staging);
     };
-    for_item_batches(num_items(p), sizes.total(), items_together(kOp, p), queue, run_batch);
+    for_item_batches(num_items(p), sizes.total(), items_together(kOp, p), stream, run_batch);
   });
 }
 

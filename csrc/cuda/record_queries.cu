@@ -7,7 +7,7 @@
 
 namespace ems::cuda {
 
-void record_queries(const RecordQueriesParams& p, const Queue& queue) {
+void record_queries(const RecordQueriesParams& p, const Stream& stream) {
   constexpr const char* kOp = "record_queries";
   dispatch_dtype(p.dtype, [&](auto element) {
     using T = decltype(element);
@@ -15,7 +15,7 @@ void record_queries(const RecordQueriesParams& p, const Queue& queue) {
                        p.head_size);
     check_alignment<T>(kOp, "ring", p.ring.data, p.ring.row_stride, p.ring.place_stride,
                        p.ring.head_stride);
-    launch(kOp, record_queries_kernel<T>, {p.num_tokens}, kRecordThreads, 0, queue.stream, p);
+    launch(kOp, record_queries_kernel<T>, {p.num_tokens}, kRecordThreads, 0, stream.handle, p);
   });
 }
 

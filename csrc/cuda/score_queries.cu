@@ -25,21 +25,21 @@ Kernels choose_kernels() {
   // float32 has no tensor-core product that is exact enough; float8 keys are converted on the way.
   if constexpr (sizeof(T) == 2 && sizeof(C) == 2) {
     if (compute_capability() == 90) {
-      using Shape = sm90::MassShape<HEAD_SIZE>;
+      using Shape = sm90::SumShape<HEAD_SIZE>;
       return {score_queries_lse_sm90_kernel<T, HEAD_SIZE>, score_queries_sm90_kernel<T, HEAD_SIZE>,
-              Shape::kLeft, Shape::kThreads, sizeof(sm90::MassShared<T, HEAD_SIZE>)};
+              Shape::kStaying, Shape::kThreads, sizeof(sm90::SumShared<T, HEAD_SIZE>)};
     }
   }
 #endif
-  using Shape = MassShape<T, HEAD_SIZE>;
+  using Shape = SumShape<T, HEAD_SIZE>;
   return {score_queries_lse_kernel<T, HEAD_SIZE, C>, score_queries_kernel<T, HEAD_SIZE, C>,
-          Shape::kLeft, Shape::kThreads,
-          sizeof(MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>)};
+          Shape::kStaying, Shape::kThreads,
+          sizeof(SumShared<T, HEAD_SIZE, Shape::kStaying, Shape::kStreaming>)};
 }
 
 }  // namespace
 
-void score_queries(const ScoreQueriesParams& params, const Queue& queue) {
+void score_queries(const ScoreQueriesParams& params, const Stream& stream) {
   ScoreQueriesParams p = params;
   dispatch(
       kOp, p.dtype, p.cache_dtype, p.head_size, [&](auto element, auto cached, auto head_size) {
@@ -53,17 +53,17 @@ void score_queries(const ScoreQueriesParams& params, const Queue& queue) {
         const float* lse = p.lse;
         if (lse == nullptr) {
           auto* computed = static_cast<float*>(
-              queue.allocate(p.num_tokens * p.num_heads * int64_t{sizeof(float)}));
+              stream.allocate(p.num_tokens * p.num_heads * int64_t{sizeof(float)}));
           p.lse_token_stride = p.num_heads;
           p.lse_head_stride = 1;
           launch(kOp, kernels.compute_lse, {max_query_tiles(p, kernels.tile_size), p.num_kv_heads},
-                 kernels.num_threads, kernels.shared_bytes, queue.stream, p, computed);
+                 kernels.num_threads, kernels.shared_bytes, stream.handle, p, computed);
           lse = computed;
         }
         const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
         const int64_t key_tiles = (max_keys + kernels.tile_size - 1) / kernels.tile_size;
         launch(kOp, kernels.add_scores, {key_tiles * p.num_kv_heads, p.num_rows},
-               kernels.num_threads, kernels.shared_bytes, queue.stream, p, lse);
+               kernels.num_threads, kernels.shared_bytes, stream.handle, p, lse);
       });
 }
 

@@ -16,15 +16,15 @@ constexpr int32_t kKeysPerSplit = 2048;
 
 }  // namespace
 
-void score_window(const ScoreWindowParams& p, const Queue& queue) {
+void score_window(const ScoreWindowParams& p, const Stream& stream) {
   constexpr const char* kOp = "score_window";
   dispatch(
       kOp, p.dtype, p.cache_dtype, p.head_size, [&](auto element, auto cached, auto head_size) {
         using T = decltype(element);
         using C = decltype(cached);
         constexpr int kHeadSize = decltype(head_size)::value;
-        using Shape = MassShape<T, kHeadSize>;
-        using Shared = MassShared<T, kHeadSize, Shape::kLeft, Shape::kRight>;
+        using Shape = SumShape<T, kHeadSize>;
+        using Shared = SumShared<T, kHeadSize, Shape::kStaying, Shape::kStreaming>;
         check_alignment<T>(kOp, "ring", p.ring.data, p.ring.layer_stride, p.ring.row_stride,
                            p.ring.place_stride, p.ring.head_stride);
         check_alignment<C>(kOp, "key_cache", p.key_cache);
@@ -34,19 +34,19 @@ void score_window(const ScoreWindowParams& p, const Queue& queue) {
         const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
         const int64_t num_splits =
             std::max<int64_t>((max_keys + kKeysPerSplit - 1) / kKeysPerSplit, 1);
-        const int64_t query_tiles = (max_window_queries(p) + Shape::kLeft - 1) / Shape::kLeft;
+        const int64_t query_tiles = (max_window_queries(p) + Shape::kStaying - 1) / Shape::kStaying;
         auto* lse =
-            static_cast<float*>(queue.allocate(num_splits * num_queries * int64_t{sizeof(float)}));
+            static_cast<float*>(stream.allocate(num_splits * num_queries * int64_t{sizeof(float)}));
         launch(kOp, score_window_lse_kernel<T, kHeadSize, C>, {items, num_splits, query_tiles},
-               Shape::kThreads, sizeof(Shared), queue.stream, p, kKeysPerSplit, items, lse);
+               Shape::kThreads, sizeof(Shared), stream.handle, p, kKeysPerSplit, items, lse);
         if (num_splits > 1) {
           launch(kOp, score_window_combine_kernel,
                  {(num_queries + kCombineThreads - 1) / kCombineThreads}, kCombineThreads, 0,
-                 queue.stream, num_queries, static_cast<int32_t>(num_splits), lse);
+                 stream.handle, num_queries, static_cast<int32_t>(num_splits), lse);
         }
-        const int64_t key_tiles = (p.scores.length + Shape::kLeft - 1) / Shape::kLeft;
+        const int64_t key_tiles = (p.scores.length + Shape::kStaying - 1) / Shape::kStaying;
         launch(kOp, score_window_kernel<T, kHeadSize, C>, {items, key_tiles}, Shape::kThreads,
-               sizeof(Shared), queue.stream, p, lse);
+               sizeof(Shared), stream.handle, p, lse);
       });
 }
 

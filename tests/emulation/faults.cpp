@@ -55,9 +55,9 @@ int64_t item_batches(const torch::stable::Tensor& sizes, int64_t num_items, int6
                      int64_t group) {
   auto* out = static_cast<int64_t*>(sizes.mutable_data_ptr());
   int64_t num_batches = 0, next = 0;
-  const cuda::Queue queue{nullptr, [](int64_t) -> void* { return nullptr; }};
+  const cuda::Stream stream{nullptr, [](int64_t) -> void* { return nullptr; }};
   cuda::for_item_batches(
-      num_items, scratch, group, queue, [&](int64_t first, int64_t count, void*) {
+      num_items, scratch, group, stream, [&](int64_t first, int64_t count, void*) {
         emulator::require(first == next, "a batch does not begin where the last one ended");
         emulator::require(num_batches < sizes.numel(), "more batches than there is room for");
         out[num_batches++] = count;

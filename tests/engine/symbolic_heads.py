@@ -182,7 +182,6 @@ class _Group:
         num_blocks: int,
         num_score_pages: int,
         max_num_seqs: int,
-        max_num_columns: int,
     ) -> None:
         self.group_id = group_id
         self.num_layers, self.num_heads = len(shares), spec.num_kv_heads

@@ -23,7 +23,7 @@ from engine.harness import LLAMA, engine, tokens
 from ems_vllm.config import KVCompressionConfig, RequestOptions, load_config
 from ems_vllm.eval.reference.answer import generated
 from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.ops import reference_operators
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 

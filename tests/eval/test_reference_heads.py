@@ -8,7 +8,7 @@ from eval.test_reference_levels import reference as reference
 from unlike_heads import unlike_heads
 
 from ems_vllm.config import RequestOptions, load_config
-from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.ops import reference_operators
 
 HALF, BLOCK = 0.5, 16
 NEVER = RequestOptions(enabled=False)

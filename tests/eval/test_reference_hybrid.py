@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 from ems_vllm.config import ConfigError, RequestOptions, load_config
 from ems_vllm.eval.reference.answer import generated
 from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.ops import reference_operators
 
 # Shorter than the window at first; compressed at the prompt's end.
 PROMPTS = [tokens(length, seed=length) for length in (100, 300, 421)]

@@ -10,7 +10,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ems_vllm.config import ConfigError, RequestOptions, load_config
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.ops import reference_operators
 from ems_vllm.policies.policy import Policy
 
 NUM_LAYERS = 4

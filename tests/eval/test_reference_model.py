@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from ems_vllm import ops
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.exchange import PromptLine
@@ -16,10 +15,10 @@ from ems_vllm.eval.reference.answer import Vocabulary, answer_together, answerin
 from ems_vllm.eval.reference.attention import IMPLEMENTATION
 from ems_vllm.eval.reference.methods import FULL, methods, server_config
 from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.operators import reference_operators
 from ems_vllm.eval.reference.paging import from_pages, to_pages
 from ems_vllm.eval.reference.prefill import received_attention
 from ems_vllm.eval.reference.runner import Runner
+from ems_vllm.ops import reference_operators
 
 PROMPT = torch.randint(0, 128, (600,), generator=torch.Generator().manual_seed(0)).tolist()
 
@@ -157,13 +156,6 @@ def test_pages_hold_entries_in_order():
     assert pages[1, 2, 0, 1].equal(entries[1, 0, 9])
     assert from_pages(pages, 3, 10).equal(entries[:, :, 3:])
     assert from_pages(to_pages(entries[..., 0], 4), 0, 10).equal(entries[..., 0])
-
-
-def test_reference_operators_are_put_back():
-    compiled = ops.merge_compact
-    with reference_operators():
-        assert ops.merge_compact is ops.reference.merge_compact
-    assert ops.merge_compact is compiled
 
 
 def prompt_line(length, **fields):

@@ -8,7 +8,6 @@ import torch
 from compare import assert_bitwise
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -52,22 +51,24 @@ def test_record_queries(dtype):
         query.copy_(torch.randn(query.shape))
         slots.copy_(new_slots())
         graph.replay()
-        reference.record_queries(query.cpu(), slots.cpu(), expected)
+        ops.record_queries.reference(query.cpu(), slots.cpu(), expected)
         assert_bitwise(ring.cpu(), expected)
 
 
-def test_plan_metadata():
+def test_shift_block_tables():
     table = torch.zeros(NUM_ROWS, NUM_COLUMNS, dtype=torch.int32).cuda()
     lens, first = (torch.zeros(NUM_ROWS, dtype=torch.int32).cuda() for _ in range(2))
     outputs = torch.empty_like(table), torch.empty_like(lens)
-    graph = captured(lambda: ops.plan_metadata(table, lens, first, BLOCK_SIZE, *outputs))
+    graph = captured(lambda: ops.shift_block_tables(table, lens, first, BLOCK_SIZE, *outputs))
     for _ in range(4):
         refill(table, 1, 1000)
         refill(lens, 1, BLOCK_SIZE * NUM_COLUMNS)
         refill(first, 0, NUM_COLUMNS + 2)
         graph.replay()
         expected = torch.empty_like(table, device="cpu"), torch.empty_like(lens, device="cpu")
-        reference.plan_metadata(table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected)
+        ops.shift_block_tables.reference(
+            table.cpu(), lens.cpu(), first.cpu(), BLOCK_SIZE, *expected
+        )
         for got, want in zip(outputs, expected, strict=True):
             assert_bitwise(got.cpu(), want)
 
@@ -94,7 +95,7 @@ def test_head_pages():
         starts.copy_(dealt.sort().values)
         graph.replay()
         args = [tensor.cpu() for tensor in (table, lens, places, starts)]
-        reference.head_pages(*args, BLOCK_SIZE, *expected)
+        ops.head_pages.reference(*args, BLOCK_SIZE, *expected)
         for got, want in zip(outputs, expected, strict=True):
             assert_bitwise(got.cpu(), want)
 
@@ -109,7 +110,7 @@ def test_both_in_one_graph_on_another_stream():
     outputs = torch.empty_like(table), torch.empty_like(lens)
 
     def step() -> None:
-        ops.plan_metadata(table, lens, first, BLOCK_SIZE, *outputs)
+        ops.shift_block_tables(table, lens, first, BLOCK_SIZE, *outputs)
         for ring in rings:
             ops.record_queries(query, slots, ring)
 
@@ -123,7 +124,7 @@ def test_both_in_one_graph_on_another_stream():
         graph.replay()
     stream.synchronize()
     expected = torch.zeros_like(rings[0], device="cpu")
-    reference.record_queries(query.cpu(), slots.cpu(), expected)
+    ops.record_queries.reference(query.cpu(), slots.cpu(), expected)
     for ring in rings:
         assert_bitwise(ring.cpu(), expected)
     assert_bitwise(outputs[0].cpu(), table.cpu())

@@ -46,7 +46,7 @@ def build_computing_operators() -> None:
     folder = BUILD / "computing"
     folder.mkdir(parents=True, exist_ok=True)
     sources = [path for path in ROOT.glob("csrc/*.cpp") if path.name != "python_bindings.cpp"]
-    sources += [*ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc" / "cuda" / "queue.cpp"]
+    sources += [*ROOT.glob("csrc/cpu/*.cpp"), ROOT / "csrc" / "cuda" / "stream.cpp"]
     sources += [*ROOT.glob("csrc/cuda/*.cu")]
     emulation = ROOT / "tests" / "emulation"
     sources += [path for path in emulation.glob("*.cpp") if path.name != "faults.cpp"]

@@ -16,7 +16,7 @@ from ems_vllm import build_info, ops
 # The most that one call launches, on all layers and requests; scratch fits one batch here.
 MOST_LAUNCHES = {
     "record_queries": 1,
-    "plan_metadata": 1,
+    "shift_block_tables": 1,
     "head_pages": 1,
     "score_queries": 2,
     "score_window": 2,
@@ -24,7 +24,7 @@ MOST_LAUNCHES = {
     "assign_classes": 2,
     "merge_compact": 3,
 }
-CAPTURED_BY_DECODING = ("record_queries", "plan_metadata", "head_pages")
+CAPTURED_BY_DECODING = ("record_queries", "shift_block_tables", "head_pages")
 
 _ON_ANOTHER_GPU = """
 import json, torch

@@ -223,7 +223,7 @@ def test_a_decoding_step_adds_one_launch_a_layer_and_no_waiting(runner):
     dense_waits = max(step.count(kind="synchronize") for step in full_decodes(dense)[4:])
     for step in full_decodes(ems)[4:]:
         assert step.count(name=RECORD, how="replayed") == NUM_LAYERS
-        assert step.count(name="ems::plan_metadata_kernel") == 1
+        assert step.count(name="ems::shift_block_tables_kernel") == 1
         assert step.count(is_ours=True) == NUM_LAYERS + 1
         assert step.count(runs=True) <= dense_work + MOST_EXTRA_PER_DECODE
         assert step.count(kind="synchronize") == dense_waits
@@ -265,7 +265,7 @@ def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
     assert_scored(found)
     for step in full_decodes(found)[4:]:
         assert step.count(name=RECORD, how="replayed") == NUM_LAYERS
-        assert step.count(name="ems::plan_metadata_kernel") == 2
+        assert step.count(name="ems::shift_block_tables_kernel") == 2
         assert step.count(is_ours=True) == NUM_LAYERS + 2
     compacting = [step for step in found.steps if step.num_compactions]
     assert compacting

@@ -31,8 +31,7 @@ SM90_TESTS = ("test_score_queries",)
 # Of module scope, so that property tests may use it.
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS, autouse=True)
 def implementation(request):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "operators", lambda: namespace(request.param))
+    with ops.implemented_by(namespace(request.param)):
         yield request.param
 
 

@@ -26,10 +26,11 @@ class _OnGpu:
     def __getattr__(self, name: str) -> Callable[..., None]:
         operator = getattr(operators(), name)
 
-        def run(*args: Any) -> None:
+        def run(*args: Any, **kwargs: Any) -> None:
             storages: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
             moved = [_to_gpu(arg, storages) for arg in args]
-            operator(*moved)
+            named = {key: _to_gpu(arg, storages) for key, arg in kwargs.items()}
+            operator(*moved, **named)
             torch.cuda.synchronize()
             for here, there in storages.values():
                 here.copy_(there)

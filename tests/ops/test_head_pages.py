@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 
 BLOCK_SIZE = 4
 MARGIN = 7
@@ -72,7 +71,7 @@ def check(args: tuple) -> None:
     tables = whole(args[5]), whole(args[5]).clone()
     expected_lens = args[6].clone()
     ops.head_pages(*args)
-    reference.head_pages(*args[:5], tables[1][:, : args[5].shape[1]], expected_lens)
+    ops.head_pages.reference(*args[:5], tables[1][:, : args[5].shape[1]], expected_lens)
     assert_bitwise(*tables)
     assert_bitwise(args[6], expected_lens)
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The shared library: what it links to, how it loads, and its variants for the CPU."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -12,7 +13,7 @@ import torch
 
 import ems_vllm
 from ems_vllm import ops
-from ems_vllm.ops import fake, library, reference
+from ems_vllm.ops import library
 
 TESTS = Path(__file__).parent
 
@@ -44,15 +45,63 @@ def test_uses_only_the_stable_interface_of_torch():
 
 
 def test_every_operator_has_all_its_parts():
-    assert set(fake.OPERATORS) == set(ops.__all__) == set(reference.__all__)
-    for name in fake.OPERATORS:
+    # What the library registers: a file, a function and a test for each.
+    namespace = library.operators()
+    registered = {
+        name.removeprefix("ems_vllm::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("ems_vllm::")
+    }
+    assert set(ops.OPERATORS) == registered
+    for name, operator in ops.OPERATORS.items():
         assert (TESTS / f"test_{name}.py").exists()
-        overload = getattr(library.operators(), name).default
-        arguments = [argument.name for argument in overload._schema.arguments]
-        for function in (getattr(ops, name), getattr(reference, name)):
-            names = function.__code__.co_varnames[: function.__code__.co_argcount]
-            assert list(names) == arguments
-        assert overload._schema.returns == []
+        assert getattr(ops, name) is operator
+        assert name in ops.__all__
+        assert Path(operator.reference.__code__.co_filename).stem == name
+        schema = getattr(namespace, name).default._schema
+        assert schema.returns == []
+        parameters = inspect.signature(operator).parameters.values()
+        assert [p.name for p in parameters] == [argument.name for argument in schema.arguments]
+        for parameter, argument in zip(parameters, schema.arguments, strict=True):
+            has_default = parameter.default is not inspect.Parameter.empty
+            assert argument.has_default_value() == has_default
+            assert argument.default_value == (parameter.default if has_default else None)
+
+
+def test_operators_can_run_their_own_bodies():
+    query, slots = torch.ones(1, 1, 64), torch.tensor([2])
+
+    def recorded(query):
+        ring = torch.zeros(2, 2, 1, 64)
+        ops.record_queries(query, ring_slots=slots, ring=ring)
+        return ring[1, 0, 0, 0].item()
+
+    # No kernel takes float64.
+    with ops.reference_operators():
+        assert recorded(query.double()) == 1
+        with ops.implemented_by(library.operators()):
+            assert recorded(query) == 1
+            with pytest.raises(RuntimeError, match="query must"):
+                recorded(query.double())
+        assert recorded(query.double()) == 1
+    # After an error, too.
+    with pytest.raises(IndexError), ops.reference_operators():
+        ops.record_queries(query, slots, ring=query[:0])
+    with pytest.raises(RuntimeError, match="query must"):
+        recorded(query.double())
+
+
+def test_operators_can_be_traced():
+    """As vLLM does with compilation on: no operator breaks the graph."""
+
+    def recorded(query, slots, ring):
+        ops.record_queries(query, slots, ring)
+        return ring + 1
+
+    args = torch.ones(1, 1, 64), torch.tensor([2]), torch.zeros(2, 2, 1, 64)
+    expected = recorded(*(arg.clone() for arg in args))
+    compiled = torch.compile(recorded, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*args), expected)
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():

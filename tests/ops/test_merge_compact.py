@@ -15,8 +15,7 @@ from torch.nn.functional import pad
 
 import ems_vllm
 from ems_vllm import ops
-from ems_vllm.ops import reference
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.paging import gather_entries
 
 
 @dataclass
@@ -123,7 +122,7 @@ def make_case(
 
 
 def check(case: Case) -> None:
-    actual, expected = case.run(ops.merge_compact), case.run(reference.merge_compact)
+    actual, expected = case.run(ops.merge_compact), case.run(ops.merge_compact.reference)
     written = case.written()
     for before, after, want in zip(
         (case.cache.key, case.cache.value), actual[:2], expected[:2], strict=True
@@ -160,7 +159,7 @@ def test_keys_and_mass(dtype, head_size, merges_keys, with_mass):
 
 def test_keys_that_are_neither_merged_nor_given_mass_are_moved_bit_for_bit():
     case = make_case(ROWS, merges_keys=False, dtype=torch.bfloat16)
-    assert_bitwise(case.run(ops.merge_compact)[0], case.run(reference.merge_compact)[0])
+    assert_bitwise(case.run(ops.merge_compact)[0], case.run(ops.merge_compact.reference)[0])
 
 
 def test_mass_gives_a_class_the_attention_of_its_entries():
@@ -238,7 +237,7 @@ def test_any_batch(data):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_without_members_entries_are_moved_bit_for_bit(dtype, layout):
     case = make_case(ROWS, share_merged=0.0, dtype=dtype, layout=layout)
-    actual, expected = case.run(ops.merge_compact), case.run(reference.merge_compact)
+    actual, expected = case.run(ops.merge_compact), case.run(ops.merge_compact.reference)
     for after, want in zip(actual, expected, strict=True):
         assert_bitwise(after, want)
 
@@ -370,8 +369,8 @@ SHARING_ROWS = [
 
 def assert_order_matters(case: Case) -> None:
     """Rows that are written one by one give something else."""
-    together = case.run(reference.merge_compact)
-    one_by_one = replace(case, rows_together=1).run(reference.merge_compact)
+    together = case.run(ops.merge_compact.reference)
+    one_by_one = replace(case, rows_together=1).run(ops.merge_compact.reference)
     written = case.written()[..., None].expand_as(together[0])
     assert (together[0] != one_by_one[0])[written].any()
 

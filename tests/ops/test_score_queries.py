@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
-from ems_vllm.ops.reference.paging import gather_entries
-from ems_vllm.ops.reference.score_queries import is_sampled
+from ems_vllm.ops.paging import gather_entries
+from ems_vllm.ops.score_queries import is_sampled
 
 
 @dataclass
@@ -101,7 +100,7 @@ def make_case(
 
 def check(case: Case) -> None:
     actual = case.run(ops.score_queries)
-    assert_close(actual, case.run(reference.score_queries), "scores")
+    assert_close(actual, case.run(ops.score_queries.reference), "scores")
     assert_untouched(actual, case.scores, case.written())
 
 

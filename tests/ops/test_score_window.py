@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 
 WINDOW = 8
 
@@ -103,7 +102,7 @@ def make_case(
 
 def check(case: Case) -> None:
     for found, expected in zip(
-        case.run(ops.score_window), case.run(reference.score_window), strict=True
+        case.run(ops.score_window), case.run(ops.score_window.reference), strict=True
     ):
         assert_close(found, expected, "scores")
 

@@ -7,9 +7,8 @@ import pytest
 import torch
 from policies.contexts import BLOCK_SIZE, NUM_KV_HEADS, Row, build_context, entries, heads_as_rows
 
-from ems_vllm import ops
 from ems_vllm.config import load_config, recipes
-from ems_vllm.ops import reference
+from ems_vllm.ops import reference_operators
 from ems_vllm.policies.policy import Policy
 
 ROWS = (
@@ -46,10 +45,8 @@ def test_heads_are_compacted_alike_as_rows(recipe):
 
 
 @pytest.mark.parametrize("recipe", ["ems", "random"])
-def test_heads_may_take_blocks_of_each_other(recipe, monkeypatch):
+def test_heads_may_take_blocks_of_each_other(recipe):
     """As if every row had a copy of the blocks that it reads."""
-    # Writes rows in order, so that one that does not know of the others would be wrong.
-    monkeypatch.setattr(ops, "merge_compact", reference.merge_compact)
     shared = heads_as_rows(build_context(ROWS))
     table = shared.block_table.clone()
     for row in range(shared.num_rows):
@@ -67,8 +64,10 @@ def test_heads_may_take_blocks_of_each_other(recipe, monkeypatch):
         block_table=torch.arange(table.numel(), dtype=torch.int32).view_as(table),
     )
     own = replace(own, score_table=own.block_table)
-    for context in (own, shared):
-        compacted(recipe, context)
+    # They write rows in order, so that one that does not know of the others would be wrong.
+    with reference_operators():
+        for context in (own, shared):
+            compacted(recipe, context)
     for row in range(shared.num_rows):
         first, budget = int(shared.target_columns[row]) * BLOCK_SIZE, int(shared.budgets[row])
         for cache in ("key_cache", "value_cache"):

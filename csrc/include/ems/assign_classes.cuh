@@ -4,7 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
-#include "ems/attention_mass.cuh"
+#include "ems/attention_sums.cuh"
 #include "ems/cta.cuh"
 #include "ems/items.h"
 #include "ems/params.h"

@@ -123,7 +123,7 @@ struct MergeCompactParams {
   int64_t rows_together;              // rows of a group, which share blocks; divides num_rows
 };
 
-struct PlanMetadataParams {
+struct ShiftBlockTablesParams {
   int64_t num_rows;
   int64_t block_size;
   BlockTable block_table;        // [num_rows, num_columns] int32

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "ems/attention_mass.cuh"
-#include "ems/attention_mass_sm90.cuh"
+#include "ems/attention_sums.cuh"
+#include "ems/attention_sums_sm90.cuh"
 #include "ems/params.h"
 #include "ems/sampling.h"
 
@@ -93,9 +93,9 @@ struct AddToScore {
   int64_t row;
   int64_t kv_head;
 
-  EMS_DEVICE void operator()(int32_t key, float mass) const {
+  EMS_DEVICE void operator()(int32_t key, float received) const {
     const float group = static_cast<float>(p.num_heads / p.num_kv_heads);
-    const float mean = mass * static_cast<float>(p.sample_stride) / group;
+    const float mean = received * static_cast<float>(p.sample_stride) / group;
     float* score = p.scores.entry<float>(p.score_table, row, 0, kv_head, key);
     *score = mean + (key < p.accumulate_lens[row] ? *score : 0.0f);
   }
@@ -103,10 +103,10 @@ struct AddToScore {
 
 // CTA (x, kv_head): one tile of queries.
 template <typename T, int HEAD_SIZE, typename C>
-EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
 score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
   const int64_t kv_head = device::cta_y();
-  for_own_tile<MassShape<T, HEAD_SIZE>::kLeft>(
+  for_own_tile<SumShape<T, HEAD_SIZE>::kStaying>(
       p, device::cta_x(), kv_head,
       [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
         const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
@@ -119,17 +119,17 @@ score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
 // CTA (x, row): kv_head x % num_kv_heads and tile of keys x / num_kv_heads, so that the first keys,
 // which the most queries see, come first.
 template <typename T, int HEAD_SIZE, typename C>
-EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
 score_queries_kernel(ScoreQueriesParams p, const float* lse) {
   const int64_t row = device::cta_y();
   const int64_t kv_head = device::cta_x() % p.num_kv_heads;
   const int32_t first_key =
-      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * MassShape<T, HEAD_SIZE>::kLeft;
+      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * SumShape<T, HEAD_SIZE>::kStaying;
   const int32_t num_keys = p.seq_lens[row];
   if (first_key >= num_keys) return;
   const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
   const AddToScore add{p, row, kv_head};
-  add_mass<T, HEAD_SIZE, C, Received>(
+  add_attention<T, HEAD_SIZE, C, Received>(
       ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data), keys, first_key, num_keys,
       p.scale, lse, [&](int32_t key, const Received& received) { add(key, received.sum); });
 }
@@ -137,11 +137,11 @@ score_queries_kernel(ScoreQueriesParams p, const float* lse) {
 // The same two for compute capability 9.0a. In code for other GPUs they are errors: an empty kernel
 // that is run by mistake would succeed and leave old scores in place.
 template <typename T, int HEAD_SIZE>
-EMS_KERNEL(sm90::MassShape<HEAD_SIZE>::kThreads, 1)
+EMS_KERNEL(sm90::SumShape<HEAD_SIZE>::kThreads, 1)
 score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
 #if EMS_IS_SM90A
   const int64_t kv_head = device::cta_y();
-  for_own_tile<sm90::MassShape<HEAD_SIZE>::kLeft>(
+  for_own_tile<sm90::SumShape<HEAD_SIZE>::kStaying>(
       p, device::cta_x(), kv_head,
       [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
         const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
@@ -155,19 +155,19 @@ score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
 }
 
 template <typename T, int HEAD_SIZE>
-EMS_KERNEL(sm90::MassShape<HEAD_SIZE>::kThreads, 1)
+EMS_KERNEL(sm90::SumShape<HEAD_SIZE>::kThreads, 1)
 score_queries_sm90_kernel(ScoreQueriesParams p, const float* lse) {
 #if EMS_IS_SM90A
   const int64_t row = device::cta_y();
   const int64_t kv_head = device::cta_x() % p.num_kv_heads;
   const int32_t first_key =
-      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * sm90::MassShape<HEAD_SIZE>::kLeft;
+      static_cast<int32_t>(device::cta_x() / p.num_kv_heads) * sm90::SumShape<HEAD_SIZE>::kStaying;
   const int32_t num_keys = p.seq_lens[row];
   if (first_key >= num_keys) return;
   const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
-  sm90::add_mass<T, HEAD_SIZE>(ChunkQueries(p, row, kv_head), static_cast<const T*>(p.query.data),
-                               keys, first_key, num_keys, p.scale, lse,
-                               AddToScore{p, row, kv_head});
+  sm90::add_attention<T, HEAD_SIZE>(ChunkQueries(p, row, kv_head),
+                                    static_cast<const T*>(p.query.data), keys, first_key, num_keys,
+                                    p.scale, lse, AddToScore{p, row, kv_head});
 #else
   device::trap();
 #endif

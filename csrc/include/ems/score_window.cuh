@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "ems/attention_mass.cuh"
+#include "ems/attention_sums.cuh"
 #include "ems/items.h"
 #include "ems/params.h"
 
@@ -61,13 +61,13 @@ EMS_DEVICE float window_scale(const ScoreWindowParams& p, int64_t layer) {
 // CTA (x, split, tile): item x, one part of its keys, one tile of its queries.
 // partial: [num_splits, num_items * max_window_queries], float32.
 template <typename T, int HEAD_SIZE, typename C>
-EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
 score_window_lse_kernel(ScoreWindowParams p, int32_t keys_per_split, int64_t num_items,
                         float* partial) {
   const Item item = item_at(p, device::cta_x());
   const WindowQueries queries(p, item, device::cta_x());
   const int32_t first_query =
-      static_cast<int32_t>(device::cta_z()) * MassShape<T, HEAD_SIZE>::kLeft;
+      static_cast<int32_t>(device::cta_z()) * SumShape<T, HEAD_SIZE>::kStaying;
   if (first_query >= queries.size()) return;
   const int32_t live_len = p.live_lens[item.row];
   const int32_t first_key = static_cast<int32_t>(device::cta_y()) * keys_per_split;
@@ -113,25 +113,25 @@ EMS_DEVICE void clear_beyond(int32_t num_entries, int32_t first_key, int64_t len
 
 // CTA (x, tile): item x, one tile of its keys. Also clears what lies beyond the entries.
 template <typename T, int HEAD_SIZE, typename C>
-EMS_KERNEL((MassShape<T, HEAD_SIZE>::kThreads), (MassShape<T, HEAD_SIZE>::kMinCtas))
+EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
 score_window_kernel(ScoreWindowParams p, const float* lse) {
-  constexpr int32_t kLeft = MassShape<T, HEAD_SIZE>::kLeft;
+  constexpr int32_t kStaying = SumShape<T, HEAD_SIZE>::kStaying;
   const Item item = item_at(p, device::cta_x());
   const WindowQueries queries(p, item, device::cta_x());
-  const int32_t first_key = static_cast<int32_t>(device::cta_y()) * kLeft;
+  const int32_t first_key = static_cast<int32_t>(device::cta_y()) * kStaying;
   const int32_t num_entries = p.num_entries[item.row];
   float* scores = p.scores.at(item.layer, item.row, item.head);
   float* peaks = p.peaks.data == nullptr ? nullptr : p.peaks.at(item.layer, item.row, item.head);
-  constexpr int kThreads = MassShape<T, HEAD_SIZE>::kThreads;
-  clear_beyond<kLeft, kThreads>(num_entries, first_key, p.scores.length, scores);
+  constexpr int kThreads = SumShape<T, HEAD_SIZE>::kThreads;
+  clear_beyond<kStaying, kThreads>(num_entries, first_key, p.scores.length, scores);
   if (peaks != nullptr) {
-    clear_beyond<kLeft, kThreads>(num_entries, first_key, p.peaks.length, peaks);
+    clear_beyond<kStaying, kThreads>(num_entries, first_key, p.peaks.length, peaks);
   }
   if (first_key >= num_entries) return;
 
   const PagedKeys keys{p.key_cache, p.block_table, item.layer, item.row, item.head};
   const float factor = 1.0f / static_cast<float>(p.num_heads / p.num_kv_heads);
-  add_mass<T, HEAD_SIZE, C, ReceivedAndPeak>(
+  add_attention<T, HEAD_SIZE, C, ReceivedAndPeak>(
       queries, static_cast<const T*>(p.ring.data), keys, first_key, num_entries,
       window_scale(p, item.layer), lse, [&](int32_t key, const ReceivedAndPeak& received) {
         scores[key] = received.sum * factor;

@@ -54,7 +54,7 @@ class LiveColumns:
         seq_lens = self.seq_lens[:num_reqs]
         padded = np.zeros(num_reqs, np.int32)
         padded[: len(first_columns)] = first_columns
-        ops.plan_metadata(
+        ops.shift_block_tables(
             metadata.block_table_tensor,
             metadata.seq_lens,
             to_device(padded, self.block_table.device),

@@ -13,8 +13,8 @@ from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder, projections
 from ems_vllm.eval.lab.forcing import Forced, Measurement
 from ems_vllm.eval.lab.journal import Record
 from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.operators import reference_operators
 from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
+from ems_vllm.ops import reference_operators
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ from ems_vllm.config import RequestOptions
 from ems_vllm.eval.reference.answer import answering, following, predicted, recording
 from ems_vllm.eval.reference.methods import Method, server_config
 from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
-from ems_vllm.eval.reference.operators import reference_operators
+from ems_vllm.ops import reference_operators
 
 if TYPE_CHECKING:
     import torch

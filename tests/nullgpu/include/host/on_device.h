@@ -2,4 +2,4 @@
 #pragma once
 
 // The package's own, which tests/emulation/include would hide.
-#include "../../../../csrc/include/host/on_device.h"
+#include "../../../../csrc/host/on_device.h"

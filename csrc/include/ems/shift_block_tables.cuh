@@ -8,14 +8,14 @@
 
 namespace ems {
 
-constexpr int kPlanThreads = 128;
+constexpr int kShiftThreads = 128;
 
 // CTA x: row x.
-inline EMS_KERNEL(kPlanThreads, 1) plan_metadata_kernel(PlanMetadataParams p) {
+inline EMS_KERNEL(kShiftThreads, 1) shift_block_tables_kernel(ShiftBlockTablesParams p) {
   const int64_t row = device::cta_x();
   const int64_t first = p.first_columns[row];
   const int64_t num_columns = p.block_table.num_columns;
-  for (int64_t column = device::thread_index(); column < num_columns; column += kPlanThreads) {
+  for (int64_t column = device::thread_index(); column < num_columns; column += kShiftThreads) {
     const int64_t source = column + first;
     p.out_block_table[row * p.out_row_stride + column] =
         source < num_columns ? static_cast<int32_t>(p.block_table.at(row, source)) : 0;

@@ -76,14 +76,14 @@ class KeyTiles {
     });
   }
 
-  // mass[j] += attention that the rows pay to key first() + j, and peaks[j], which may be null, is
-  // at least what each pays; both have kMaxKeys elements.
-  void add_mass(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
-                float* mass, float* peaks = nullptr) {
+  // received[j] += attention that the rows pay to key first() + j, and peaks[j], which may be null,
+  // is at least what each pays; both have kMaxKeys elements.
+  void add_attention(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
+                     float* received, float* peaks = nullptr) {
     for_tiles(rows, visible, num_rows,
               [&](int64_t start, int64_t row, int64_t count, float* logits) {
-                simd().add_mass(logits, visible_.data(), lse + row, count, mass + start,
-                                peaks == nullptr ? nullptr : peaks + start);
+                simd().add_attention(logits, visible_.data(), lse + row, count, received + start,
+                                     peaks == nullptr ? nullptr : peaks + start);
               });
   }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 
-#include "cuda/queue.h"
+#include "cuda/stream.h"
 
 #include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -33,9 +33,9 @@ void* current_stream(int32_t device_index) {
 
 }  // namespace
 
-TorchQueue::TorchQueue(int32_t device_index) : guard_(device_index) {
-  queue_.stream = current_stream(device_index);
-  queue_.allocate = [this, device_index](int64_t num_bytes) {
+TorchStream::TorchStream(int32_t device_index) : guard_(device_index) {
+  stream_.handle = current_stream(device_index);
+  stream_.allocate = [this, device_index](int64_t num_bytes) {
     allocations_.push_back(torch::stable::empty(
         {num_bytes}, torch::headeronly::ScalarType::Byte, std::nullopt,
         torch::stable::Device(torch::headeronly::DeviceType::CUDA, device_index)));

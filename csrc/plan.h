@@ -3,12 +3,11 @@
 
 #include <cstdint>
 
-#include "ems/macros.h"
-
 // When a request is compacted, into which block-table columns, and which prompt queries score.
 //
 // The plan is a pure function of the prompt length, the number of processed tokens and the
-// configuration. The scheduler alone evaluates it, and tells the workers what falls due.
+// configuration. The scheduler alone evaluates it, and tells the workers what falls due; it is C++
+// because that happens for every request in every step.
 //
 // Columns of a request with n processed tokens (one column per block_size positions):
 //
@@ -43,36 +42,36 @@ struct Columns {
   int64_t tail;
 };
 
-EMS_HOST_DEVICE constexpr bool operator==(const Columns& a, const Columns& b) {
+constexpr bool operator==(const Columns& a, const Columns& b) {
   return a.first == b.first && a.tail == b.tail;
 }
 
-EMS_HOST_DEVICE constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
+constexpr int64_t ceil_div(int64_t numerator, int64_t denominator) {
   return (numerator + denominator - 1) / denominator;
 }
 
 // The tail column at the end of the prompt: whole blocks that lie before the recent window.
-EMS_HOST_DEVICE constexpr int64_t prompt_tail(const PlanParams& p) {
+constexpr int64_t prompt_tail(const PlanParams& p) {
   return p.prompt_len > p.recent_window ? (p.prompt_len - p.recent_window) / p.block_size : 0;
 }
 
-EMS_HOST_DEVICE constexpr bool compresses_prompt(const PlanParams& p) {
+constexpr bool compresses_prompt(const PlanParams& p) {
   return p.budget_blocks > 0 && prompt_tail(p) - p.budget_blocks >= p.min_blocks_saved;
 }
 
-EMS_HOST_DEVICE constexpr bool may_compress(const PlanParams& p) {
+constexpr bool may_compress(const PlanParams& p) {
   return compresses_prompt(p) || (p.budget_blocks > 0 && p.recompress_interval > 0);
 }
 
 // The smallest first column that a compaction of a prompt too short to compress may have. Blocks of
 // such a prompt are shared through the prefix cache, so its targets must lie beyond the prompt.
-EMS_HOST_DEVICE constexpr int64_t min_late_first(const PlanParams& p) {
+constexpr int64_t min_late_first(const PlanParams& p) {
   const int64_t prompt_columns = ceil_div(p.prompt_len, p.block_size);
   return prompt_columns > p.min_blocks_saved ? prompt_columns : p.min_blocks_saved;
 }
 
 // Completed recompression intervals since the end of the prompt.
-EMS_HOST_DEVICE constexpr int64_t num_recompressions(const PlanParams& p, int64_t num_processed) {
+constexpr int64_t num_recompressions(const PlanParams& p, int64_t num_processed) {
   if (p.recompress_interval == 0) return 0;
   const int64_t beyond = num_processed - p.recent_window - prompt_tail(p) * p.block_size;
   return beyond > 0 ? beyond / p.recompress_interval : 0;
@@ -81,14 +80,14 @@ EMS_HOST_DEVICE constexpr int64_t num_recompressions(const PlanParams& p, int64_
 // Processed tokens at which the compaction number `index` within the prompt falls due, from 1 on.
 // It moves the tail to (prefill_budget_blocks * block_size + index * prefill_interval) /
 // block_size.
-EMS_HOST_DEVICE constexpr int64_t due_within_prompt(const PlanParams& p, int64_t index) {
+constexpr int64_t due_within_prompt(const PlanParams& p, int64_t index) {
   const int64_t window_blocks = ceil_div(p.recent_window, p.block_size);
   return (p.prefill_budget_blocks + window_blocks) * p.block_size + index * p.prefill_interval;
 }
 
 // How many compactions there are within the prompt. They are the same for all levels of layers, and
 // leave at least a block for the one at the prompt's end.
-EMS_HOST_DEVICE constexpr int64_t num_within_prompt(const PlanParams& p) {
+constexpr int64_t num_within_prompt(const PlanParams& p) {
   if (p.prefill_interval == 0 || p.budget_blocks == 0) return 0;
   if (prompt_tail(p) - p.prefill_budget_blocks < p.min_blocks_saved) return 0;
   const int64_t beyond = p.prompt_len - p.block_size - due_within_prompt(p, 0);
@@ -96,21 +95,21 @@ EMS_HOST_DEVICE constexpr int64_t num_within_prompt(const PlanParams& p) {
 }
 
 // Those of them that have fallen due.
-EMS_HOST_DEVICE constexpr int64_t num_within_prompt_at(const PlanParams& p, int64_t num_processed) {
+constexpr int64_t num_within_prompt_at(const PlanParams& p, int64_t num_processed) {
   const int64_t most = num_within_prompt(p);
   if (most == 0 || num_processed < due_within_prompt(p, 1)) return 0;
   const int64_t due = (num_processed - due_within_prompt(p, 0)) / p.prefill_interval;
   return due < most ? due : most;
 }
 
-EMS_HOST_DEVICE constexpr Columns columns_within_prompt(const PlanParams& p, int64_t index) {
+constexpr Columns columns_within_prompt(const PlanParams& p, int64_t index) {
   if (index == 0) return {0, 0};
   const int64_t tail = p.prefill_budget_blocks + index * (p.prefill_interval / p.block_size);
   return {tail - p.budget_blocks, tail};
 }
 
 // Columns that hold before a step that starts with num_processed tokens runs its forward pass.
-EMS_HOST_DEVICE constexpr Columns columns_at(const PlanParams& p, int64_t num_processed) {
+constexpr Columns columns_at(const PlanParams& p, int64_t num_processed) {
   if (p.budget_blocks == 0) return {0, 0};
   if (num_processed < p.prompt_len) {
     return columns_within_prompt(p, num_within_prompt_at(p, num_processed));
@@ -126,7 +125,7 @@ EMS_HOST_DEVICE constexpr Columns columns_at(const PlanParams& p, int64_t num_pr
 // Leading tokens that may be shared with other requests: the longest prefix-cache hit that may be
 // taken, and the columns that may be hashed while the request runs. kNoLimit when it is never
 // compressed.
-EMS_HOST_DEVICE constexpr int64_t max_shared_tokens(const PlanParams& p) {
+constexpr int64_t max_shared_tokens(const PlanParams& p) {
   if (num_within_prompt(p) > 0) return columns_within_prompt(p, 1).first * p.block_size;
   if (compresses_prompt(p)) return (prompt_tail(p) - p.budget_blocks) * p.block_size;
   if (may_compress(p)) return p.prompt_len / p.block_size * p.block_size;
@@ -136,14 +135,14 @@ EMS_HOST_DEVICE constexpr int64_t max_shared_tokens(const PlanParams& p) {
 // Upper bound of the columns a decoding request holds: those of num_processed tokens and the next
 // one, less what the step before gave back. The step that compacts may still be running, so the
 // columns it gives back still count.
-EMS_HOST_DEVICE constexpr int64_t max_live_columns(const PlanParams& p, int64_t num_processed) {
+constexpr int64_t max_live_columns(const PlanParams& p, int64_t num_processed) {
   const int64_t held = num_processed / p.block_size + 1;
   return num_processed == 0 ? held : held - columns_at(p, num_processed - 1).first;
 }
 
 // The smallest number of processed tokens above num_processed at which columns_at changes, or
 // kNoLimit when it never does.
-EMS_HOST_DEVICE constexpr int64_t next_compaction(const PlanParams& p, int64_t num_processed) {
+constexpr int64_t next_compaction(const PlanParams& p, int64_t num_processed) {
   if (compresses_prompt(p) && num_processed < p.prompt_len) {
     const int64_t index = num_within_prompt_at(p, num_processed);
     return index < num_within_prompt(p) ? due_within_prompt(p, index + 1) : p.prompt_len;
@@ -161,7 +160,7 @@ EMS_HOST_DEVICE constexpr int64_t next_compaction(const PlanParams& p, int64_t n
 // Position of the first query that scores for the compaction of the prompt that comes next. A
 // limited number of them lies behind every hit that may be taken, so which queries score does not
 // depend on what others have computed.
-EMS_HOST_DEVICE constexpr int64_t first_scored_query(const PlanParams& p, int64_t num_processed) {
+constexpr int64_t first_scored_query(const PlanParams& p, int64_t num_processed) {
   if (!compresses_prompt(p)) return 0;
   const int64_t index = num_within_prompt_at(p, num_processed);
   const int64_t always_computed = index > 0 ? due_within_prompt(p, index) : max_shared_tokens(p);
@@ -173,7 +172,7 @@ EMS_HOST_DEVICE constexpr int64_t first_scored_query(const PlanParams& p, int64_
 // Upper bound of the columns that computing num_tokens known tokens in chunks takes, as after a
 // preemption: every chunk ends where a compaction falls due, and what the compaction at its start
 // gives back still counts until the next chunk begins.
-EMS_HOST_DEVICE constexpr int64_t max_replay_columns(const PlanParams& p, int64_t num_tokens) {
+constexpr int64_t max_replay_columns(const PlanParams& p, int64_t num_tokens) {
   const int64_t dense = ceil_div(num_tokens, p.block_size);
   const int64_t once = next_compaction(p, 0);
   if (once == kNoLimit || once >= num_tokens) return dense;

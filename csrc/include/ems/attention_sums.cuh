@@ -29,19 +29,19 @@ struct Query {
   int64_t lse_index;  // of its log-sum-exp
 };
 
-// How a CTA divides a product: kLeft vectors stay, kRight at a time stream past. Larger vectors get
-// fewer rows per warp, because the staying ones are held in registers, and fewer at a time, because
-// shared memory is limited; so is float32, which runs on the ordinary cores.
+// How a CTA divides a product: kStaying vectors stay, kStreaming at a time stream past. Larger
+// vectors get fewer rows per warp, because the staying ones are held in registers, and fewer at a
+// time, because shared memory is limited; so is float32, which runs on the ordinary cores.
 template <typename T, int HEAD_SIZE>
-struct MassShape {
+struct SumShape {
   static constexpr bool kIsFloat = sizeof(T) == 4;
-  static constexpr int kLeftTiles = kIsFloat || HEAD_SIZE > 128 ? 1 : 2;
+  static constexpr int kStayingTiles = kIsFloat || HEAD_SIZE > 128 ? 1 : 2;
   static constexpr int kWarps = 4;
   static constexpr int kThreads = kWarps * device::kWarpSize;
-  static constexpr int kLeft = 16 * kLeftTiles * kWarps;
-  static constexpr int kFloatRight = HEAD_SIZE > 128 ? 8 : 32;
-  static constexpr int kHalfRight = HEAD_SIZE > 128 ? 32 : 64;
-  static constexpr int kRight = kIsFloat ? kFloatRight : kHalfRight;
+  static constexpr int kStaying = 16 * kStayingTiles * kWarps;
+  static constexpr int kFloatStreaming = HEAD_SIZE > 128 ? 8 : 32;
+  static constexpr int kHalfStreaming = HEAD_SIZE > 128 ? 32 : 64;
+  static constexpr int kStreaming = kIsFloat ? kFloatStreaming : kHalfStreaming;
   // Registers for two CTAs at a time, at least.
   static constexpr int kMinCtas = 2;
 };
@@ -98,90 +98,91 @@ struct PagedKeys {
 
 // Two tiles: one is multiplied while the next arrives. What is known of a tile's vectors is
 // prepared one tile earlier still, hence three.
-template <typename T, int HEAD_SIZE, int NUM_LEFT, int NUM_RIGHT>
-struct MassShared {
-  Tile<T, HEAD_SIZE, NUM_LEFT> left;
-  Tile<T, HEAD_SIZE, NUM_RIGHT> right[2];
-  int64_t left_offsets[NUM_LEFT];
-  int64_t right_offsets[3][NUM_RIGHT];
-  int32_t visible[3][NUM_RIGHT];  // of streaming queries
-  float lse[3][NUM_RIGHT];        // of streaming queries, in units of log 2
-  int32_t left_visible[NUM_LEFT];
+template <typename T, int HEAD_SIZE, int NUM_STAYING, int NUM_STREAMING>
+struct SumShared {
+  Tile<T, HEAD_SIZE, NUM_STAYING> staying;
+  Tile<T, HEAD_SIZE, NUM_STREAMING> streaming[2];
+  int64_t staying_offsets[NUM_STAYING];
+  int64_t streaming_offsets[3][NUM_STREAMING];
+  int32_t visible[3][NUM_STREAMING];  // of streaming queries
+  float lse[3][NUM_STREAMING];        // of streaming queries, in units of log 2
+  int32_t staying_visible[NUM_STAYING];
   int32_t bounds[2];
 };
 
-// The staying vectors are keys first..first+kLeft-1; out(key, received) takes what each receives, a
-// RECEIVED.
+// The staying vectors are keys first..first+kStaying-1; out(key, received) takes what each
+// receives, a RECEIVED.
 template <typename T, int HEAD_SIZE, typename C, typename RECEIVED, typename QUERIES, typename OUT>
-EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
-                         int32_t first_key, int32_t num_keys, float scale, const float* lse,
-                         const OUT& out) {
-  using Shape = MassShape<T, HEAD_SIZE>;
-  constexpr int kRight = Shape::kRight;
-  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>>();
+EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
+                              int32_t first_key, int32_t num_keys, float scale, const float* lse,
+                              const OUT& out) {
+  using Shape = SumShape<T, HEAD_SIZE>;
+  constexpr int kStreaming = Shape::kStreaming;
+  auto& shared =
+      device::shared_memory<SumShared<T, HEAD_SIZE, Shape::kStaying, Shape::kStreaming>>();
   const int thread = device::thread_index();
   const int lane = thread % device::kWarpSize;
   const int warp = thread / device::kWarpSize;
   const float scale_log2 = scale * kLog2E;
   const int32_t last_key =
-      first_key + Shape::kLeft < num_keys ? first_key + Shape::kLeft : num_keys;
+      first_key + Shape::kStaying < num_keys ? first_key + Shape::kStaying : num_keys;
 
-  const int32_t start = queries.first_seeing(first_key) / kRight;
-  const int32_t end = (queries.size() + kRight - 1) / kRight;
+  const int32_t start = queries.first_seeing(first_key) / kStreaming;
+  const int32_t end = (queries.size() + kStreaming - 1) / kStreaming;
 
   const auto prepare = [&](int32_t tile) {
     const int slot = tile % 3;
-    for (int i = thread; i < kRight; i += Shape::kThreads) {
-      const int32_t index = tile * kRight + i;
+    for (int i = thread; i < kStreaming; i += Shape::kThreads) {
+      const int32_t index = tile * kStreaming + i;
       const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
-      shared.right_offsets[slot][i] = query.offset;
+      shared.streaming_offsets[slot][i] = query.offset;
       shared.visible[slot][i] = query.visible;
       // exp2(x - inf) = 0: a query that does not exist pays no attention.
       shared.lse[slot][i] = query.visible > 0 ? lse[query.lse_index] * kLog2E : INFINITY;
     }
   };
   const auto fetch = [&](int32_t tile) {
-    shared.right[tile % 2].template gather<Shape::kThreads>(query_data,
-                                                            shared.right_offsets[tile % 3]);
+    shared.streaming[tile % 2].template gather<Shape::kThreads>(query_data,
+                                                                shared.streaming_offsets[tile % 3]);
     device::commit_copies();
   };
 
   if (start < end) {
-    for (int i = thread; i < Shape::kLeft; i += Shape::kThreads) {
+    for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
       const int32_t key = first_key + i;
-      shared.left_offsets[i] = key < num_keys ? keys.offset(key) : -1;
+      shared.staying_offsets[i] = key < num_keys ? keys.offset(key) : -1;
     }
     prepare(start);
     if (start + 1 < end) prepare(start + 1);
     device::sync_cta();
-    shared.left.template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
-                                                 shared.left_offsets);
+    shared.staying.template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
+                                                    shared.staying_offsets);
     fetch(start);
   }
 
-  RECEIVED received[Shape::kLeftTiles][2] = {};
-  LeftRows<T, HEAD_SIZE, Shape::kLeftTiles> left;
-  Products<Shape::kLeftTiles, kRight> products;
+  RECEIVED received[Shape::kStayingTiles][2] = {};
+  LeftRows<T, HEAD_SIZE, Shape::kStayingTiles> staying;
+  Products<Shape::kStayingTiles, kStreaming> products;
   for (int32_t tile = start; tile < end; ++tile) {
     device::wait_for_copies<0>();
     // The tile is here for all, and nobody still reads what is overwritten next.
     device::sync_cta();
     if (tile + 1 < end) fetch(tile + 1);
     if (tile + 2 < end) prepare(tile + 2);
-    if (tile == start) left.load(shared.left, warp * 16 * Shape::kLeftTiles);
-    left.multiply(shared.right[tile % 2], &products);
+    if (tile == start) staying.load(shared.staying, warp * 16 * Shape::kStayingTiles);
+    staying.multiply(shared.streaming[tile % 2], &products);
 
     const int slot = tile % 3;
     // Queries come in order of what they see; a tile whose least sees all keys needs no mask.
-    const int32_t ends[2] = {shared.visible[slot][0], shared.visible[slot][kRight - 1]};
+    const int32_t ends[2] = {shared.visible[slot][0], shared.visible[slot][kStreaming - 1]};
     const bool is_masked = ends[0] < last_key || ends[1] < last_key;
 #pragma unroll
-    for (int j = 0; j < kRight / 8; ++j) {
+    for (int j = 0; j < kStreaming / 8; ++j) {
       const int column = 8 * j + 2 * (lane % 4);
       const float lse_even = shared.lse[slot][column];
       const float lse_odd = shared.lse[slot][column + 1];
 #pragma unroll
-      for (int i = 0; i < Shape::kLeftTiles; ++i) {
+      for (int i = 0; i < Shape::kStayingTiles; ++i) {
         const float* values = products.values[i][j];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -189,7 +190,7 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
           float odd = device::exp2_fast(values[2 * half + 1] * scale_log2 - lse_odd);
           if (is_masked) {
             const int32_t key =
-                first_key + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+                first_key + (warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4;
             if (key >= shared.visible[slot][column]) even = 0;
             if (key >= shared.visible[slot][column + 1]) odd = 0;
           }
@@ -200,25 +201,26 @@ EMS_DEVICE void add_mass(const QUERIES& queries, const T* query_data, const Page
   }
 
 #pragma unroll
-  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+  for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const RECEIVED all = received[i][half].of_quad();
-      const int32_t key = first_key + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+      const int32_t key = first_key + (warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4;
       if (lane % 4 == 0 && key < num_keys) out(key, all);
     }
   }
 }
 
-// The staying vectors are queries first..first+kLeft-1, against keys first_key..end_key-1;
+// The staying vectors are queries first..first+kStaying-1, against keys first_key..end_key-1;
 // out(lse_index, lse) takes the log-sum-exp of each over these keys, -inf when it sees none.
 template <typename T, int HEAD_SIZE, typename C, typename QUERIES, typename OUT>
 EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
                             int32_t first_query, int32_t first_key, int32_t end_key, float scale,
                             const OUT& out) {
-  using Shape = MassShape<T, HEAD_SIZE>;
-  constexpr int kRight = Shape::kRight;
-  auto& shared = device::shared_memory<MassShared<T, HEAD_SIZE, Shape::kLeft, Shape::kRight>>();
+  using Shape = SumShape<T, HEAD_SIZE>;
+  constexpr int kStreaming = Shape::kStreaming;
+  auto& shared =
+      device::shared_memory<SumShared<T, HEAD_SIZE, Shape::kStaying, Shape::kStreaming>>();
   const int thread = device::thread_index();
   const int lane = thread % device::kWarpSize;
   const int warp = thread / device::kWarpSize;
@@ -226,11 +228,11 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
 
   if (thread < 2) shared.bounds[thread] = thread == 0 ? 0x7fffffff : 0;
   device::sync_cta();
-  for (int i = thread; i < Shape::kLeft; i += Shape::kThreads) {
+  for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
     const int32_t index = first_query + i;
     const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
-    shared.left_offsets[i] = query.offset;
-    shared.left_visible[i] = query.visible;
+    shared.staying_offsets[i] = query.offset;
+    shared.staying_visible[i] = query.visible;
     if (query.visible > 0) {
       device::min_shared(&shared.bounds[0], query.visible);
       device::max_shared(&shared.bounds[1], query.visible);
@@ -240,58 +242,58 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   const int32_t min_visible = shared.bounds[0];
   const int32_t stop = shared.bounds[1] < end_key ? shared.bounds[1] : end_key;
 
-  const int32_t num_tiles = stop > first_key ? (stop - first_key + kRight - 1) / kRight : 0;
+  const int32_t num_tiles = stop > first_key ? (stop - first_key + kStreaming - 1) / kStreaming : 0;
   const auto prepare = [&](int32_t tile) {
-    for (int i = thread; i < kRight; i += Shape::kThreads) {
-      const int32_t key = first_key + tile * kRight + i;
-      shared.right_offsets[tile % 3][i] = key < stop ? keys.offset(key) : -1;
+    for (int i = thread; i < kStreaming; i += Shape::kThreads) {
+      const int32_t key = first_key + tile * kStreaming + i;
+      shared.streaming_offsets[tile % 3][i] = key < stop ? keys.offset(key) : -1;
     }
   };
   const auto fetch = [&](int32_t tile) {
-    shared.right[tile % 2].template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
-                                                            shared.right_offsets[tile % 3]);
+    shared.streaming[tile % 2].template gather<Shape::kThreads>(
+        static_cast<const C*>(keys.cache.data), shared.streaming_offsets[tile % 3]);
     device::commit_copies();
   };
   if (num_tiles > 0) {
     prepare(0);
     if (num_tiles > 1) prepare(1);
     device::sync_cta();
-    shared.left.template gather<Shape::kThreads>(query_data, shared.left_offsets);
+    shared.staying.template gather<Shape::kThreads>(query_data, shared.staying_offsets);
     fetch(0);
   }
 
-  LaneSoftmax softmax[Shape::kLeftTiles][2];
-  int32_t visible[Shape::kLeftTiles][2];
+  LaneSoftmax softmax[Shape::kStayingTiles][2];
+  int32_t visible[Shape::kStayingTiles][2];
 #pragma unroll
-  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+  for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       visible[i][half] =
-          shared.left_visible[(warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4];
+          shared.staying_visible[(warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4];
     }
   }
-  LeftRows<T, HEAD_SIZE, Shape::kLeftTiles> left;
-  Products<Shape::kLeftTiles, kRight> products;
+  LeftRows<T, HEAD_SIZE, Shape::kStayingTiles> staying;
+  Products<Shape::kStayingTiles, kStreaming> products;
   for (int32_t tile = 0; tile < num_tiles; ++tile) {
     device::wait_for_copies<0>();
     device::sync_cta();
     if (tile + 1 < num_tiles) fetch(tile + 1);
     if (tile + 2 < num_tiles) prepare(tile + 2);
-    if (tile == 0) left.load(shared.left, warp * 16 * Shape::kLeftTiles);
-    left.multiply(shared.right[tile % 2], &products);
+    if (tile == 0) staying.load(shared.staying, warp * 16 * Shape::kStayingTiles);
+    staying.multiply(shared.streaming[tile % 2], &products);
 
-    const int32_t tile_key = first_key + tile * kRight;
-    const int32_t tile_end = tile_key + kRight < stop ? tile_key + kRight : stop;
-    const bool is_masked = min_visible < tile_key + kRight || tile_end < tile_key + kRight;
+    const int32_t tile_key = first_key + tile * kStreaming;
+    const int32_t tile_end = tile_key + kStreaming < stop ? tile_key + kStreaming : stop;
+    const bool is_masked = min_visible < tile_key + kStreaming || tile_end < tile_key + kStreaming;
 #pragma unroll
-    for (int i = 0; i < Shape::kLeftTiles; ++i) {
+    for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float logits[kRight / 4];
+        float logits[kStreaming / 4];
         const int32_t num_seen =
             (visible[i][half] < tile_end ? visible[i][half] : tile_end) - tile_key;
 #pragma unroll
-        for (int j = 0; j < kRight / 4; ++j) {
+        for (int j = 0; j < kStreaming / 4; ++j) {
           logits[j] = products.values[i][j / 2][2 * half + j % 2] * scale_log2;
           const int column = j / 2 * 8 + 2 * (lane % 4) + j % 2;
           if (is_masked && column >= num_seen) logits[j] = -INFINITY;
@@ -302,11 +304,12 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   }
 
 #pragma unroll
-  for (int i = 0; i < Shape::kLeftTiles; ++i) {
+  for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float value = softmax[i][half].lse_of_quad();
-      const int32_t index = first_query + (warp * Shape::kLeftTiles + i) * 16 + 8 * half + lane / 4;
+      const int32_t index =
+          first_query + (warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4;
       if (lane % 4 == 0 && index < queries.size()) {
         const Query query = queries.at(index);
         if (query.visible > 0) out(query.lse_index, value);

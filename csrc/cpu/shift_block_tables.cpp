@@ -8,8 +8,8 @@
 
 namespace ems::cpu {
 
-void plan_metadata(const PlanMetadataParams& p) {
-  const IndexChecks checks("plan_metadata");
+void shift_block_tables(const ShiftBlockTablesParams& p) {
+  const IndexChecks checks("shift_block_tables");
   const int64_t num_columns = p.block_table.num_columns;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     checks.in_range("first_columns", row, p.first_columns[row], 0,

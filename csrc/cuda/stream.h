@@ -13,19 +13,19 @@ namespace ems::cuda {
 
 // Torch's current stream of a device, which it makes the current one, and memory of torch's
 // caching allocator, which knows that streams run in order.
-class TorchQueue {
+class TorchStream {
  public:
-  explicit TorchQueue(int32_t device_index);
+  explicit TorchStream(int32_t device_index);
 
-  TorchQueue(const TorchQueue&) = delete;
-  TorchQueue& operator=(const TorchQueue&) = delete;
+  TorchStream(const TorchStream&) = delete;
+  TorchStream& operator=(const TorchStream&) = delete;
 
-  const Queue& queue() const { return queue_; }
+  const Stream& stream() const { return stream_; }
 
  private:
   torch::stable::accelerator::DeviceGuard guard_;
   std::vector<torch::stable::Tensor> allocations_;
-  Queue queue_;
+  Stream stream_;
 };
 
 }  // namespace ems::cuda

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""plan_metadata against its reference, into persistent buffers wider than the batch."""
+"""shift_block_tables against its reference, into persistent buffers wider than the batch."""
 
 import pytest
 import torch
@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ems_vllm import ops
-from ems_vllm.ops import reference
 
 
 def make_args(first_columns: list[int], num_columns: int = 10) -> tuple:
@@ -33,8 +32,8 @@ def make_args(first_columns: list[int], num_columns: int = 10) -> tuple:
 def test_matches_reference(first_columns, num_columns):
     args = make_args(first_columns, num_columns)
     expected = args[4].clone(), args[5].clone()
-    ops.plan_metadata(*args)
-    reference.plan_metadata(*args[:4], *expected)
+    ops.shift_block_tables(*args)
+    ops.shift_block_tables.reference(*args[:4], *expected)
     assert_bitwise(args[4], expected[0])
     assert_bitwise(args[5], expected[1])
     beyond = args[4].as_strided((len(first_columns), 7), (num_columns + 7, 1), num_columns)
@@ -43,13 +42,13 @@ def test_matches_reference(first_columns, num_columns):
 
 @pytest.mark.cpu_only
 def test_opcheck():
-    torch.library.opcheck(torch.ops.ems_vllm.plan_metadata.default, make_args([0, 3, 10]))
+    torch.library.opcheck(torch.ops.ems_vllm.shift_block_tables.default, make_args([0, 3, 10]))
 
 
 @pytest.mark.parametrize(
     ("index", "value", "message"),
     [
-        (3, 0, "plan_metadata: block_size must be at least 1, got 0"),
+        (3, 0, "shift_block_tables: block_size must be at least 1, got 0"),
         (1, torch.zeros(2), "seq_lens must have dtype Int, got Float"),
         (2, int_tensor([0, -1]), r"first_columns\[1\] must be in 0\.\.\d+, got -1"),
         (4, torch.zeros(2, 9, dtype=torch.int32), r"out_block_table must have shape \[2, 10\]"),
@@ -61,4 +60,4 @@ def test_invalid_arguments(index, value, message):
     args = list(make_args([0, 3]))
     args[index] = value
     with pytest.raises(RuntimeError, match=message):
-        ops.plan_metadata(*args)
+        ops.shift_block_tables(*args)

@@ -5,9 +5,12 @@
 #include "launchers.h"
 
 #if EMS_WITH_CUDA
-#include "cuda/queue.h"
+#include "cuda/stream.h"
 #endif
 
+// Included in angle brackets, so that the stand-ins of tests/emulation and tests/nullgpu, which
+// come first on the path, are found instead.
+//
 // Chooses the kernel of the tensors' device. Without nvcc there are none for CUDA, and torch itself
 // answers that the operator has no implementation there.
 namespace ems {
@@ -16,8 +19,8 @@ template <typename CPU, typename CUDA>
 void on_device(const ArgumentChecks& checks, const CPU& on_cpu, const CUDA& on_cuda) {
 #if EMS_WITH_CUDA
   if (!checks.is_cpu()) {
-    const cuda::TorchQueue queue(checks.device_index());
-    on_cuda(queue.queue());
+    const cuda::TorchStream stream(checks.device_index());
+    on_cuda(stream.stream());
     return;
   }
 #endif

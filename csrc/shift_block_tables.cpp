@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 
+#include <host/on_device.h>
+
 #include "checks.h"
-#include "host/on_device.h"
 #include "ops.h"
 
 namespace ems {
 
-void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tensor& first_columns,
-                   int64_t block_size, const Tensor& out_block_table, const Tensor& out_seq_lens) {
-  const ArgumentChecks checks("plan_metadata", block_table);
-  PlanMetadataParams p{};
+void shift_block_tables(const Tensor& block_table, const Tensor& seq_lens,
+                        const Tensor& first_columns, int64_t block_size,
+                        const Tensor& out_block_table, const Tensor& out_seq_lens) {
+  const ArgumentChecks checks("shift_block_tables", block_table);
+  ShiftBlockTablesParams p{};
   p.num_rows = block_table.dim() > 0 ? block_table.size(0) : 0;
   p.block_table = checks.block_table("block_table", block_table, p.num_rows);
   p.seq_lens = checks.row_values("seq_lens", seq_lens, p.num_rows);
@@ -23,8 +25,8 @@ void plan_metadata(const Tensor& block_table, const Tensor& seq_lens, const Tens
   checks.tensor("out_seq_lens", out_seq_lens, ScalarType::Int, {p.num_rows});
   p.out_seq_lens = static_cast<int32_t*>(out_seq_lens.mutable_data_ptr());
   on_device(
-      checks, [&] { cpu::plan_metadata(p); },
-      [&](const cuda::Queue& queue) { cuda::plan_metadata(p, queue); });
+      checks, [&] { cpu::shift_block_tables(p); },
+      [&](const cuda::Stream& stream) { cuda::shift_block_tables(p, stream); });
 }
 
 }  // namespace ems

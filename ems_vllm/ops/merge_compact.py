@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference of merge_compact."""
+"""Merging of classes, and their move to the target columns."""
 
 from itertools import chain
 
 import torch
 
-from ems_vllm.ops.reference.paging import gather_entries
+from ems_vllm.ops.library import operator
+from ems_vllm.ops.paging import gather_entries
 
 # Key, value and score of a class.
 _Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
+@operator
 def merge_compact(
     key_cache: torch.Tensor,
     value_cache: torch.Tensor,
@@ -27,7 +29,60 @@ def merge_compact(
     target_columns: torch.Tensor,
     rows_together: int = 1,
 ) -> None:
-    """See ems_vllm.ops.merge_compact. Runs in float64."""
+    """Merge members into their class centres and write the classes to the target columns.
+
+    Paper: EMS, 2024, arXiv:2412.08521 (keys merge in direction and keep the centre's norm, values
+    merge as a weighted mean). The mass is ours.
+
+    Class b of row r has the centre c = kept_idx[b] and the members merge_idx[t] with class_idx[t]
+    == b. It is written to column target_columns[r] + b // block_size, slot b % block_size, of the
+    same kv_head, as if everything of the row's group were read before anything of it is written; a
+    group is rows_together consecutive rows, from row 0 on:
+
+        value = (w_c v_c + sum w_t v_t) / w,  w = w_c + sum w_t
+        key   = k_c, or with merges_keys |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|
+                plus log(min(w / w_c, 1 + number of members)) * mass_key
+
+    A softmax over kept entries alone gives a class the attention of its centre. What all its
+    entries received is w / w_c times that: a constant on the logit, which no attention kernel
+    takes. A mass_key m with q m * scale = 1 for the queries to come adds it to the key instead.
+
+    A class without members is its centre, bit for bit; so is one where w <= 0, or with merges_keys
+    |k_c| = 0 or |d| = 0. A member with a zero key adds no direction. Members of the zero class,
+    budgets[r], vanish.
+
+    Args:
+        key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float.
+        value_cache: like key_cache.
+        paged_scores: [num_layers, num_pages, num_kv_heads, block_size], float32, or None - scores
+            by cache block; needs carry.
+        weights: [num_layers, num_rows, num_kv_heads, max_entries], float32 - weight of an entry.
+        carry: [num_layers, num_rows, num_kv_heads, max_entries], float32, or None - score of an
+            entry; a class has the sum of its entries' scores.
+        merges_keys: whether keys are merged too.
+        mass_keys: [num_layers, num_rows, num_kv_heads, head_size], float32, or None - what is added
+            to a key that shall receive e times the attention, in the units of stored keys.
+        block_table: [num_rows, num_columns], int32 - a block of a target column is no other row's
+            target, and no source of a row outside of the group.
+        kept_idx: [num_layers, num_rows, num_kv_heads, max_budget], int32 - from select_entries.
+        merge_idx: [num_layers, num_rows, num_kv_heads, max_merges], int32 - from select_entries.
+        class_idx: [num_layers, num_rows, num_kv_heads, max_merges], int32 - from assign_classes.
+        budgets: [num_rows], int32 - valid ranks of kept_idx.
+        target_columns: [num_rows], int32 - first column to write to.
+        rows_together: rows of a group, which share blocks; divides num_rows.
+    Mutates:
+        key_cache, value_cache: slots 0..budgets[r]-1 from the target column on; no other slot.
+        paged_scores: the same slots.
+    Raises:
+        RuntimeError: a shape, dtype, device or stride is not as above, only one of paged_scores
+            and carry is given, or rows_together is below 1 or does not divide num_rows; on the CPU
+            also when an index is out of range; on a GPU also when a group has more than 65535
+            kv_heads.
+    Workspace: on a GPU at most 32 MiB, or what a group takes if that is more: `merge_scratch_bytes`
+        of engine/worker/memory.py. On a CPU the merged classes of a group, for every thread.
+    Note: no host sync; deterministic: members are added in the order of merge_idx.
+    """
+    # In float64, whatever the inputs are.
     num_layers, num_rows, num_kv_heads, _ = kept_idx.shape
 
     def merged_classes(layer: int, row: int, head: int) -> list[_Merged]:
