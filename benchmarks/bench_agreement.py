@@ -30,13 +30,14 @@ from serving.report import write
 
 from ems_vllm.config import RequestOptions, parse_overrides
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval import environment
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary, cut
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.reference.methods import FULL, Method, methods, server_config
-from ems_vllm.eval.scoring import score_output
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import FULL, TRANSFORMERS, Method, methods_of
+from ems_vllm.eval.records.prompt_files import PromptLine, read_prompts
+from ems_vllm.eval.records.scoring import score_output
+from ems_vllm.eval.script import run_script
+from ems_vllm.eval.transformers_engine.answer import Vocabulary, cut
+from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def ask_vllm(
         from vllm import SamplingParams
 
         for question in questions:
-            options = question.method.options(question.prompt, config, BLOCK_SIZE)
+            options = request_options(question.method, question.prompt, config, BLOCK_SIZE)
             assert options is not None
             inputs = {"prompt_token_ids": list(question.prompt.prompt_token_ids)}
             params = SamplingParams(**sampling(question.prompt, options))
@@ -128,8 +129,7 @@ def rows(questions: Sequence[Question]) -> Iterator[Row]:
             for name in ("vllm", "transformers")
         }
         same = [question.answers["vllm"] == question.answers["transformers"] for question in mine]
-        label = FULL if method.recipe == FULL else f"{method.recipe} {method.budget}"
-        yield Row(label, len(mine), statistics.fmean(same), *scores.values())
+        yield Row(str(method), len(mine), statistics.fmean(same), *scores.values())
 
 
 def check_beginnings(prompts: Sequence[PromptLine], model: str) -> None:
@@ -162,25 +162,25 @@ def main(
     out: Annotated[Path | None, typer.Option(help="Write the report here, JSON.")] = None,
 ) -> None:
     """Whether vLLM's engine and the one on transformers give the same answers."""
-    from ems_vllm.eval.reference.model import ReferenceModel, load_vocabulary
-    from ems_vllm.eval.reference.runner import Runner
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine, load_vocabulary
+    from ems_vllm.eval.transformers_engine.runner import Runner
 
     described = {**environment.describe(), "transformers": version("transformers")}
     lines = read_prompts(prompts)[:limit]
     asked = [line for line in lines if not (line.continuation_token_ids or line.follows_full)]
     check_beginnings(asked, model)
-    chosen = methods([FULL, recipe], [Budget.parse(text) for text in budget])
+    chosen = methods_of([FULL, recipe], [Budget.parse(text) for text in budget], TRANSFORMERS)
     overrides = parse_overrides(config)
     largest = max(m.budget.total(line.length) or 1 for m in chosen for line in asked)
     settings = server_config(recipe, largest, overrides, BLOCK_SIZE)
 
-    reference = ReferenceModel.load(model, "cpu", dtype, BLOCK_SIZE)
-    runner = Runner(reference, model, chosen, asked, overrides, compiled=True)
+    engine = TransformersEngine.load(model, "cpu", dtype, BLOCK_SIZE)
+    runner = Runner(engine, model, chosen, asked, overrides, compiled=True)
     questions = []
     for prompt in asked:
         for method, line in runner.answers(prompt, chosen):
             questions.append(Question(prompt, method, {"transformers": line.output or ""}))
-    ask_vllm(questions, model, dtype, settings, load_vocabulary(model, reference.model))
+    ask_vllm(questions, model, dtype, settings, load_vocabulary(model, engine.model))
 
     found = list(rows(questions))
     table = Table(title=f"{Path(model).name}, {dtype}, {len(asked)} prompts")
@@ -204,8 +204,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -26,7 +26,7 @@ from rich.table import Table
 from serving.load import random_prompts
 from serving.report import write
 
-from ems_vllm.eval import environment
+from ems_vllm.eval.records import environment
 
 UNIFORM = "uniform"
 

@@ -26,7 +26,7 @@ from opbench.shapes import CPU_MODELS, LLAMA_8B, MAX_TOKENS, MODELS, Model, Shap
 from opbench.timing import Timer, Times
 
 import ems_vllm
-from ems_vllm.eval import environment
+from ems_vllm.eval.records import environment
 
 GPU_LENGTHS = (4 << 10, 8 << 10, 32 << 10, 128 << 10)
 GPU_ROWS = (1, 4, 16, 64)

@@ -30,7 +30,7 @@ from rich.table import Table
 from serving.load import random_prompts
 from serving.report import write
 
-from ems_vllm.eval import environment
+from ems_vllm.eval.records import environment
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ ENGINES = (
     Engine("vllm ems 256", "vllm", "start_vllm", 256),
     Engine("vllm ems all", "vllm", "start_vllm", "all"),
     Engine("transformers", "transformers", "start_transformers"),
-    Engine("reference ems 256", "transformers", "start_reference", 256),
-    Engine("reference ems all", "transformers", "start_reference", "all"),
+    Engine("transformers ems 256", "transformers", "start_evaluation", 256),
+    Engine("transformers ems all", "transformers", "start_evaluation", "all"),
 )
 
 Steps = Callable[[list[int]], Sequence[Callable[[], object]]]
@@ -157,13 +157,13 @@ def start_transformers(settings: Settings, global_queries: int | str | None) -> 
     return steps
 
 
-def start_reference(settings: Settings, global_queries: int | str | None) -> Steps:
+def start_evaluation(settings: Settings, global_queries: int | str | None) -> Steps:
     """The evaluation's engine on transformers."""
     from ems_vllm.config import RequestOptions, load_config
-    from ems_vllm.eval.reference.answer import generated
-    from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.transformers_engine.answer import generated
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
-    reference = ReferenceModel.load(settings.model, "cpu", settings.dtype)
+    model = TransformersEngine.load(settings.model, "cpu", settings.dtype)
     config = load_config(
         {"recipe": "ems", "budget": settings.budget, "global_queries": global_queries}
     )
@@ -172,10 +172,10 @@ def start_reference(settings: Settings, global_queries: int | str | None) -> Ste
 
     def steps(prompt: list[int]) -> Sequence[Callable[[], object]]:
         def tokens() -> Any:
-            first_query = reference.first_query(len(prompt), config, options)
+            first_query = model.first_query(len(prompt), config, options)
             assert first_query is not None, "the prompt is too short to be compressed"
-            prefilled = reference.prefill(prompt, config.obs_window, [first_query])
-            request = reference.request(prefilled, config, options)
+            prefilled = model.prefill(prompt, config.obs_window, [first_query])
+            request = model.request(prefilled, config, options)
             yield from generated(prefilled.logits, request.step)
 
         answer = tokens()

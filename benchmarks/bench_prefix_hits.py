@@ -27,7 +27,7 @@ from rich.table import Table
 from serving.load import random_prompts
 from serving.report import write
 
-from ems_vllm.eval import environment
+from ems_vllm.eval.records import environment
 
 # The selection is read in this process, where the engine must run, too.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")

@@ -27,10 +27,9 @@ from rich.console import Console
 from rich.table import Table
 from serving.report import write
 
-from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval import environment
-from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.files import read_prompts
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.prompt_files import PromptLine, read_prompts
+from ems_vllm.eval.script import run_script
 
 VLLM = "vLLM"
 # Attention of transformers by name.
@@ -244,8 +243,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -26,11 +26,11 @@ from rich.table import Table
 from serving.report import write
 
 from ems_vllm import ops
-from ems_vllm.eval import environment
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.paging import from_pages, to_pages
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.prompt_files import read_prompts
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
 
 BLOCK_SIZE = 16
 
@@ -66,7 +66,7 @@ class Comparison:
     time_ratio: float
 
 
-def observe(reference: ReferenceModel, token_ids: Sequence[int]) -> list[Layer]:
+def observe(engine: TransformersEngine, token_ids: Sequence[int]) -> list[Layer]:
     """Queries and keys of every layer that is compressed."""
     layers: dict[int, Layer] = {}
 
@@ -74,8 +74,8 @@ def observe(reference: ReferenceModel, token_ids: Sequence[int]) -> list[Layer]:
         layers[index] = Layer(query.contiguous(), key.contiguous())
 
     with torch.inference_mode(), observed_by(keep):
-        reference.model(torch.tensor([token_ids], device=reference.model.device))
-    return [layers[index] for index in reference.compressed_layers]
+        engine.model(torch.tensor([token_ids], device=engine.model.device))
+    return [layers[index] for index in engine.compressed_layers]
 
 
 def score(layer: Layer, scale: float, stride: int) -> tuple[torch.Tensor, float]:
@@ -179,15 +179,15 @@ def main(
     budget: Annotated[list[float] | None, typer.Option(help="Fractions of the prompt.")] = None,
 ) -> None:
     """What `sample_stride` costs in ranking and saves in time."""
-    reference = ReferenceModel.load(model)
+    engine = TransformersEngine.load(model)
     asked = read_prompts(prompts)
     layers = (
         layer
         for prompt in track(asked, "prompts")
-        for layer in observe(reference, prompt.prompt_token_ids)
+        for layer in observe(engine, prompt.prompt_token_ids)
     )
     strides = [1, *(stride or (2, 4, 8, 16))]
-    found = compare(layers, reference.scale, strides, budget or (0.02, 0.06, 0.125))
+    found = compare(layers, engine.scale, strides, budget or (0.02, 0.06, 0.125))
     show(found, Console())
     if out is not None:
         result: dict[str, Any] = {

@@ -25,8 +25,9 @@ from serving.report import DENSE, Run, print_tables, ratios, write
 from serving.summary import summarize
 
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval import environment, pool
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.server import block_pool
+from ems_vllm.eval.server.process import Server
 
 BLOCK_SIZE = 16
 CASES = ("ample", "tight")
@@ -95,7 +96,7 @@ def measure(settings: Settings, case: str, recipe: str, vocab_size: int) -> Run:
         arguments = settings.arguments(case, recipe)
         with Server(settings.model, arguments, Path(folder) / "server.log") as server:
             run_load(server.url, server.model, warm_up, _WARM_UP_TOKENS, settings.interval_s)
-            before = pool.read(server.url).num_preemptions
+            before = block_pool.read(server.url).num_preemptions
             load = run_load(
                 server.url,
                 server.model,

@@ -17,10 +17,10 @@ import typer
 from curves import MOST_CURVES, Curve, draw_curves, label_budgets, label_ends
 from plot_serving import STYLE
 
+from ems_vllm.eval.records.results import EvalResult
 from ems_vllm.eval.report.aggregate import Report, aggregate
 from ems_vllm.eval.report.compare import Table, mean_table
 from ems_vllm.eval.report.style import styles
-from ems_vllm.eval.results import EvalResult
 
 # Right of the last budget, for labels.
 _ROOM = 2.4

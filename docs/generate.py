@@ -126,6 +126,9 @@ def _filled(text: str) -> str:
     return re.sub(r"{(\w+)}", lambda found: f"`<{_DETAILS[found[1]]}>`", text)
 
 
+_APPLIED = {True: "also where compression is off", False: "only where compression is on"}
+
+
 def patches() -> str:
     lines = [
         "# Patches of vLLM",
@@ -143,7 +146,9 @@ def patches() -> str:
             f"## `{patch.target}`",
             "",
             f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
+            f"* Process: {patch.process}; {_APPLIED[patch.always]}",
             f"* Why: {patch.reason}",
+            f"* Upstream: {patch.upstream}",
             f"* Goes when: {patch.remove_when}",
             "",
         ]

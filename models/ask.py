@@ -18,7 +18,7 @@ from pathlib import Path
 
 from openai import APIConnectionError, APIStatusError, OpenAI
 
-from ems_vllm.eval.pool import read
+from ems_vllm.eval.server.block_pool import read
 
 HERE = Path(__file__).resolve().parent
 TEXT = HERE / "text" / "hound_of_the_baskervilles_1_2.txt"

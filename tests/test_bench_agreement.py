@@ -5,8 +5,8 @@ import bench_agreement
 import pytest
 
 from ems_vllm.config import RequestOptions
-from ems_vllm.eval.exchange import PromptLine
-from ems_vllm.eval.reference.answer import Vocabulary
+from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.transformers_engine.answer import Vocabulary
 
 EOS, STOP = 2, 9
 VOCABULARY = Vocabulary(lambda ids: " ".join(map(str, ids)), {EOS})

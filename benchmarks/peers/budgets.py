@@ -13,6 +13,15 @@ WINDOW = 16
 _MARGIN = 0.01
 
 
+def entries_kept(total: int | None, prompt_len: int) -> int | None:
+    """Entries to keep of a prompt of `prompt_len` tokens; None for all of them.
+
+    Args:
+        total: The budget at the prompt's nominal length; None for no limit.
+    """
+    return total if total is not None and total < prompt_len else None
+
+
 def compression_ratio(entries: int | None, prompt_len: int, margin: float = _MARGIN) -> float:
     """The ratio at which kvpress keeps exactly so many entries.
 

@@ -11,20 +11,25 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
-from ems_vllm.eval.reference.answer import Vocabulary, answer_line, answer_together, answering
+from ems_vllm.eval.transformers_engine.answer import (
+    Vocabulary,
+    answer_line,
+    answer_together,
+    answering,
+)
 from peers.attention import IMPLEMENTATION
-from peers.budgets import WINDOW
+from peers.budgets import WINDOW, entries_kept
 from peers.decode import Decoder
 from peers.forcing import forced_logprobs
 from peers.layers import sliding_windows
 from peers.prefill import prefill
-from peers.presses import FULL, WITHOUT_SLIDING_WINDOWS, PressOptions, build
+from peers.presses import WITHOUT_SLIDING_WINDOWS, PressOptions, build
 
 if TYPE_CHECKING:
     from kvpress import BasePress
 
-    from ems_vllm.eval.exchange import AnswerLine, PromptLine
-    from peers.methods import Method
+    from ems_vllm.eval.records.method import Method
+    from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine
     from peers.prefill import Prefilled
     from peers.scorers import Memo
 
@@ -96,7 +101,7 @@ class Model:
         prefilled = prefill(self.model, prompt.prompt_token_ids, presses)
         self.seconds["prefill"] += prefilled.prefill_seconds
         for method, seconds in prefilled.seconds.items():
-            self.seconds[method.press] += seconds
+            self.seconds[method.name] += seconds
         lengths = {method: branch.longest for method, branch in prefilled.branches.items()}
         for together in groups(lengths):
             yield from zip(
@@ -144,9 +149,9 @@ class Model:
 
     def _press(self, method: Method, prompt: PromptLine, seed: int, memo: Memo) -> BasePress:
         # Any press keeps everything at ratio 0.
-        name = "knorm" if method.press == FULL else method.press
+        name = "knorm" if method.is_full else method.name
         prompt_len = len(prompt.prompt_token_ids)
-        entries = method.entries(prompt.budget_length, prompt_len)
+        entries = entries_kept(method.budget.total(prompt.budget_length), prompt_len)
         # Every prompt draws entries of its own.
         return build(
             name, PressOptions(entries, prompt_len, seed + prompt.index, memo, self._window)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from peers.scorers import Memo
 
-FULL = "full"
+ENGINE = "kvpress"
 # Epsilon of ExpectedAttention where AdaKV is around it, as in kvpress' own comparisons.
 _ADAKV_EPSILON = 1e-2
 

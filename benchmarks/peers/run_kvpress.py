@@ -20,18 +20,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.reference.files import (
+from ems_vllm.eval.records.answer_folder import (
     AnswerFile,
     check_manifest,
     fingerprint,
     missing,
-    read_prompts,
     write_result,
 )
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import FULL, methods_of
+from ems_vllm.eval.records.prompt_files import read_prompts
 from peers import presses
 from peers.budgets import WINDOW
-from peers.methods import methods
 
 if TYPE_CHECKING:
     from peers.model import Model
@@ -40,7 +40,7 @@ DEFAULT_BUDGETS = ("0.02", "0.03", "0.06", "0.125", "0.25", "0.5")
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    everything = [presses.FULL, *presses.NAMES]
+    everything = [FULL, *presses.NAMES]
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", required=True, help="model folder")
     parser.add_argument("--prompts", type=Path, help="JSON lines")
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     model = Model(arguments.model, arguments.device, arguments.dtype, arguments.window)
     environment: dict[str, Any] = {
-        "engine": "kvpress",
+        "engine": presses.ENGINE,
         "model": arguments.model,
         "dtype": model.dtype,
         "obs_window": arguments.window,
@@ -100,7 +100,9 @@ def run(arguments: argparse.Namespace) -> None:
     check_manifest(arguments.out, {**environment, "prompts_sha256": fingerprint(arguments.prompts)})
     paths = {
         method: arguments.out / method.file_name
-        for method in methods(chosen_presses(arguments.presses, model), arguments.budgets)
+        for method in methods_of(
+            chosen_presses(arguments.presses, model), arguments.budgets, presses.ENGINE
+        )
     }
     with ExitStack() as stack:
         files = {method: stack.enter_context(AnswerFile(path)) for method, path in paths.items()}
@@ -130,7 +132,7 @@ def chosen_presses(asked: Sequence[str] | None, model: Model) -> list[str]:
     Raises:
         ConfigError: one was asked for that it does not support.
     """
-    everything = [presses.FULL, *presses.NAMES]
+    everything = [FULL, *presses.NAMES]
     refused = [name for name in asked or everything if not model.supports(name)]
     if refused and asked:
         raise ConfigError(

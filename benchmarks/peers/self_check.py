@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import PromptLine
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import Method
+from ems_vllm.eval.records.prompt_files import PromptLine
 from peers.branch import Branch
 from peers.budgets import chunks
 from peers.decode import Decoder
 from peers.layers import sliding_windows
-from peers.methods import Method
 from peers.model import Model
 from peers.official import Official, decoded_cam, same_entries
 from peers.prefill import prefill
-from peers.presses import NAMES, PressOptions, build
+from peers.presses import ENGINE, NAMES, PressOptions, build
 
 _LENGTHS = (40, 333, 1000)
 _MAX_TOKENS = 24
@@ -74,9 +74,9 @@ def _unlimited(model: Model, prompt: PromptLine) -> list[str]:
             max_new_tokens=_MAX_TOKENS,
         )
     expected = model.vocabulary.decode(tokens[0, length:].tolist())
-    methods = [Method(name, Budget(count=length)) for name in _names(model)]
+    methods = [Method(name, ENGINE, Budget(count=length)) for name in _names(model)]
     return [
-        f"{method.press}, {length} tokens, nothing dropped: {line.output!r}, not {expected!r}"
+        f"{method.name}, {length} tokens, nothing dropped: {line.output!r}, not {expected!r}"
         for method, line in model.answers(prompt, methods, seed=0)
         if line.output != expected
     ]

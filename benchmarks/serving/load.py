@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import aiohttp
 
-from ems_vllm.eval import pool
+from ems_vllm.eval.server import block_pool
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Sample:
     """The pool at one moment, in seconds since the load began."""
 
     time: float
-    pool: pool.PoolState
+    pool: block_pool.PoolState
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,5 @@ async def _sample(
     while True:
         async with session.get("/metrics") as response:
             text = await response.text()
-        samples.append(Sample(time.perf_counter() - began, pool.parse(text)))
+        samples.append(Sample(time.perf_counter() - began, block_pool.parse(text)))
         await asyncio.sleep(interval)

@@ -135,7 +135,7 @@ STEPS = (
             "attention/flashinfer.py",
             "attention/triton_attn.py",
             "attention/flex_attention.py",
-            "attention/cpu_reference.py",
+            "attention/torch_cpu.py",
             "attention/bindings.py",
             "attention/live_columns.py",
             "attention/head_batch.py",

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.profiling.command import profile
-from ems_vllm.eval.results import EvalResult, MethodResult
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.results import EvalResult, MethodResult
 
 _T = TypeVar("_T")
 
@@ -63,11 +63,12 @@ def evaluate(
     """Measure quality, memory and speed of recipes and budgets against the full cache."""
     # Imported here: the other commands need neither a client nor tokenizers.
     try:
-        from ems_vllm.eval import exchange
-        from ems_vllm.eval import preset as presets
-        from ems_vllm.eval.run import Run
-        from ems_vllm.eval.summary import print_summary
-        from ems_vllm.eval.tokenizer import HubTokenizer
+        from ems_vllm.eval.questions.tokenizer import HubTokenizer
+        from ems_vllm.eval.records import preset as presets
+        from ems_vllm.eval.records import prompt_files
+        from ems_vllm.eval.records.run_folder import RunFolder
+        from ems_vllm.eval.report.summary import print_summary
+        from ems_vllm.eval.server.evaluation import Evaluation
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"`ems-vllm eval` needs the package {error.name}: pip install 'ems-vllm[eval]'."
@@ -93,23 +94,23 @@ def evaluate(
         lengths=lengths is not None, samples=samples is not None, args=_words(server_args)
     )
     console = Console()
-    run = Run(
+    evaluation = Evaluation(
         model=model,
         tokenizer=HubTokenizer(tokenizer or model, chosen.prompt_format),
         tokenizer_name=tokenizer or model,
         preset=chosen,
-        output=output or Path(),
+        folder=RunFolder(output or Path()),
         base_url=base_url,
         api_key=os.environ.get("OPENAI_API_KEY", "unused"),
         console=console,
     )
     if export_prompts is not None:
-        count = exchange.export(run.samples(), export_prompts)
+        count = prompt_files.export(evaluation.samples(), export_prompts)
         console.print(f"{count:,} prompts: {export_prompts}", highlight=False)
         return
     if output is None:
         raise ConfigError("output is missing: name a folder with --output.")
-    result = run()
+    result = evaluation()
     print_summary(console, result)
     _write_report([result], output, console)
 
@@ -126,13 +127,13 @@ def score(
     model: Annotated[str, typer.Option(help="Name of the model.")] = "",
 ) -> None:
     """Score the answers of another engine to exported prompts."""
-    from ems_vllm.eval import exchange
+    from ems_vllm.eval.records.scoring import score_files
 
     parsed = Budget.parse(budget)
     described = MethodResult(
         method=method, engine=engine, budget=parsed.count, budget_fraction=parsed.fraction
     )
-    result = exchange.score(prompts, answers, model=model, method=described)
+    result = score_files(prompts, answers, model=model, method=described)
     output.parent.mkdir(parents=True, exist_ok=True)
     result.write(output)
     Console().print(f"{len(result.methods[0].samples):,} answers scored: {output}")

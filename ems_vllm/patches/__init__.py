@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Patches of vLLM, for what it has no extension point for; one file per patched class."""
+"""Patches of vLLM, where it has no extension point: one file per class, by process."""

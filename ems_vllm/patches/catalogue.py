@@ -1,31 +1,43 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All patches of vLLM, and whether they fit the one that is installed."""
+"""All patches of vLLM: who applies which, and whether they fit the vLLM that is installed."""
 
 from collections.abc import Iterable
 
-from ems_vllm.patches import (
-    async_llm,
-    engine_args,
-    executor,
-    flash_attn,
-    input_processor,
-    online_renderer,
-    openai_serving,
-)
 from ems_vllm.patches.contracts import CONTRACTS, Contract
-from ems_vllm.patches.record import Patch
-
-# Applied wherever the package is installed; the others where compression is asked for.
-ALWAYS: tuple[Patch, ...] = (*engine_args.PATCHES, *executor.PATCHES)
+from ems_vllm.patches.frontend import (
+    patch_async_llm,
+    patch_engine_args,
+    patch_input_processor,
+    patch_online_renderer,
+    patch_openai_serving,
+)
+from ems_vllm.patches.record import Patch, Process
+from ems_vllm.patches.scheduler import patch_executor
+from ems_vllm.patches.worker import patch_flash_attn
 
 PATCHES: tuple[Patch, ...] = (
-    *ALWAYS,
-    *input_processor.PATCHES,
-    *async_llm.PATCHES,
-    *openai_serving.PATCHES,
-    *online_renderer.PATCHES,
-    *flash_attn.PATCHES,
+    *patch_engine_args.PATCHES,
+    *patch_executor.PATCHES,
+    *patch_input_processor.PATCHES,
+    *patch_async_llm.PATCHES,
+    *patch_openai_serving.PATCHES,
+    *patch_online_renderer.PATCHES,
+    *patch_flash_attn.PATCHES,
 )
+
+# The plugin applies these in every process: it is not told which one has loaded it.
+ALWAYS = tuple(patch for patch in PATCHES if patch.always)
+
+
+def apply(process: Process) -> None:
+    """Apply what compression needs in a process of this kind, beyond `ALWAYS`.
+
+    Raises:
+        PatchError: the first one that does not fit; those before it are in place.
+    """
+    for patch in PATCHES:
+        if patch.process is process and not patch.always:
+            patch.apply()
 
 
 def verify(records: Iterable[Patch | Contract] = (*PATCHES, *CONTRACTS)) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ems_vllm.patches import target as targets
 from ems_vllm.patches.target import PatchError
+from ems_vllm.vllm_versions import by_version
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ def _missing(target: str) -> PatchError:
     )
 
 
-def _contract(target: str, why: str, sha256: str) -> Contract:
-    return Contract(f"vllm.v1.{target}", why, {"0.32.0": sha256})
+def _contract(target: str, why: str, sha256: str, of_0_33: str | None = None) -> Contract:
+    return Contract(f"vllm.v1.{target}", why, by_version(sha256, of_0_33))
 
 
 CONTRACTS = (
@@ -147,21 +148,25 @@ CONTRACTS = (
         "the length of a chunk is asked for after every other bound, and each request that runs is "
         "scheduled once",
         "da4f2cf2fc39c39e76fdefa09b755d72d6b51d39fdc26830f0859ea688ded2ca",
+        "fa34c8a13c0a8936443c651218a8178988d53962ee5a2e465e8932337e8cda34",
     ),
     _contract(
         "core.sched.scheduler:Scheduler._preempt_request",
         "a preempted request gives all its blocks back and is admitted again",
         "4113f5de8a84ec2532821578e8e3fb6ca4609b14d3d77b4a57d2b641ca427902",
+        "8d67cc4e856887246f278172c59af32917f32ad39e0d0c8b625360f1632714c2",
     ),
     _contract(
         "core.kv_cache_manager:KVCacheManager.get_computed_blocks",
         "it looks hits up through the groups' managers",
         "77f434d88d573bfe05905a20df26ff51a86156214cf297ff9bbe5d5f05f32d07",
+        "ae0e67c0720ab7605ce0888dc8f7ad73e926b27ca697b6a2f528849c02777dd3",
     ),
     _contract(
         "core.sched.scheduler:Scheduler._get_local_prefix_cache_hit",
         "every admission asks for its hit here",
         "3495ddb7de463024f5b312c7e122ff554727fcb1dc4e094de43bfd10297c59e3",
+        "8e6f6ae6a7ab8f04d4d2c5a49510b90dcead51c2b716ac77b15342db3f1f830a",
     ),
     _contract(
         "core.sched.scheduler:Scheduler._reserve_prefill_lookahead",
@@ -207,6 +212,7 @@ CONTRACTS = (
         "worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
         "metadata comes from the groups' builders and from nowhere else",
         "6015ffa2b3ec7cd3d6128492301635103cd9328ccab16cff126d987af1f4212c",
+        "5283b37cccd1790710e5e70650daccc7eb476a11a4452ecfdae608d3c92dfb80",
     ),
     _contract(
         "worker.gpu_input_batch:InputBatch.req_ids",
@@ -217,11 +223,13 @@ CONTRACTS = (
         "worker.gpu.model_runner:GPUModelRunner.execute_model",
         "it follows the scheduler, orders the batch, and then builds metadata, in this order",
         "e1535583ba759cb3faf57f7dde6685136cf54a913756b63afb8e34c3bd87babf",
+        "7a1168866a759c6a46dd4686b0416c72b9d9753a5308cc97e478a67cdcba690b",
     ),
     _contract(
         "worker.gpu.model_runner:GPUModelRunner.prepare_attn",
         "block tables and metadata are of the batch's rows",
         "da2162a643e4e6c2f256159e84310ec145f1ebf20241291d1d3a10f2c7f4a0d5",
+        "a73828dcb06c0ce5f4dba9625ba0bc5cffc32368e927ebbcbae4b56fe6574619",
     ),
     _contract(
         "worker.gpu.attn_utils:build_attn_metadata",
@@ -233,6 +241,7 @@ CONTRACTS = (
         "worker.gpu.states:RequestState.add_request",
         "index_to_req_id names the request of an index for as long as it runs",
         "7feb34eb03ec8bcc81c901140f7e393774b7fdc5553a74aeb6640721ac19040d",
+        "fe8f6720cd707cb9e7d4393ec74942759b6858c022697062a637dc257e0fda16",
     ),
     _contract(
         "worker.gpu.states:RequestState.remove_request",

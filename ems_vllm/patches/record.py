@@ -7,15 +7,31 @@ import functools
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from types import FunctionType
 from typing import Any
 
 from ems_vllm.patches import target as targets
 from ems_vllm.patches.target import OUR_WRAPPERS, PatchError
+from ems_vllm.vllm_versions import SUPPORTED
 
-__all__ = ["Patch", "PatchError"]
+__all__ = ["Patch", "PatchError", "Process"]
 
 _MARK = "__ems_patch__"
+
+
+class Process(StrEnum):
+    """The process of vLLM in which a patched function runs.
+
+    Attributes:
+        FRONTEND: The API server, or the program that makes an `LLM`.
+        SCHEDULER: The engine core, with the scheduler and the executor.
+        WORKER: Every worker, with the model runner.
+    """
+
+    FRONTEND = "frontend"
+    SCHEDULER = "scheduler"
+    WORKER = "worker"
 
 
 @dataclass(frozen=True)
@@ -25,19 +41,25 @@ class Patch:
     Attributes:
         target: "module:Class.function".
         wrap: Takes the original function, returns the new one.
-        vllm: Versions this was written for; empty: any.
         source_sha256: Hash of the original's source per vLLM version it was tested with; empty:
             any source.
+        process: Where the function runs, so who applies the patch.
         reason: What has no extension point.
+        upstream: Issue or pull request of vLLM about it.
         remove_when: What vLLM would have to offer.
+        vllm: Versions this was written for; empty: any.
+        always: Whether it is applied where compression is off, too.
     """
 
     target: str
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]]
-    vllm: str
     source_sha256: Mapping[str, str]
+    process: Process
     reason: str
+    upstream: str
     remove_when: str
+    vllm: str = SUPPORTED
+    always: bool = False
 
     def apply(self) -> None:
         """Apply the patch once; applying it again does nothing.

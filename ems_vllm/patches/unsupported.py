@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches.record import Patch, PatchError
+from ems_vllm.patches.record import Patch, PatchError, Process
 
 if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
@@ -85,7 +85,9 @@ def _refusals(error: PatchError) -> tuple[Patch, ...]:
             wrap=wrap,
             vllm="",
             source_sha256={},
+            process=Process.FRONTEND,
             reason="Compression must be refused rather than ignored.",
+            upstream="none: it is about this package",
             remove_when="ems-vllm supports this vLLM",
         )
         for target, wrap in wraps.items()

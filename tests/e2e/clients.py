@@ -8,9 +8,9 @@ from typing import Any
 
 from openai import OpenAI
 
-from ems_vllm.eval import pool
-from ems_vllm.eval.pool import PoolState
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server import block_pool
+from ems_vllm.eval.server.block_pool import PoolState
+from ems_vllm.eval.server.process import Server
 
 VOCAB_SIZE = 2048
 _salts = itertools.count()
@@ -63,7 +63,7 @@ def blocks_held(
     with client_of(server).completions.create(prompt=tokens, stream=True, **arguments) as stream:
         for _ in range(24):
             next(stream)
-        state = pool.read(server.url)
+        state = block_pool.read(server.url)
     assert state.num_running == 1
     return state.num_used_blocks, state.num_generated - before
 
@@ -71,9 +71,9 @@ def blocks_held(
 def wait_until_idle(server: Server, timeout: float = 60) -> PoolState:
     """The pool once no request is left; aborted ones take the engine a step to drop."""
     deadline = time.monotonic() + timeout
-    state = pool.read(server.url)
+    state = block_pool.read(server.url)
     while state.num_running or state.num_waiting:
         assert time.monotonic() < deadline, f"requests are left: {state}"
         time.sleep(0.1)
-        state = pool.read(server.url)
+        state = block_pool.read(server.url)
     return state

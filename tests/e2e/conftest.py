@@ -12,7 +12,7 @@ import pytest
 from openai import OpenAI
 
 # The launcher is the serving benchmark's.
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 FORK_CLI = Path(__file__).with_name("fork_cli.py")

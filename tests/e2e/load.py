@@ -41,8 +41,8 @@ from e2e.load_result import Difference, Expectation, MemorySample, Result, compa
 from rich.console import Console
 from serving.report import write
 
-from ems_vllm.eval import environment
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.server.process import Server
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK_SIZE = 16

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 MIN_LEN, MAX_LEN = 10, 6000
 MAX_NEW_TOKENS = 96

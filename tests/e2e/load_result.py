@@ -11,7 +11,7 @@ from typing import Any
 from e2e.load_clients import Answer, Case, Job
 from rich.table import Table
 
-from ems_vllm.eval.pool import PoolState
+from ems_vllm.eval.server.block_pool import PoolState
 
 # Where the best two tokens are this close, the order of a sum decides between them, and that
 # depends on what else is in a batch, in vLLM as here. In log-probability.

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from e2e.clients import prompt
 
-from ems_vllm.eval import preset
-from ems_vllm.eval.endpoint import Endpoint, NoAnswer
-from ems_vllm.eval.results import EvalResult
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.records.results import EvalResult
+from ems_vllm.eval.server.endpoint import Endpoint, NoAnswer
+from ems_vllm.eval.server.process import Server
 
 PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 SMOKE = preset.load("smoke", {})

@@ -11,7 +11,7 @@ from e2e.clients import complete, prompt, wait_until_idle
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 # Of the `server` fixture.
 BUDGET = 128

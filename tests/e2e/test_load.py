@@ -16,7 +16,7 @@ from e2e.load_result import (
     steady_growth_mib,
 )
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 NUM_CLIENTS = 24
 MAX_LEN = 800

@@ -5,7 +5,7 @@ import pytest
 from e2e.clients import greedy, prompt
 from openai import OpenAI
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 # The first is never compressed, the second is.
 LENGTHS = (60, 900)

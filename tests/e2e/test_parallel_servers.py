@@ -8,7 +8,7 @@ import httpx
 import pytest
 from e2e.clients import complete, prompt
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pytest
 from e2e.clients import blocks_held, client_of, complete, greedy, prompt, wait_until_idle
 from openai import BadRequestError, OpenAI
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 OFF = {"kv_compression": "off"}
 LONG = prompt(1500, seed=11)

@@ -3,7 +3,7 @@
 
 import re
 
-from ems_vllm.eval.server import Server
+from ems_vllm.eval.server.process import Server
 
 
 def test_log_names_the_recipe(server: Server) -> None:

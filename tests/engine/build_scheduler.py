@@ -56,7 +56,7 @@ def scheduler_for(
         },
     )
     # Drafts are made up here; no kernel is needed.
-    with mock.patch("ems_vllm.platform.cpu._require_drafting"):
+    with mock.patch("ems_vllm.cpu_platform.cpu._require_drafting"):
         vllm_config = arguments.create_engine_config()
     vllm_config.cache_config.num_gpu_blocks = num_blocks
     kv_cache_config = KVCacheConfig(

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """kv_heads that share what their layer keeps by the scores of each compaction: answers are those
-of the reference, and neither hits nor chunks nor preemptions change them."""
+of the engine on transformers, and neither hits nor chunks nor preemptions change them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     answers,
-    answers_of_reference,
+    answers_of_transformers,
     disturbed,
     group_stats,
     increase,
@@ -77,8 +77,8 @@ class TestAda:
             assert (owned.max(1) > BUDGET_BLOCKS).all()
         assert any((first != later).any() for first, later in pairwise(seen))
 
-    def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        expected = answers_of_reference(compression, [LONG, SHORT], 80)
+    def test_answers_are_those_on_transformers(self, fresh, compression):
+        expected = answers_of_transformers(compression, [LONG, SHORT], 80)
         assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, compression):

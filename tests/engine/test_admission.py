@@ -7,6 +7,7 @@ from engine.levels import LEVELS
 from engine.simulator import Simulator
 
 from ems_vllm.config import RequestOptions
+from ems_vllm.vllm_versions import bounds_cache_hits
 
 SETTINGS = {
     "recipe": "ems",
@@ -98,3 +99,44 @@ def test_the_longest_prompt_can_still_be_admitted(levels):
     )
     (answer,) = simulator.answers.values()
     assert len(answer) == 20
+
+
+def test_nobody_passes_a_request_that_waits_for_score_pages():
+    """Those that need few would always come first, and one that needs many never."""
+    simulator = Simulator(
+        {**SETTINGS, "prefix_score_tokens": 56}, num_blocks=400, max_num_batched_tokens=64
+    )
+    simulator.add([*range(60), *range(500, 520)], 4)
+    simulator.drain()
+    admitted, schedule = [], simulator.scheduler.schedule
+
+    def scheduling(*args, **kwargs):
+        output = schedule(*args, **kwargs)
+        admitted.extend(request.req_id for request in output.scheduled_new_reqs)
+        return output
+
+    simulator.scheduler.schedule = scheduling
+    # Tokens of the cached prompt that each begins with. The second wants all pages there are.
+    queue = [
+        simulator.add([*range(shared), *range(1000 * index, 1000 * index + 80 - shared)], 4)
+        for index, shared in enumerate((28, 60, 28, 28), 1)
+    ]
+    simulator.drain()
+    assert admitted == queue
+
+
+@pytest.mark.skipif(not bounds_cache_hits(), reason="vLLM 0.32 passes no bound on")
+def test_the_shorter_bound_of_a_hit_counts():
+    """vLLM's own, or the one of the request's compaction."""
+    simulator = Simulator(SETTINGS, num_blocks=400, max_num_batched_tokens=64)
+    prompt = [*range(80)]
+    simulator.add(prompt, 4)
+    simulator.drain()
+    simulator.add(prompt, 4)
+    (request,) = simulator.scheduler.requests.values()
+    hits = [
+        simulator.scheduler._get_local_prefix_cache_hit(request, bound)[1]
+        for bound in (None, 8, 70)
+    ]
+    # 56 as above: where the compaction begins to write.
+    assert hits == [56, 8, 56]

@@ -15,7 +15,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from ems_vllm.config import ConfigError
 
-WORKER = "ems_vllm.platform.worker.ReferenceCPUWorker"
+WORKER = "ems_vllm.cpu_platform.worker.TorchCPUWorker"
 COMPRESSED_WORKER = "ems_vllm.engine.worker.cpu.CompressedCPUWorker"
 FLAGS = {
     "off": ([], WORKER),

@@ -63,10 +63,10 @@ def scaled(scales: Scales, float8_queries: bool = False, exact: bool = True) -> 
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.quantization.input_quant_fp8 import QuantFP8
 
-    from ems_vllm.platform.attention import ReferenceAttentionImpl
+    from ems_vllm.cpu_platform.attention import TorchCPUImpl
 
-    load, write = Attention.process_weights_after_loading, ReferenceAttentionImpl.do_kv_cache_update
-    attend, quantise = ReferenceAttentionImpl.forward, QuantFP8.forward_native
+    load, write = Attention.process_weights_after_loading, TorchCPUImpl.do_kv_cache_update
+    attend, quantise = TorchCPUImpl.forward, QuantFP8.forward_native
 
     def load_scales(layer: Any, *args: Any) -> None:
         load(layer, *args)
@@ -95,12 +95,12 @@ def scaled(scales: Scales, float8_queries: bool = False, exact: bool = True) -> 
 
     patches: list[tuple[type[Any], str, Callable[..., Any] | bool]] = [
         (Attention, "process_weights_after_loading", load_scales),
-        (ReferenceAttentionImpl, "do_kv_cache_update", write_rounded),
+        (TorchCPUImpl, "do_kv_cache_update", write_rounded),
     ]
     if float8_queries:
         patches += [
-            (ReferenceAttentionImpl, "supports_quant_query_input", True),
-            (ReferenceAttentionImpl, "forward", attend_scaled_back),
+            (TorchCPUImpl, "supports_quant_query_input", True),
+            (TorchCPUImpl, "forward", attend_scaled_back),
             (QuantFP8, "forward_native", quantise_rounded),
         ]
     with ExitStack() as stack:

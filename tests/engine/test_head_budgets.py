@@ -17,7 +17,7 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     answers,
-    answers_of_reference,
+    answers_of_transformers,
     disturbed,
     few_blocks,
     found_by_runner_v2,
@@ -135,8 +135,8 @@ class TestHeads:
         assert fresh.generate(identity_prompts(), 20, asked) == plain_answers
         assert not any(increase(fresh, before, "num_compactions"))
 
-    def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        expected = answers_of_reference(compression, [LONG, SHORT], 80)
+    def test_answers_are_those_on_transformers(self, fresh, compression):
+        expected = answers_of_transformers(compression, [LONG, SHORT], 80)
         assert [fresh.generate([prompt], 80)[0] for prompt in (LONG, SHORT)] == expected
 
     def test_hits_chunks_and_preemptions_change_no_answer(self, fresh, cold, compression):

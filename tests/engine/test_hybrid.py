@@ -18,8 +18,8 @@ LONG = tokens(500)
 # One is the beginning of another: a hit that went too far would be compressed in place.
 PROMPTS = [tokens(5, seed=5), LONG[:300], LONG]
 MAX_TOKENS = 32
-# CPU_REFERENCE: for some of these models vLLM would choose a backend that needs an accelerator.
-OPTIONS = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "CPU_REFERENCE"}
+# TORCH_CPU: for some of these models vLLM would choose a backend that needs an accelerator.
+OPTIONS = {"max_model_len": MAX_MODEL_LEN, "attention_backend": "TORCH_CPU"}
 # Models, and the managers of their other layers.
 MODELS = {
     "gemma2": "SlidingWindowManager",
@@ -359,8 +359,8 @@ class TestGrouping:
     def config(specs, disable_hybrid=False):
         """The KV-cache configuration that vLLM makes of specs by layer name."""
         from engine.harness import LLAMA
+        from engine.vllm_imports import get_kv_cache_configs
         from vllm.engine.arg_utils import EngineArgs
-        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
         vllm_config = EngineArgs(
             LLAMA, block_size=16, disable_hybrid_kv_cache_manager=disable_hybrid

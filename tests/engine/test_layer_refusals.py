@@ -7,8 +7,8 @@ from unittest import mock
 import pytest
 import torch
 from engine.harness import LLAMA, engine
+from engine.vllm_imports import get_kv_cache_configs
 from vllm.engine.arg_utils import EngineArgs
-from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 

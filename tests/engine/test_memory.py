@@ -6,7 +6,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size
+from engine.vllm_imports import groups_of_uniform_page_size
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.config import load_config, recipes
@@ -125,7 +125,7 @@ def test_levels_take_no_more_beside_the_same_cache(name):
 def test_scores_take_what_is_set_aside_for_them(layers):
     """Also where levels differ in size, and a block has the bytes of the smallest or largest."""
     sizes = footprint("ems", layers, allocator=ALLOCATORS[4])
-    groups = _get_kv_cache_groups_uniform_page_size(sizes.specs)
+    groups = groups_of_uniform_page_size(sizes.specs)
     # A block of each group for every 16 tokens of the longest prompt.
     num_blocks = len(groups) * 131_072 // 16
     with torch.device("meta"):

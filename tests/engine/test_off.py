@@ -53,7 +53,7 @@ def test_engine_without_compression_is_vllm_alone():
         "specs": [],
         "managers": [],
         # The CPU platform's worker, which runs vLLM on this machine with or without compression.
-        "worker": "ems_vllm.platform.worker",
+        "worker": "ems_vllm.cpu_platform.worker",
         "builders": [],
         "impls": [],
         "modules": [],

@@ -20,8 +20,8 @@ from engine.harness import engine, tokens
 
 from ems_vllm import ops
 from ems_vllm.config.request import RequestOptions
+from ems_vllm.cpu_platform.attention import TorchCPUBuilder
 from ems_vllm.engine.group.compactor import Compactor
-from ems_vllm.platform.attention import ReferenceAttentionBuilder
 from ems_vllm.policies.policy import Policy
 
 COMPRESSION = {
@@ -150,7 +150,7 @@ class Places:
 def places(probe):
     """Where everything was in the busy run that the docstring of this module promises."""
     found = Places()
-    build = ReferenceAttentionBuilder.build
+    build = TorchCPUBuilder.build
 
     def look(output=None):
         found.buffers.add(tuple(addresses(probe).items()))
@@ -170,7 +170,7 @@ def places(probe):
     compactions, preemptions = probe.stats()["num_compactions"], probe.num_preemptions
     with (
         steps_observed(probe, look, look),
-        mock.patch.object(ReferenceAttentionBuilder, "build", observed_build),
+        mock.patch.object(TorchCPUBuilder, "build", observed_build),
         ring_writes(observed_write),
     ):
         found.answers = answers_of(probe)
@@ -242,7 +242,7 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
     group, runner = group_of(probe), probe.worker.model_runner
     due_requests = _DueRequests(group.tensors.spec.settings, group.tensors.spec.block_size)
     forward, compact, run_orders = runner._model_forward, Policy.compact, Compactor.compact
-    build = ReferenceAttentionBuilder.build
+    build = TorchCPUBuilder.build
     # Of the step at hand, what happened in order; of all steps, what was and what had to be done.
     events, num_tokens, num_compacted, num_due = [], [], Counter(), Counter()
 
@@ -282,7 +282,7 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
     with (
         steps_observed(probe, start, finish),
         mock.patch.object(runner, "_model_forward", observed_forward),
-        mock.patch.object(ReferenceAttentionBuilder, "build", observed_build),
+        mock.patch.object(TorchCPUBuilder, "build", observed_build),
         mock.patch.object(Compactor, "compact", observed_orders),
         mock.patch.object(Policy, "compact", observed_compact),
     ):

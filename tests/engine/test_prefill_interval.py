@@ -15,7 +15,7 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     answers,
-    answers_of_reference,
+    answers_of_transformers,
     disturbed,
     few_blocks,
     found_by_runner_v2,
@@ -135,12 +135,12 @@ def plans_of(probe, prompt_len: int):
 
 
 @pytest.mark.parametrize("name", COMPRESSIONS)
-def test_answers_are_those_of_the_reference_on_transformers(name):
+def test_answers_are_those_on_transformers(name):
     compression = COMPRESSIONS[name]
     with engine(compression, LLAMA, **OPTIONS) as probe:
         found = [probe.generate([prompt], 80)[0] for prompt in (LONG, SHORT)]
         assert min(group["num_compactions"] for group in group_stats(probe)) > 5
-    assert found == answers_of_reference(compression, [LONG, SHORT], 80)
+    assert found == answers_of_transformers(compression, [LONG, SHORT], 80)
 
 
 def test_a_prompt_of_several_pools_is_served():

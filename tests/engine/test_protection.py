@@ -17,7 +17,7 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     answers,
-    answers_of_reference,
+    answers_of_transformers,
     both,
     disturbed,
     found_by_runner_v2,
@@ -157,8 +157,8 @@ class TestProtection:
         assert watch.num_missing[-1] > 0
         assert watch.num_remembered == 0
 
-    def test_answers_are_those_of_the_reference_on_transformers(self, fresh, compression):
-        expected = answers_of_reference(compression, [LONG], 80, PROTECT)
+    def test_answers_are_those_on_transformers(self, fresh, compression):
+        expected = answers_of_transformers(compression, [LONG], 80, PROTECT)
         assert fresh.generate([LONG], 80, PROTECT) == expected
         assert fresh.generate([LONG], 80) != expected
 

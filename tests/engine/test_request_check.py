@@ -10,7 +10,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from ems_vllm.engine.frontend.request_check import check_prompt, check_request
-from ems_vllm.patches import input_processor
+from ems_vllm.patches.frontend import patch_input_processor
 
 COMPRESSED = SimpleNamespace(additional_config={"kv_compression": {"recipe": "ems", "budget": 64}})
 DENSE = SimpleNamespace(additional_config={})
@@ -50,7 +50,7 @@ class Passed(Exception):
 
 def process(vllm_config: object, params: SamplingParams, **kwargs: object) -> None:
     """vLLM's InputProcessor, up to its first own step."""
-    for patch in input_processor.PATCHES:
+    for patch in patch_input_processor.PATCHES:
         patch.apply()
     processor = mock.Mock(vllm_config=vllm_config, _validate_params=mock.Mock(side_effect=Passed))
     InputProcessor.process_inputs(processor, "id", "a", params, (), **kwargs)

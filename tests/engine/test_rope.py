@@ -11,8 +11,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from ems_vllm.engine.group.rope import rotations
-from ems_vllm.eval.reference.cache import compressed_layers
-from ems_vllm.eval.reference.rope import rotation_of
+from ems_vllm.eval.transformers_engine.cache import compressed_layers
+from ems_vllm.eval.transformers_engine.rope import rotation_of
 from ems_vllm.policies.policy import Policy
 
 SETTINGS = {"recipe": "ems", "budget": 64, "recent_window": 32, "recompress_interval": 32}

@@ -16,7 +16,7 @@ from processes import run_script
 
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.engine.worker.start_log import log_start
-from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
 BUDGET = 64
 COMPRESSION = {
@@ -110,19 +110,19 @@ def disturbed(
     return found
 
 
-def answers_of_reference(
+def answers_of_transformers(
     compression: dict[str, Any],
     prompts: list[list[int]],
     num_tokens: int,
     extra_args: dict[str, Any] | None = None,
 ) -> list[list[int]]:
-    """Greedy answers of the reference on transformers."""
+    """Greedy answers of the engine on transformers."""
     config, options = load_config(compression), RequestOptions.parse(extra_args)
     assert config is not None
-    reference = ReferenceModel.load(LLAMA, "cpu", "float32")
+    ours = TransformersEngine.load(LLAMA, "cpu", "float32")
     found = []
     for prompt in prompts:
-        logits, request = reference.process(prompt, config, options)
+        logits, request = ours.process(prompt, config, options)
         answer = [int(logits.argmax())]
         while len(answer) < num_tokens:
             answer.append(int(request.step(answer[-1]).argmax()))

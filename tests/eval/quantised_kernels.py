@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run by test_quantised.py: what vLLM's kernels store, read back, beside the reference's."""
+"""Run by test_quantised.py: what vLLM's kernels store, read back, beside ours."""
 
 import math
 
@@ -13,7 +13,7 @@ from vllm.v1.attention.ops.triton_reshape_and_cache_flash import (
 from vllm.v1.attention.ops.triton_turboquant_store import triton_turboquant_store
 from vllm.v1.kv_cache_interface import get_kv_quant_mode
 
-from ems_vllm.eval.reference.quantised import FORMATS, _hadamard
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, _hadamard
 
 TOKENS, HEADS, SIZE = 6, 2, 64
 SLOTS = torch.arange(TOKENS, dtype=torch.int32)

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult, Serving
+from ems_vllm.eval.records.results import EvalResult, MethodResult, SampleResult, Serving
 
 BUDGETS = (0.02, 0.03, 0.06, 0.125, 0.25, 0.5)
 LENGTHS = (1024, 2048, 4096)

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config
-from ems_vllm.eval.budget import Budget, kv_budget, largest_kv_budget, smallest_total
-from ems_vllm.eval.method import blocks_held
+from ems_vllm.eval.records.budget import Budget, kv_budget, largest_kv_budget, smallest_total
+from ems_vllm.eval.server.measure import blocks_held
 from ems_vllm.plan import PlanSettings
 
 

@@ -7,9 +7,9 @@ import zipfile
 import pytest
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval.sample import Key
-from ems_vllm.eval.tasks import TASKS, TaskOptions
-from ems_vllm.eval.tasks.longbench import PREFIX
+from ems_vllm.eval.questions.sample import Key
+from ems_vllm.eval.questions.tasks import TASKS, TaskOptions
+from ems_vllm.eval.questions.tasks.longbench import PREFIX
 
 
 @pytest.fixture

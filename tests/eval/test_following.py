@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from ems_vllm.eval.following import FullAnswer, divergence, follow
+from ems_vllm.eval.records.following import FullAnswer, divergence, follow
 
 
 def logs(**probabilities):

@@ -15,8 +15,6 @@ from typer.testing import CliRunner
 
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval.budget import Budget, kv_budget
-from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.lab import variants as sets
 from ems_vllm.eval.lab.__main__ import main
 from ems_vllm.eval.lab.cells import _COMPRESSION, _FORCING, _code, cells
@@ -26,11 +24,14 @@ from ems_vllm.eval.lab.result import LabResult
 from ems_vllm.eval.lab.runner import Lab
 from ems_vllm.eval.lab.sizes import ByteBudget, parse_sizes
 from ems_vllm.eval.lab.variants import Variant, configured, described, read_variants
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.methods import Method, server_config
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.quantised import FORMATS
-from ems_vllm.eval.reference.runner import Runner
+from ems_vllm.eval.records.budget import Budget, kv_budget
+from ems_vllm.eval.records.method import TRANSFORMERS, Method
+from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+from ems_vllm.eval.transformers_engine.quantised import FORMATS
+from ems_vllm.eval.transformers_engine.runner import Runner
+from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 from ems_vllm.layer_shares import LayerShares
 from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.levels import in_levels
@@ -50,21 +51,21 @@ def prompt_line(index=0, **fields):
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return ReferenceModel.load(LLAMA, "cpu", "float32")
+def engine():
+    return TransformersEngine.load(LLAMA, "cpu", "float32")
 
 
-def measure(reference, prompt, variants, *budgets, errors=True):
+def measure(engine, prompt, variants, *budgets, errors=True):
     sizes = parse_sizes(map(str, budgets))
-    configs = configured(variants, sizes, [prompt], {}, reference.block_size)
+    configs = configured(variants, sizes, [prompt], {}, engine.block_size)
     chosen = cells(variants, configs, sizes, errors)
-    record = Lab(reference, True, errors).measure(prompt, Forced.of(prompt), chosen)
+    record = Lab(engine, True, errors).measure(prompt, Forced.of(prompt), chosen)
     return record.full, [record.cells[cell.digest] for cell in chosen]
 
 
-def test_a_budget_for_the_whole_prompt_is_the_full_cache(reference):
+def test_a_budget_for_the_whole_prompt_is_the_full_cache(engine):
     variant = Variant(name="ems")
-    full, (all_of_it, part) = measure(reference, prompt_line(), [variant], 256, 64)
+    full, (all_of_it, part) = measure(engine, prompt_line(), [variant], 256, 64)
     assert all_of_it.loss == pytest.approx(full.loss, abs=1e-5)
     assert all_of_it.kl == pytest.approx(0, abs=1e-6)
     assert all_of_it.attention_error == pytest.approx(0, abs=1e-5)
@@ -73,41 +74,43 @@ def test_a_budget_for_the_whole_prompt_is_the_full_cache(reference):
     assert part.attention_error > 0.01
 
 
-def test_layers_that_share_a_budget_unequally_take_as_many_bytes(reference):
+def test_layers_that_share_a_budget_unequally_take_as_many_bytes(engine):
     pyramid = {"allocator": {"name": "pyramid", "num_levels": 2}}
     variants = [Variant(name="ems"), Variant(name="pyramid", settings=pyramid)]
-    _, (even, uneven) = measure(reference, prompt_line(), variants, 96)
+    _, (even, uneven) = measure(engine, prompt_line(), variants, 96)
     assert uneven.kv_bytes == even.kv_bytes
     assert uneven.attention_error > 0.01
     assert uneven.attention_error != pytest.approx(even.attention_error, rel=1e-3)
     assert uneven.loss != pytest.approx(even.loss, abs=1e-4)
     # Where all of it fits, shares are no matter.
-    full, (everything,) = measure(reference, prompt_line(), variants[1:], 256)
+    full, (everything,) = measure(engine, prompt_line(), variants[1:], 256)
     assert everything.kv_bytes == full.kv_bytes
     assert everything.attention_error == pytest.approx(0, abs=1e-5)
 
 
-def test_right_is_what_would_have_been_written(reference):
+def test_right_is_what_would_have_been_written(engine):
     """The answer that a variant writes by itself is right for it, and no other one is."""
     prompt = prompt_line(written_token_ids=())
-    config = server_config("ems", 64, {}, reference.block_size)
-    options = Method("ems", Budget(count=64)).options(prompt, config, reference.block_size)
-    first = reference.first_query(len(prompt.prompt_token_ids), config, options)
-    prefilled = reference.prefill(prompt.prompt_token_ids, 16, [first])
-    request = reference.request(prefilled, config, options)
+    config = server_config("ems", 64, {}, engine.block_size)
+    options = request_options(
+        Method("ems", TRANSFORMERS, Budget(count=64)), prompt, config, engine.block_size
+    )
+    first = engine.first_query(len(prompt.prompt_token_ids), config, options)
+    prefilled = engine.prefill(prompt.prompt_token_ids, 16, [first])
+    request = engine.request(prefilled, config, options)
     written = [int(prefilled.logits.argmax())]
     while len(written) < 4:
         written.append(int(request.step(written[-1]).argmax()))
     for index in range(4):
         gold = [token + (place == index) for place, token in enumerate(written)]
         other = prompt_line(written_token_ids=(), gold_token_ids=gold)
-        assert not measure(reference, other, [Variant(name="ems")], 64)[1][0].right
+        assert not measure(engine, other, [Variant(name="ems")], 64)[1][0].right
     own = prompt_line(written_token_ids=(), gold_token_ids=written)
-    assert measure(reference, own, [Variant(name="ems")], 64)[1][0].right
+    assert measure(engine, own, [Variant(name="ems")], 64)[1][0].right
 
 
 @pytest.mark.parametrize("recipe", ["ems", "snapkv"])
-def test_one_pass_is_teacher_forcing_of_the_reference_command(reference, recipe):
+def test_one_pass_is_teacher_forcing_of_the_command(engine, recipe):
     # Long enough to be compressed again on the way.
     prompt = prompt_line(
         gold_token_ids=(), written_token_ids=(), continuation_token_ids=tokens(48, seed=92),
@@ -115,32 +118,32 @@ def test_one_pass_is_teacher_forcing_of_the_reference_command(reference, recipe)
     )  # fmt: skip
     overrides = {"recompress_interval": 16}
     variant = Variant(name="x", recipe=recipe, settings=overrides)
-    _, (found,) = measure(reference, prompt, [variant], 64)
-    method = Method(recipe, Budget(count=64))
-    ((_, line),) = Runner(reference, LLAMA, [method], [prompt], overrides).answers(prompt, [method])
+    _, (found,) = measure(engine, prompt, [variant], 64)
+    method = Method(recipe, TRANSFORMERS, Budget(count=64))
+    ((_, line),) = Runner(engine, LLAMA, [method], [prompt], overrides).answers(prompt, [method])
     # The first token is predicted before anything is compressed.
     assert found.loss == pytest.approx(-sum(line.logprobs[1:]) / 47, abs=1e-4)
 
 
-def test_errors_are_those_of_the_projection_s_output(reference):
+def test_errors_are_those_of_the_projection_s_output(engine):
     prompt, fed = prompt_line(), tokens(5, seed=93)
-    prefilled = reference.prefill(prompt.prompt_token_ids, 16)
+    prefilled = engine.prefill(prompt.prompt_token_ids, 16)
     config = load_config({"recipe": "streaming_llm", "budget": 32, "recent_window": 16})
-    options = Method("full", Budget()).options(prompt, config, reference.block_size)
+    options = request_options(Method("full", TRANSFORMERS), prompt, config, engine.block_size)
     outputs, hooks = [], []
-    for layer in reference.model.get_decoder().layers:
+    for layer in engine.model.get_decoder().layers:
         hook = lambda module, args, output: outputs.append(output[0])  # noqa: E731
         hooks.append(layer.self_attn.o_proj.register_forward_hook(hook))
-    recorder = QueryRecorder(reference.compressed_layers)
-    full = reference.request(prefilled, config, options)
+    recorder = QueryRecorder(engine.compressed_layers)
+    full = engine.request(prefilled, config, options)
     with observed_by(recorder):
         full.extend(fed)
     for hook in hooks:
         hook.remove()
-    errors = AttentionErrors(reference, recorder.queries(), full)
+    errors = AttentionErrors(engine, recorder.queries(), full)
     for own, expected in zip(errors.outputs, outputs, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
-    keys, values = reference.request(prefilled, config, options).entries()
+    keys, values = engine.request(prefilled, config, options).entries()
     assert errors.mean(keys, values, 5) == pytest.approx(0, abs=1e-5)
     # Twice the prompt is the same shares of it, and fewer of the new tokens.
     twice_keys, twice_values = (
@@ -184,7 +187,15 @@ def test_measurements_depend_on_all_that_computes_them():
     patterns = (*_FORCING, *_COMPRESSION)
     assert all(any(package.glob(pattern)) for pattern in patterns)
     covered = {file for pattern in patterns for file in package.glob(pattern)}
-    for computes in (Lab, ReferenceModel, kv_budget, Policy, PlanSettings, LayerShares, in_levels):
+    for computes in (
+        Lab,
+        TransformersEngine,
+        kv_budget,
+        Policy,
+        PlanSettings,
+        LayerShares,
+        in_levels,
+    ):
         assert Path(inspect.getfile(computes)) in covered
 
 

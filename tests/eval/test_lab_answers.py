@@ -8,8 +8,8 @@ import typer
 from typer.testing import CliRunner
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval.exchange import AnswerLine, PromptLine
 from ems_vllm.eval.lab.answers import losses, main
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine
 
 app = typer.Typer()
 app.command()(main)

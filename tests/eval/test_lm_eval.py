@@ -9,8 +9,9 @@ from eval.fake_server import FakeServer, Refusal
 from rich.console import Console
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval import preset
-from ems_vllm.eval.run import Run
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.records.run_folder import RunFolder
+from ems_vllm.eval.server.evaluation import Evaluation
 
 SETTINGS = {
     "name": "test",
@@ -53,12 +54,12 @@ def server():
 
 
 def run(server, tmp_path, **changes):
-    return Run(
+    return Evaluation(
         model="m",
         tokenizer=None,
         tokenizer_name="t",
         preset=preset.Preset.model_validate({**SETTINGS, **changes}),
-        output=tmp_path,
+        folder=RunFolder(tmp_path),
         base_url=server.url,
         api_key="k",
         console=Console(quiet=True),

@@ -3,7 +3,7 @@
 
 import pytest
 
-from ems_vllm.eval.metrics import METRICS
+from ems_vllm.eval.questions.metrics import METRICS
 
 CLASSES = ("City", "Other location", "location", "Country")
 

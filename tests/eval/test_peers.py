@@ -9,13 +9,13 @@ from unittest import mock
 import pytest
 from engine.harness import LLAMA, ROOT
 from peers import presses
-from peers.budgets import WINDOW, chunks, compression_ratio, pyramid_beta, window_size
-from peers.methods import Method, methods
+from peers.budgets import WINDOW, chunks, compression_ratio, entries_kept, pyramid_beta, window_size
 from peers.run_kvpress import chosen_presses, main, parse_arguments
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.exchange import AnswerLine, PromptLine, read
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import FULL, Method, methods_of
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine, read
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 
@@ -66,7 +66,7 @@ def test_kvzip_drops_exactly_what_is_asked_of_all_layers_together():
 
 def test_every_method_has_a_file_of_its_own():
     budgets = [Budget.parse(text) for text in ("0.02", "2e-2", "0.5", "64", "full")]
-    chosen = methods([presses.FULL, *presses.NAMES], budgets)
+    chosen = methods_of([FULL, *presses.NAMES], budgets, presses.ENGINE)
     assert len(chosen) == 1 + 3 * len(presses.NAMES)
     assert len({method.file_name for method in chosen}) == len(chosen)
     assert chosen[0].file_name == "kvpress-full.jsonl"
@@ -74,9 +74,10 @@ def test_every_method_has_a_file_of_its_own():
 
 
 def test_budget_is_that_of_the_nominal_length():
-    method = Method("snapkv", Budget.parse("0.02"))
-    assert [method.entries(4096, prompt_len) for prompt_len in (4000, 82, 81)] == [81, 81, None]
-    assert Method(presses.FULL, Budget()).entries(4096, 4000) is None
+    method = Method("snapkv", presses.ENGINE, Budget.parse("0.02"))
+    total = method.budget.total(4096)
+    assert [entries_kept(total, prompt_len) for prompt_len in (4000, 82, 81)] == [81, 81, None]
+    assert entries_kept(Method(FULL, presses.ENGINE).budget.total(4096), 4000) is None
     described = method.describe()
     assert (described.engine, described.budget, described.budget_fraction) == (
         "kvpress",
@@ -103,7 +104,7 @@ def test_command_line(capsys):
     model = mock.Mock()
     model.supports.return_value = True
     chosen = chosen_presses(arguments.presses, model)
-    assert len(methods(chosen, arguments.budgets)) == 1 + 6 * len(presses.NAMES)
+    assert len(methods_of(chosen, arguments.budgets, presses.ENGINE)) == 1 + 6 * len(presses.NAMES)
     with pytest.raises(SystemExit):
         parse_arguments(["--model", "m"])
     assert main(["--model", "m", "--prompts", "none.jsonl", "--out", "o"]) == 2

@@ -9,9 +9,8 @@ from typer.testing import CliRunner
 
 from ems_vllm import cli
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.eval import preset
-from ems_vllm.eval.budget import Budget, smallest_total
-from ems_vllm.eval.method import compression_overrides
+from ems_vllm.eval.records import preset
+from ems_vllm.eval.records.budget import Budget, smallest_total
 
 VALID = {
     "tasks": ["niah"],
@@ -39,7 +38,7 @@ def test_shipped_presets_are_valid(name):
         longest = max(n for task in loaded.tasks for n in loaded.lengths_of(task))
         assert Budget.parse(value).total(longest) >= smallest
     for recipe in loaded.recipes:
-        assert load_config({"recipe": recipe, **compression_overrides(4096, loaded.server)})
+        assert load_config({"recipe": recipe, **loaded.server.recipe_overrides(4096)})
 
 
 def test_command_line_wins(tmp_path):
@@ -105,9 +104,8 @@ def test_mistakes_on_the_command_line(monkeypatch, args, sentence):
 
 
 def test_a_missing_client_is_named(monkeypatch):
-    for name in [name for name in sys.modules if name.startswith("ems_vllm.eval.")]:
-        if name.rpartition(".")[2] in ("run", "endpoint", "asking", "watch", "lm_eval_client"):
-            monkeypatch.delitem(sys.modules, name)
+    for name in [name for name in sys.modules if name.startswith("ems_vllm.eval.server.")]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "openai", None)
     error = CliRunner().invoke(cli.app, ["eval", "m", "--preset", "smoke"]).exception
     assert str(error) == "`ems-vllm eval` needs the package openai: pip install 'ems-vllm[eval]'."

@@ -12,8 +12,8 @@ from ems_vllm.config import ConfigError, load_config
 from ems_vllm.eval.profiling.command import passages
 from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
 from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstruction_peaks
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.model import ReferenceModel
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
 
 def softmax_peaks(queries, keys, num_entries, scale):
@@ -38,24 +38,24 @@ def test_peaks_are_the_most_that_a_later_query_pays(monkeypatch):
     expected = softmax_peaks(queries, keys, 13, 0.5)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
     # A few rows at a time.
-    monkeypatch.setattr("ems_vllm.eval.reference.weights._MAX_LOGITS", 2 * 4 * 20)
+    monkeypatch.setattr("ems_vllm.eval.transformers_engine.weights._MAX_LOGITS", 2 * 4 * 20)
     assert peak_attention(queries, keys, 13, 0.5) == pytest.approx(expected)
 
 
 def test_a_repetition_is_what_follows_the_text(monkeypatch):
-    reference = ReferenceModel.load(LLAMA, "cpu", "float32")
+    engine = TransformersEngine.load(LLAMA, "cpu", "float32")
     text, instruction = list(range(40, 90)), [7, 8, 9]
-    peaks = reconstruction_peaks(reference, text, instruction)
+    peaks = reconstruction_peaks(engine, text, instruction)
     # Processed at once, and in chunks.
     monkeypatch.setattr("ems_vllm.eval.profiling.reconstruction._CHUNK", 11)
-    assert reconstruction_peaks(reference, text, instruction) == pytest.approx(peaks, abs=1e-5)
+    assert reconstruction_peaks(engine, text, instruction) == pytest.approx(peaks, abs=1e-5)
     # The same by transformers alone: queries behind the text, keys of everything.
     seen = {}
     with observed_by(lambda layer, queries, keys: seen.update({layer: (queries, keys)})):
-        reference.model(torch.tensor([[*text, *instruction, *text]]))
+        engine.model(torch.tensor([[*text, *instruction, *text]]))
     for layer, found in enumerate(peaks):
         queries, keys = (tensor.detach() for tensor in seen[layer])
-        expected = softmax_peaks(queries[len(text) :], keys, len(text), reference.scale)
+        expected = softmax_peaks(queries[len(text) :], keys, len(text), engine.scale)
         assert found == pytest.approx(expected, abs=1e-5)
 
 

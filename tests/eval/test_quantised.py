@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised caches of the reference: vLLM's formats, bit for bit where its code runs on a CPU."""
+"""Quantised caches on transformers: vLLM's formats, bit for bit where its code runs on a CPU."""
 
 import subprocess
 import sys
@@ -15,10 +15,10 @@ from vllm.v1.attention.ops.int4_per_token_head import single_rht
 
 from ems_vllm.config import ConfigError, RequestOptions
 from ems_vllm.config.cache_shape import CacheShape
-from ems_vllm.eval.reference import quantised
-from ems_vllm.eval.reference.methods import server_config
-from ems_vllm.eval.reference.model import ReferenceModel
-from ems_vllm.eval.reference.quantised import FORMATS, cache_format
+from ems_vllm.eval.transformers_engine import quantised
+from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, cache_format
+from ems_vllm.eval.transformers_engine.server_config import server_config
 
 CPU = torch.device("cpu")
 # Layer 5 of 30 is quantised in every format.
@@ -67,7 +67,7 @@ def test_every_vector_has_scales_of_its_own():
 
 
 def test_float8_is_what_the_cpu_platform_writes():
-    from ems_vllm.platform.attention import _float8_bytes
+    from ems_vllm.cpu_platform.attention import _float8_bytes
 
     x = 200 * vectors(50, 64)
     written = _float8_bytes(x, 1.0).view(torch.float8_e4m3fn).to(x.dtype)
@@ -142,27 +142,27 @@ def test_mistakes_are_named():
 
 
 @pytest.fixture(scope="module")
-def reference():
-    return ReferenceModel.load(LLAMA, "cpu", "float32")
+def engine():
+    return TransformersEngine.load(LLAMA, "cpu", "float32")
 
 
 PROMPT = tokens(200, seed=7)
 
 
-def request_of(reference, name, recipe="ems", budget=None):
-    config = server_config(recipe, 64, {"recompress_interval": 16}, reference.block_size)
+def request_of(engine, name, recipe="ems", budget=None):
+    config = server_config(recipe, 64, {"recompress_interval": 16}, engine.block_size)
     options = RequestOptions(enabled=recipe != "full", budget=budget)
-    first = reference.first_query(len(PROMPT), config, options)
+    first = engine.first_query(len(PROMPT), config, options)
     firsts = [] if first is None else [first]
     one = FORMATS[name]
-    prefilled = reference.prefill(PROMPT, 16, firsts, FORMATS[one.prefill])
-    return prefilled, reference.request(prefilled, config, options, one)
+    prefilled = engine.prefill(PROMPT, 16, firsts, FORMATS[one.prefill])
+    return prefilled, engine.request(prefilled, config, options, one)
 
 
-def test_all_that_is_held_is_stored_in_the_format(reference):
+def test_all_that_is_held_is_stored_in_the_format(engine):
     """The prompt, what is merged, and what is written later; attention of the prompt saw it."""
-    plain, _ = request_of(reference, "auto")
-    prefilled, request = request_of(reference, "fp8")
+    plain, _ = request_of(engine, "auto")
+    prefilled, request = request_of(engine, "fp8")
     request.extend(tokens(40, seed=8))
     keys, values = request.entries()
     assert keys[0].shape[1] < 100
@@ -173,13 +173,13 @@ def test_all_that_is_held_is_stored_in_the_format(reference):
     assert 1e-3 < difference / plain.logits.std() < 1
 
 
-def test_a_prompt_that_saw_itself_unrounded_is_stored_afterwards(reference, monkeypatch):
+def test_a_prompt_that_saw_itself_unrounded_is_stored_afterwards(engine, monkeypatch):
     # Four layers, and TurboQuant leaves four alone.
     name = "turboquant_4bit_nc"
     everywhere = quantised.CacheFormat(name, FORMATS[name].keys, FORMATS[name].values, "auto")
     monkeypatch.setitem(FORMATS, name, everywhere)
-    plain, untouched = request_of(reference, "auto", "full")
-    prefilled, request = request_of(reference, name, "full")
+    plain, untouched = request_of(engine, "auto", "full")
+    prefilled, request = request_of(engine, name, "full")
     assert torch.equal(prefilled.logits, plain.logits)
     keys = torch.stack(untouched.entries()[0])
     request.step(3)

@@ -10,12 +10,12 @@ import pytest
 from eval.report_results import BITS, BUDGETS, KVPRESS, VLLM, results
 
 from ems_vllm.config.errors import ConfigError
+from ems_vllm.eval.records.results import EvalResult, MethodResult, SampleResult
 from ems_vllm.eval.report import write_report
 from ems_vllm.eval.report.aggregate import aggregate
 from ems_vllm.eval.report.compare import mean_table
 from ems_vllm.eval.report.samples import MAX_PER_SERIES, worst_samples
 from ems_vllm.eval.report.verdict import verdict
-from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 HOSTILE = "</pre></td></table><script>alert('x')</script><img src=http://evil.example/a.png>&\"'"

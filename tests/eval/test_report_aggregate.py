@@ -6,9 +6,9 @@ import math
 import pytest
 from eval.report_results import BITS, BUDGETS, KVPRESS, results
 
+from ems_vllm.eval.records.results import EvalResult, MethodResult, SampleResult
 from ems_vllm.eval.report.aggregate import aggregate
 from ems_vllm.eval.report.compare import mean_table, task_table
-from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult
 
 
 def sample(score, index=0, *, task="t", error=None, length=100):

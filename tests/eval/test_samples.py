@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ems_vllm.config import ConfigError
-from ems_vllm.eval.fitting import largest_fitting
-from ems_vllm.eval.haystack import read_texts
-from ems_vllm.eval.metrics import METRICS
-from ems_vllm.eval.sample import Key, generator
-from ems_vllm.eval.tasks import TASKS, TaskOptions
+from ems_vllm.eval.questions.haystack import read_texts
+from ems_vllm.eval.questions.longest_prompt import largest_fitting
+from ems_vllm.eval.questions.metrics import METRICS
+from ems_vllm.eval.questions.sample import Key, generator
+from ems_vllm.eval.questions.tasks import TASKS, TaskOptions
 
 # Tasks that write their prompts themselves, and those that read public data sets.
 READERS = [name for name in TASKS if name.startswith(("longbench_", "qa_"))]

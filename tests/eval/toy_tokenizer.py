@@ -4,7 +4,7 @@
 import re
 from collections.abc import Sequence
 
-from ems_vllm.eval.tokenizer import Message
+from ems_vllm.eval.questions.tokenizer import Message
 
 
 class ToyTokenizer:

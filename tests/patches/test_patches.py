@@ -9,21 +9,36 @@ import pkgutil
 
 import pytest
 
-import ems_vllm.patches
+from ems_vllm.patches import catalogue
 from ems_vllm.patches import target as targets
 from ems_vllm.patches.catalogue import PATCHES
-from ems_vllm.patches.record import Patch, PatchError
+from ems_vllm.patches.record import Patch, PatchError, Process
 from ems_vllm.patches.target import fits, resolve
+from ems_vllm.vllm_versions import SUPPORTED
 
 
 def test_catalogue_is_complete():
-    modules = (
-        importlib.import_module(f"ems_vllm.patches.{module.name}")
-        for module in pkgutil.iter_modules(ems_vllm.patches.__path__)
-        if module.name != "catalogue"
-    )
-    found = [patch for module in modules for patch in getattr(module, "PATCHES", ())]
+    """Every patch lies with its process, and none is left out."""
+    found = []
+    for process in Process:
+        folder = importlib.import_module(f"ems_vllm.patches.{process}")
+        for module in pkgutil.iter_modules(folder.__path__, f"{folder.__name__}."):
+            patches = importlib.import_module(module.name).PATCHES
+            assert {patch.process for patch in patches} == {process}, module.name
+            found += patches
     assert sorted(p.target for p in found) == sorted(p.target for p in PATCHES)
+
+
+@pytest.mark.parametrize("process", Process)
+def test_a_process_gets_its_own_patches(process, monkeypatch):
+    """Those of `ALWAYS` are in place by then, and the others' stay out."""
+    applied = []
+    monkeypatch.setattr(Patch, "apply", lambda patch: applied.append(patch))
+    catalogue.apply(process)
+    assert applied == [
+        patch for patch in PATCHES if patch.process is process and patch not in catalogue.ALWAYS
+    ]
+    assert catalogue.ALWAYS
 
 
 class Target:
@@ -53,7 +68,9 @@ def make(name: str, **changes: object) -> Patch:
         "wrap": wrap,
         "vllm": ">=0.32",
         "source_sha256": {},
+        "process": Process.WORKER,
         "reason": "a test",
+        "upstream": "none filed",
         "remove_when": "never",
     }
     return Patch(**{**fields, **changes})
@@ -72,6 +89,7 @@ def test_installed_vllm_is_the_tested_one(patch):
     version = __version__.split("+")[0]
     assert patch.source_sha256[version] == patch.current_sha256()
     assert patch.reason
+    assert patch.upstream
     assert patch.remove_when
 
 
@@ -117,8 +135,9 @@ def test_source_that_was_not_tested_is_refused(version, monkeypatch):
     assert Target().method(1) == 2
 
 
-def test_release_that_left_a_function_as_it_was_is_taken(monkeypatch):
-    monkeypatch.setattr("vllm.__version__", "0.32.7")
+@pytest.mark.parametrize("version", ["0.32.7", "0.33.2"])
+def test_release_that_left_a_function_as_it_was_is_taken(version, monkeypatch):
+    monkeypatch.setattr("vllm.__version__", version)
     for patch in PATCHES:
         patch.verify()
 
@@ -176,13 +195,17 @@ def test_vllm_without_sources_is_refused(monkeypatch):
         ("0.32.0.post1", True),
         ("0.32.1rc1", True),
         ("0.32.0rc2", False),
-        ("0.33.0.dev7", False),
-        ("0.33.0rc1", False),
-        ("0.33.0", False),
+        ("0.33.0.dev7", True),
+        ("0.33.0rc1", True),
+        ("0.33.0", True),
+        ("0.33.4+cu130", True),
+        ("0.34.0.dev7", False),
+        ("0.34.0rc1", False),
+        ("0.34.0", False),
         ("dev", False),
     ],
 )
 def test_versions_are_told_apart(version, expected, monkeypatch):
     monkeypatch.setattr("vllm.__version__", version)
-    assert fits(">=0.32.0,<0.33") is expected
+    assert fits(SUPPORTED) is expected
     assert fits("")

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A vLLM that this package was not written for: it runs as ever, compression is refused."""
 
+from importlib import metadata
+
 import pytest
 from engine.harness import LLAMA
 from processes import run_script
@@ -53,13 +55,13 @@ def test_compression_is_refused_with_what_to_do(answers, name):
 
 
 def test_vllm_alone_runs_as_ever(answers):
-    assert answers["neither"] == "ems_vllm.platform.worker.ReferenceCPUWorker"
+    assert answers["neither"] == "ems_vllm.cpu_platform.worker.TorchCPUWorker"
 
 
 def test_the_installed_vllm_is_supported():
     """The control: the same script with the version that is there."""
     cases = {name: CASES[name] for name in ("python", "neither")}
-    assert run_script(_SCRIPT, {"version": "0.32.0", "cases": cases}) == {
+    assert run_script(_SCRIPT, {"version": metadata.version("vllm"), "cases": cases}) == {
         "python": "ems_vllm.engine.worker.cpu.CompressedCPUWorker",
-        "neither": "ems_vllm.platform.worker.ReferenceCPUWorker",
+        "neither": "ems_vllm.cpu_platform.worker.TorchCPUWorker",
     }

@@ -12,7 +12,7 @@ OVERRIDES = {
     "FLASHINFER": "ems_vllm.engine.attention.flashinfer.CompressedFlashInferBackend",
     "TRITON_ATTN": "ems_vllm.engine.attention.triton_attn.CompressedTritonAttentionBackend",
     "FLEX_ATTENTION": "ems_vllm.engine.attention.flex_attention.CompressedFlexAttentionBackend",
-    "CPU_REFERENCE": "ems_vllm.engine.attention.cpu_reference.CompressedReferenceAttentionBackend",
+    "TORCH_CPU": "ems_vllm.engine.attention.torch_cpu.CompressedTorchCPUBackend",
 }
 
 

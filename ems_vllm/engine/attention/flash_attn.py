@@ -9,7 +9,8 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 
 from ems_vllm.engine.attention import softmax_lse
 from ems_vllm.engine.attention.wrap import wrap_backend
-from ems_vllm.patches import flash_attn as patches
+from ems_vllm.patches import catalogue
+from ems_vllm.patches.record import Process
 
 if TYPE_CHECKING:
     import torch
@@ -17,8 +18,7 @@ if TYPE_CHECKING:
 # FlashAttention 2 and 3 write the LSE of every call; 4 compiles another kernel for it.
 _VERSIONS_WITH_LSE = (2, 3)
 
-for _patch in patches.PATCHES:
-    _patch.apply()
+catalogue.apply(Process.WORKER)
 
 
 class LseFlashAttentionImpl(FlashAttentionImpl):

@@ -68,7 +68,7 @@ def _split_head_counts(builder: Any, num_heads: int) -> None:
     builder.num_heads_kv = 1
 
 
-def _split_reference(builder: Any, num_heads: int) -> None:
+def _split_torch_cpu(builder: Any, num_heads: int) -> None:
     pass
 
 
@@ -98,7 +98,7 @@ class Splitting:
 
 # By vLLM's name of the backend. The others plan on the host, by the lengths of all layers at once.
 SPLITTINGS = {
-    "CPU_REFERENCE": Splitting(_split_reference, _planned_again),
+    "TORCH_CPU": Splitting(_split_torch_cpu, _planned_again),
     "FLASH_ATTN": Splitting(_split_flash),
     "TRITON_ATTN": Splitting(_split_triton),
 }

@@ -10,14 +10,8 @@ from ems_vllm.engine.frontend.compatibility import check_compatibility
 from ems_vllm.engine.scheduler import SCHEDULERS
 from ems_vllm.engine.worker import WORKERS
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import (
-    async_llm,
-    catalogue,
-    input_processor,
-    online_renderer,
-    openai_serving,
-)
-from ems_vllm.patches.record import PatchError
+from ems_vllm.patches import catalogue
+from ems_vllm.patches.record import PatchError, Process
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -63,9 +57,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    for module in (input_processor, async_llm, openai_serving, online_renderer):
-        for patch in module.PATCHES:
-            patch.apply()
+    catalogue.apply(Process.FRONTEND)
 
 
 def check_activated(vllm_config: VllmConfig) -> None:

@@ -36,8 +36,9 @@ class CompressedAttentionManager(FullAttentionManager):
         group_spec: That spec.
     """
 
-    # vLLM looks hits up in a classmethod that is not told which request asks, so the limit of the
-    # request at hand is kept here while `limit_hits` is active. The scheduler is single-threaded.
+    # vLLM 0.32 looks hits up in a classmethod that is not told which request asks, so the limit of
+    # the request at hand is kept here while `limit_hits` is active. The scheduler is
+    # single-threaded.
     _hit_limit: int | None = None
 
     def __init__(self, kv_cache_spec: Any, **kwargs: Any) -> None:
@@ -64,7 +65,10 @@ class CompressedAttentionManager(FullAttentionManager):
     @classmethod
     @contextmanager
     def limit_hits(cls, limit: int | None) -> Iterator[None]:
-        """Cap every look-up in the prefix cache to `limit` tokens within the context."""
+        """Cap every look-up in the prefix cache to `limit` tokens within the context.
+
+        For vLLM 0.32, whose scheduler has no such argument.
+        """
         cls._hit_limit = limit
         try:
             yield

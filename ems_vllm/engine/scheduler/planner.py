@@ -63,6 +63,8 @@ class Planner:
             [manager.group_spec for manager in managers], num_blocks, max_num_seqs
         )
         self._num_steps = 0
+        # Whether a request that is to be admitted must wait in the step that is being scheduled.
+        self._queue_waits = False
         self._ended: list[str] = []
         for index, manager in enumerate(managers):
             manager.follow(self.requests, index)
@@ -136,6 +138,15 @@ class Planner:
             num_tokens: What vLLM would schedule.
         """
         tracked = self.requests[request.request_id]
+        if not tracked.is_new:
+            return self._limit(tracked, start, num_tokens)
+        # From 0.33 on vLLM goes on to the next in the queue. Those that need little would always
+        # come before one that needs much, so whoever is behind one that waits, waits too.
+        num_tokens = 0 if self._queue_waits else self._limit(tracked, start, num_tokens)
+        self._queue_waits = num_tokens == 0
+        return num_tokens
+
+    def _limit(self, tracked: SchedulerRequest, start: int, num_tokens: int) -> int:
         if start + num_tokens <= tracked.quiet_until:
             return num_tokens
         if tracked.is_new:
@@ -187,6 +198,7 @@ class Planner:
             output: vLLM's, with the tokens of the step counted as computed already.
         """
         self._num_steps += 1
+        self._queue_waits = False
         orders = StepOrders(self._num_steps, ended=self._ended)
         self._ended = []
         self._dealer.take_back_unused(output.num_scheduled_tokens)

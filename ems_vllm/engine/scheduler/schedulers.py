@@ -16,6 +16,7 @@ from ems_vllm.config import settings_of
 from ems_vllm.engine.orders import attach
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
+from ems_vllm.vllm_versions import bounds_cache_hits
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -50,10 +51,20 @@ class CompressionSchedulerMixin(_Base):
             num_sinks=config.selector.num_sink_tokens,
         )
 
-    def _get_local_prefix_cache_hit(self, request: Request) -> Any:
+    def _get_local_prefix_cache_hit(
+        self, request: Request, max_cache_hit_length: int | None = None
+    ) -> Any:
         """A hit must end where the request's compaction begins to write."""
-        with CompressedAttentionManager.limit_hits(self.planner.admit(request)):
-            return super()._get_local_prefix_cache_hit(request)
+        limit = self.planner.admit(request)
+        if not bounds_cache_hits():
+            with CompressedAttentionManager.limit_hits(limit):
+                return super()._get_local_prefix_cache_hit(request)
+        if limit is not None:
+            # None would be all but the last token, of which the logits are wanted.
+            if max_cache_hit_length is None:
+                max_cache_hit_length = request.num_tokens - 1
+            max_cache_hit_length = min(max_cache_hit_length, limit)
+        return super()._get_local_prefix_cache_hit(request, max_cache_hit_length)
 
     def _reserve_prefill_lookahead(
         self, request: Request, num_computed_tokens: int, num_new_tokens: int

@@ -4,7 +4,7 @@
 # The compressing twin of each worker class; the name travels to every worker process.
 WORKERS = {
     "vllm.v1.worker.gpu_worker.Worker": "ems_vllm.engine.worker.gpu.CompressedGPUWorker",
-    "ems_vllm.platform.worker.ReferenceCPUWorker": (
+    "ems_vllm.cpu_platform.worker.TorchCPUWorker": (
         "ems_vllm.engine.worker.cpu.CompressedCPUWorker"
     ),
 }

@@ -11,11 +11,9 @@ tokens. A run that was interrupted goes on where it stopped, from a journal besi
 from __future__ import annotations
 
 import json
-import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -23,11 +21,12 @@ from rich.progress import track
 
 from ems_vllm.config import ConfigError, parse_overrides
 from ems_vllm.config.errors import shown
-from ems_vllm.eval import environment
 from ems_vllm.eval.lab.sizes import parse_sizes
 from ems_vllm.eval.lab.variants import configured, described, names, read_variants
-from ems_vllm.eval.readable_json import readable
-from ems_vllm.eval.reference.files import read_prompts
+from ems_vllm.eval.records import environment
+from ems_vllm.eval.records.prompt_files import read_prompts
+from ems_vllm.eval.records.readable_json import readable
+from ems_vllm.eval.script import run_script
 
 # Where output is no terminal, as in a log.
 _WIDTH = 220
@@ -73,8 +72,8 @@ def main(
     from ems_vllm.eval.lab.result import LabResult, full_summaries, prompt_results, summaries
     from ems_vllm.eval.lab.runner import Lab
     from ems_vllm.eval.lab.table import table
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.quantised import cache_format
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+    from ems_vllm.eval.transformers_engine.quantised import cache_format
 
     asked = asked[:limit]
     forced = [(prompt, found) for prompt in asked if (found := Forced.of(prompt))]
@@ -83,19 +82,11 @@ def main(
             f"prompts={shown(str(prompts))} has no right answers of two tokens or more "
             "(gold_token_ids, continuation_token_ids): export prompts of other tasks."
         )
-    reference = ReferenceModel.load(model, device, dtype, block_size)
+    engine = TransformersEngine.load(model, device, dtype, block_size)
     for variant in compared:
-        cache_format(variant.kv_cache_dtype).check(reference.shape.head_size)
-    lab = Lab(reference, compiled, errors)
-    common: dict[str, Any] = {
-        "engine": "transformers",
-        "model": model,
-        "dtype": str(reference.model.dtype).removeprefix("torch."),
-        "device": str(reference.model.device),
-        "block_size": block_size,
-        "operators": "compiled" if compiled else "reference",
-        "versions": {name: version(name) for name in ("ems-vllm", "transformers", "torch")},
-    }
+        cache_format(variant.kv_cache_dtype).check(engine.shape.head_size)
+    lab = Lab(engine, compiled, errors)
+    common = {**engine.describe(model, compiled), "device": str(engine.model.device)}
     journal = Journal(out.with_suffix(".journal.jsonl"), common)
     chosen = cells(compared, configs, sizes, errors)
     console = Console()
@@ -108,7 +99,7 @@ def main(
             cell
             for cell in chosen
             if cell.digest not in done
-            and cell.options(prompt, block_size, reference.shape) is not None
+            and cell.options(prompt, block_size, engine.shape) is not None
         ]
         if todo:
             journal.add(lab.measure(prompt, answer, todo))
@@ -135,8 +126,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

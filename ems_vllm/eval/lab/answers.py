@@ -10,7 +10,6 @@ that what engines round differently does not count.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,11 +18,11 @@ from typing import Annotated
 import typer
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.exchange import AnswerLine, PromptLine, read
 from ems_vllm.eval.lab.forcing import Forced, group
-from ems_vllm.eval.readable_json import readable
-from ems_vllm.eval.reference.files import read_prompts
-from ems_vllm.eval.sample import Key
+from ems_vllm.eval.questions.sample import Key
+from ems_vllm.eval.records.prompt_files import AnswerLine, PromptLine, read, read_prompts
+from ems_vllm.eval.records.readable_json import readable
+from ems_vllm.eval.script import run_script
 
 # Loss of a prompt by its task, seed and index, by its group: nats per token.
 Losses = dict[str, dict[str, float]]
@@ -135,8 +134,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -12,24 +12,25 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ems_vllm.eval.budget import Budget
 from ems_vllm.eval.lab.sizes import EVERYTHING, ByteBudget, Size
-from ems_vllm.eval.reference.methods import Method
-from ems_vllm.eval.reference.quantised import CacheFormat, cache_format
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.records.method import TRANSFORMERS, Method
+from ems_vllm.eval.transformers_engine.quantised import CacheFormat, cache_format
+from ems_vllm.eval.transformers_engine.server_config import request_options
 
 if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig, RequestOptions
     from ems_vllm.config.cache_shape import CacheShape
-    from ems_vllm.eval.exchange import PromptLine
     from ems_vllm.eval.lab.variants import Variant
+    from ems_vllm.eval.records.prompt_files import PromptLine
 
 # What every measurement depends on, and what those of a compressed cache do.
-_FORCING = ("eval/reference/**/*.py", "eval/lab/**/*.py")
+_FORCING = ("eval/transformers_engine/**/*.py", "eval/lab/**/*.py")
 _COMPRESSION = (
     "head_shares.py",
     "layer_shares.py",
     "plan.py",
-    "eval/budget.py",
+    "eval/records/budget.py",
     "policies/**/*.py",
     "ops/**/*.py",
     "*.so",
@@ -63,7 +64,8 @@ class Cell:
         if isinstance(budget, ByteBudget):
             num_tokens = len(prompt.prompt_token_ids)
             budget = Budget(count=budget.total(num_tokens, shape, self.cache_format))
-        return Method(self.variant, budget).options(prompt, self.config, block_size)
+        method = Method(self.variant, TRANSFORMERS, budget)
+        return request_options(method, prompt, self.config, block_size)
 
 
 def cells(

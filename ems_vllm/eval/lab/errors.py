@@ -10,15 +10,15 @@ import torch
 from torch.nn import functional
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.reference.attention import visible_behind
+from ems_vllm.eval.transformers_engine.attention import visible_behind
 
 if TYPE_CHECKING:
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.request import ReferenceRequest
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+    from ems_vllm.eval.transformers_engine.request import CompressedRequest
 
 
 class QueryRecorder:
-    """Collects the queries of the compressed layers; an observer (reference.attention)."""
+    """Collects the queries of the compressed layers; an observer (attention.Observer)."""
 
     def __init__(self, layers: list[int]) -> None:
         self._queries: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
@@ -40,7 +40,7 @@ class AttentionErrors:
     nothing is carried over from the layers before it.
 
     Args:
-        reference: The model.
+        engine: The model.
         queries: Of the tokens after the prompt, by layer.
         full: The uncompressed request that has processed them.
 
@@ -52,10 +52,10 @@ class AttentionErrors:
     """
 
     def __init__(
-        self, reference: ReferenceModel, queries: list[torch.Tensor], full: ReferenceRequest
+        self, engine: TransformersEngine, queries: list[torch.Tensor], full: CompressedRequest
     ) -> None:
-        self._scale = reference.scale
-        self._projections = projections(reference)
+        self._scale = engine.scale
+        self._projections = projections(engine)
         self._queries = queries
         num_tokens = len(queries[0])
         keys, values = full.entries()
@@ -129,18 +129,16 @@ class AttentionErrors:
         return functional.linear(flat, projection.weight.float(), bias)
 
 
-def projections(reference: ReferenceModel) -> list[torch.nn.Linear]:
+def projections(engine: TransformersEngine) -> list[torch.nn.Linear]:
     """Output projections of the compressed layers.
 
     Raises:
         ConfigError: there are none by the usual name.
     """
-    layers: Any = reference.model.get_decoder().layers
-    found = [
-        getattr(layers[index].self_attn, "o_proj", None) for index in reference.compressed_layers
-    ]
+    layers: Any = engine.model.get_decoder().layers
+    found = [getattr(layers[index].self_attn, "o_proj", None) for index in engine.compressed_layers]
     if any(projection is None for projection in found):
-        name = reference.model.config.name_or_path
+        name = engine.model.config.name_or_path
         raise ConfigError(
             f"model={shown(name)} has attention without `o_proj`, so its errors are unknown: give "
             "--no-errors."

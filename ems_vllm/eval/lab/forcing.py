@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
-    from ems_vllm.eval.exchange import PromptLine
+    from ems_vllm.eval.records.prompt_files import PromptLine
 
 CONTINUATION = "continuation"
 
@@ -54,7 +54,7 @@ class Forced:
     def of(cls, prompt: PromptLine) -> Forced | None:
         """None where no token of a known answer is predicted by a compressed cache."""
         answer = prompt.continuation_token_ids or prompt.gold_token_ids
-        # A continuation follows the prompt, as in reference.answer.
+        # A continuation follows the prompt, as in transformers_engine.answer.
         written = (*prompt.written_token_ids, *prompt.lead_token_ids)
         if prompt.continuation_token_ids:
             written = ()

@@ -14,8 +14,8 @@ from ems_vllm.eval.lab.forcing import Measurement, group
 from ems_vllm.eval.report.stats import bootstrap, difference
 
 if TYPE_CHECKING:
-    from ems_vllm.eval.exchange import PromptLine
     from ems_vllm.eval.lab.journal import Record
+    from ems_vllm.eval.records.prompt_files import PromptLine
 
 
 class _Part(BaseModel):

@@ -12,24 +12,24 @@ from ems_vllm.eval.lab.cells import Cell, prompt_digest
 from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder, projections
 from ems_vllm.eval.lab.forcing import Forced, Measurement
 from ems_vllm.eval.lab.journal import Record
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.ops import reference_operators
 
 if TYPE_CHECKING:
     import torch
 
     from ems_vllm.config import KVCompressionConfig
-    from ems_vllm.eval.exchange import PromptLine
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.reference.prefill import Prefilled
+    from ems_vllm.eval.records.prompt_files import PromptLine
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
+    from ems_vllm.eval.transformers_engine.prefill import Prefilled
 
 
 class Lab:
     """Measures with transformers.
 
     Args:
-        reference: The model.
+        engine: The model.
         compiled: Whether policies use the compiled operators.
         errors: Whether errors of attention are measured.
 
@@ -37,12 +37,12 @@ class Lab:
         ConfigError: the model's attention is not what `errors` needs.
     """
 
-    def __init__(self, reference: ReferenceModel, compiled: bool, errors: bool) -> None:
-        self._reference = reference
+    def __init__(self, engine: TransformersEngine, compiled: bool, errors: bool) -> None:
+        self._engine = engine
         self._compiled = compiled
         self._errors = errors
         if errors:
-            projections(reference)
+            projections(engine)
 
     def measure(self, prompt: PromptLine, forced: Forced, cells: Sequence[Cell]) -> Record:
         """One forward pass for the prompt in each format, and one for each cell from compaction to
@@ -56,7 +56,7 @@ class Lab:
         # By the format in which the prompt is processed; the first is the full cache's.
         asked: dict[str, list[tuple[Cell, RequestOptions]]] = {PLAIN: []}
         for cell in {cell.digest: cell for cell in cells}.values():
-            options = cell.options(prompt, self._reference.block_size, self._reference.shape)
+            options = cell.options(prompt, self._engine.block_size, self._engine.shape)
             assert options is not None
             asked.setdefault(cell.cache_format.prefill, []).append((cell, options))
         window = max(cell.config.obs_window for cell in cells)
@@ -70,7 +70,7 @@ class Lab:
                 prefilled = self._prefill(prompt, group, FORMATS[name], window)
             for cell, options in group:
                 with self._operators():
-                    found = self._cell(prompt, prefilled, forced, cell, options, full, errors)
+                    found = self._cell(prefilled, forced, cell, options, full, errors)
                 measured[cell.digest] = found
         return Record(prompt=prompt_digest(prompt), full=own, cells=measured)
 
@@ -83,32 +83,31 @@ class Lab:
     ) -> Prefilled:
         token_ids = prompt.prompt_token_ids
         needed = [
-            self._reference.first_query(len(token_ids), cell.config, options)
+            self._engine.first_query(len(token_ids), cell.config, options)
             for cell, options in asked
         ]
         firsts = {first for first in needed if first is not None}
-        return self._reference.prefill(token_ids, num_queries, firsts, cache_format)
+        return self._engine.prefill(token_ids, num_queries, firsts, cache_format)
 
     def _bytes(self, num_entries: float, cache_format: str) -> float:
-        return num_entries * FORMATS[cache_format].entry_bytes(self._reference.shape)
+        return num_entries * FORMATS[cache_format].entry_bytes(self._engine.shape)
 
     def _full(
         self, prefilled: Prefilled, forced: Forced, any_config: KVCompressionConfig
     ) -> tuple[torch.Tensor, AttentionErrors | None]:
         """Log probabilities of the full cache, and what compares attention with it."""
-        request = self._reference.request(prefilled, any_config, RequestOptions(enabled=False))
-        recorder = QueryRecorder(self._reference.compressed_layers)
+        request = self._engine.request(prefilled, any_config, RequestOptions(enabled=False))
+        recorder = QueryRecorder(self._engine.compressed_layers)
         with ExitStack() as stack:
             if self._errors:
                 stack.enter_context(observed_by(recorder))
             logprobs = forced.logprobs(request.extend(forced.fed))
         if not self._errors:
             return logprobs, None
-        return logprobs, AttentionErrors(self._reference, recorder.queries(), request)
+        return logprobs, AttentionErrors(self._engine, recorder.queries(), request)
 
     def _cell(
         self,
-        prompt: PromptLine,
         prefilled: Prefilled,
         forced: Forced,
         cell: Cell,
@@ -116,14 +115,7 @@ class Lab:
         full: torch.Tensor,
         errors: AttentionErrors | None,
     ) -> Measurement:
-        logits = prefilled.logits
-        if cell.config.prefill_interval:
-            # What is compressed as the prompt comes is a prompt of its own.
-            logits, request = self._reference.process(
-                prompt.prompt_token_ids, cell.config, options, cell.cache_format
-            )
-        else:
-            request = self._reference.request(prefilled, cell.config, options, cell.cache_format)
+        logits, request = self._engine.begin(prefilled, cell.config, options, cell.cache_format)
         request.compress()
         kv_bytes = self._bytes(request.num_live, cell.cache_format.name)
         error = None
@@ -134,7 +126,7 @@ class Lab:
             if due is not None:
                 num_compared = min(num_compared, due - prefilled.num_tokens)
             found = request.gaps()
-            gaps = [found.get(layer) for layer in self._reference.compressed_layers]
+            gaps = [found.get(layer) for layer in self._engine.compressed_layers]
             error = errors.mean(*request.entries(), num_compared, gaps)
         logprobs = forced.logprobs(request.extend(forced.fed))
         measurement = forced.measure(logits, logprobs, full)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.budget import Budget
-from ems_vllm.eval.reference.quantised import FORMATS, PLAIN, CacheFormat
+from ems_vllm.eval.records.budget import Budget
+from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 
 if TYPE_CHECKING:
     from ems_vllm.config.cache_shape import CacheShape

@@ -7,7 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ems_vllm.eval.lab.result import LabResult, Summary
-from ems_vllm.eval.reference.methods import FULL
+from ems_vllm.eval.records.method import FULL
 
 
 def table(result: LabResult) -> Table:

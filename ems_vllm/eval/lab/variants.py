@@ -12,10 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ems_vllm.config import ConfigError, KVCompressionConfig, recipes
 from ems_vllm.config.errors import from_pydantic, shown
-from ems_vllm.eval.exchange import PromptLine
 from ems_vllm.eval.lab.sizes import ByteBudget, Size
-from ems_vllm.eval.reference.methods import FULL, server_config
-from ems_vllm.eval.reference.quantised import PLAIN, cache_format
+from ems_vllm.eval.records.method import FULL
+from ems_vllm.eval.records.prompt_files import PromptLine
+from ems_vllm.eval.transformers_engine.quantised import PLAIN, cache_format
+from ems_vllm.eval.transformers_engine.server_config import server_config
 
 _SIZES = ("budget", "ratio", "max_budget")
 

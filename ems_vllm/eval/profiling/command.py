@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import track
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.haystack import read_texts
+from ems_vllm.eval.questions.haystack import read_texts
 
 # Tokens that every head attends to whatever they are.
 _NUM_SINKS = 4
@@ -40,22 +40,22 @@ def profile(
     # Imported here: mistakes above must not take the seconds that transformers takes.
     from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
     from ems_vllm.eval.profiling.reconstruction import reconstruction_peaks
-    from ems_vllm.eval.reference.model import ReferenceModel
-    from ems_vllm.eval.tokenizer import HubTokenizer
+    from ems_vllm.eval.questions.tokenizer import HubTokenizer
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
     tokenizer = HubTokenizer(model, "completion")
     special = tokenizer.encode_special()
     words = [tokenizer.encode_plain(text) for text in texts]
     parts = passages(words, samples, length - len(special))
-    reference = ReferenceModel.load(model, device, dtype)
+    engine = TransformersEngine.load(model, device, dtype)
     console = Console()
     instruction = tokenizer.encode_plain(_INSTRUCTION)
     peaks = (
-        reconstruction_peaks(reference, [*special, *part], instruction).cpu()
+        reconstruction_peaks(engine, [*special, *part], instruction).cpu()
         for part in track(parts, "passages", console=console)
     )
     of_heads = head_fractions(peaks, asked, _NUM_SINKS)
-    layers = reference.compressed_layers
+    layers = engine.compressed_layers
     measured = {
         "model": Path(model).name,
         "ratios": asked,

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.eval.reference.attention import observed_by
-from ems_vllm.eval.reference.cache import fork
-from ems_vllm.eval.reference.weights import attention_weights
+from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.cache import fork
+from ems_vllm.eval.transformers_engine.weights import attention_weights
 
 if TYPE_CHECKING:
-    from ems_vllm.eval.reference.model import ReferenceModel
+    from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
 # Tokens of a forward pass.
 _CHUNK = 1024
@@ -67,7 +67,7 @@ def peak_attention(
 
 @torch.inference_mode()
 def reconstruction_peaks(
-    model: ReferenceModel, text: Sequence[int], instruction: Sequence[int]
+    model: TransformersEngine, text: Sequence[int], instruction: Sequence[int]
 ) -> torch.Tensor:
     """What repeating a text pays to its entries, at most.
 

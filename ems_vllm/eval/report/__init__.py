@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ems_vllm.config.errors import ConfigError
-from ems_vllm.eval.results import EvalResult
+from ems_vllm.eval.records.results import EvalResult
 
 __all__ = ["write_report"]
 

@@ -1,167 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From results of several runs to series: one method of one engine over its budgets."""
+"""From results of several runs to the facts that a report is made of."""
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from ems_vllm.eval.questions.protocol import LAST, ordered
+from ems_vllm.eval.records.results import EvalResult, MethodResult, Serving
+from ems_vllm.eval.report.facts import (
+    MIN_FULL_SCORE,
+    Point,
+    Prompt,
+    Report,
+    RunFacts,
+    Series,
+    TaskFacts,
+    paired,
+)
 
-from ems_vllm.eval.protocol import LAST, ordered
-from ems_vllm.eval.report.stats import Array
-from ems_vllm.eval.results import EvalResult, MethodResult, SampleResult, Serving
-
-# A task on which the full cache scores less tells nothing about compression.
-MIN_FULL_SCORE = 0.5
 # Peers round budgets differently; fractions this close share a column.
 SAME_BUDGET = 1.05
-FOCUS = "ems"
-
-# Length, seed and index: with the task they determine the prompt.
-Prompt = tuple[int, int, int]
-
-
-@dataclass
-class Point:
-    """One method at one budget.
-
-    Attributes:
-        scores: By task and prompt. Where there is no answer it is 0, as the schema says; in tasks
-            where less is better the prompt is left out, since 0 would be the best of all.
-        samples: Every answer, errors too.
-    """
-
-    budget: int | None = None
-    fraction: float | None = None
-    scores: dict[str, dict[Prompt, float]] = field(default_factory=lambda: defaultdict(dict))
-    samples: dict[tuple[str, Prompt], SampleResult] = field(default_factory=dict)
-    serving: Serving = field(default_factory=Serving)
-
-    @property
-    def num_errors(self) -> int:
-        return sum(sample.error is not None for sample in self.samples.values())
-
-
-@dataclass
-class Series:
-    """One way of keeping the cache, in one engine and run.
-
-    Attributes:
-        detail: Engine, and what else tells it from others of the same name.
-        run: Index of the run.
-        points: By column of the report, ascending; under None for the full cache.
-    """
-
-    method: str
-    engine: str
-    detail: str
-    run: int
-    is_full: bool
-    points: dict[float | None, Point]
-
-    @property
-    def label(self) -> str:
-        return f"{self.method} ({self.detail})"
-
-    @property
-    def family(self) -> str:
-        """What peers call alike: `SnapKVPress` is `snapkv`."""
-        return "full" if self.is_full else self.method.lower().removesuffix("press")
-
-    @property
-    def in_focus(self) -> bool:
-        return not self.is_full and self.family == FOCUS
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task over all runs.
-
-    Attributes:
-        full_score: Mean score of the full cache, the lowest if several ran it.
-        excluded: Why it does not count in means; None if it does.
-    """
-
-    name: str
-    higher_is_better: bool
-    num_prompts: int
-    has_depth: bool
-    full_score: float | None
-    excluded: str | None
-
-
-@dataclass(frozen=True)
-class Run:
-    name: str
-    model: str
-    preset: str | None
-    created: str
-    environment: dict[str, Any]
-
-    @property
-    def model_name(self) -> str:
-        """Without the folder, which differs between machines."""
-        return Path(self.model).name
-
-    @property
-    def title(self) -> str:
-        """As a heading: a name of the Hub in full, a path on one machine without its folders."""
-        name = self.model_name if Path(self.model).is_absolute() else self.model
-        return name or "unnamed model"
-
-
-@dataclass
-class Report:
-    """Everything the pages draw on, of one protocol.
-
-    Attributes:
-        protocol: Where questions stand.
-        columns: Budgets as fractions of the context, ascending.
-        series: Full caches first, then those in focus, then the others as they came.
-        skipped: What could not be placed, in words.
-    """
-
-    protocol: str
-    runs: list[Run]
-    tasks: list[Task]
-    columns: list[float]
-    series: list[Series]
-    skipped: list[str]
-
-    @property
-    def compared(self) -> list[Task]:
-        """Tasks that count in means."""
-        return [task for task in self.tasks if task.excluded is None]
-
-    @property
-    def fulls(self) -> list[Series]:
-        return [series for series in self.series if series.is_full]
-
-    @property
-    def compressed(self) -> list[Series]:
-        return [series for series in self.series if not series.is_full]
-
-    def reference(self, series: Series) -> Point | None:
-        """The same model's full cache to measure against: the same engine's and run's if it can be.
-
-        Engines differ in arithmetic and peers in versions, which is not a method's fault.
-        """
-
-        own = self.runs[series.run].model_name
-
-        def closeness(full: Series) -> tuple[bool, bool]:
-            return full.engine == series.engine, full.run == series.run
-
-        # Another engine's answers may come without the model's name.
-        fulls = [
-            f for f in self.fulls if own in ("", name := self.runs[f.run].model_name) or not name
-        ]
-        return max(fulls, key=closeness).points[None] if fulls else None
 
 
 def protocols(results: Sequence[EvalResult]) -> list[str]:
@@ -179,7 +41,7 @@ def aggregate(results: Sequence[EvalResult], protocol: str = LAST) -> Report:
     results = [_asked_in(protocol, result) for result in results]
     higher = {task: up for result in results for task, up in result.higher_is_better.items()}
     runs = [
-        Run(name, result.model, result.preset, result.created, result.environment)
+        RunFacts(name, result.model, result.preset, result.created, result.environment)
         for name, result in zip(_run_names(results), results, strict=True)
     ]
     skipped: list[str] = []
@@ -200,13 +62,6 @@ def _asked_in(protocol: str, result: EvalResult) -> EvalResult:
         if samples or not method.samples:
             methods.append(method.model_copy(update={"samples": samples}))
     return result.model_copy(update={"methods": methods})
-
-
-def paired(task: str, points: Sequence[Point]) -> Array:
-    """Scores [prompts, points] on the prompts of a task that all of them answered."""
-    common = set.intersection(*(set(point.scores.get(task, ())) for point in points))
-    rows = [[point.scores[task][prompt] for point in points] for prompt in sorted(common)]
-    return np.array(rows, dtype=np.float64).reshape(len(rows), len(points))
 
 
 def _run_names(results: Sequence[EvalResult]) -> list[str]:
@@ -285,7 +140,7 @@ def _add(
             point.scores[sample.task][prompt] = 0.0
 
 
-def _join(series: Sequence[Series], runs: Sequence[Run]) -> list[Series]:
+def _join(series: Sequence[Series], runs: Sequence[RunFacts]) -> list[Series]:
     """Join what several files hold of one method: other budgets, tasks or seeds, never the same.
 
     Peers write a file for each method and budget.
@@ -314,7 +169,7 @@ def _disjoint(one: Series, other: Series) -> bool:
     )
 
 
-def _add_run_names(series: Sequence[Series], runs: Sequence[Run]) -> None:
+def _add_run_names(series: Sequence[Series], runs: Sequence[RunFacts]) -> None:
     where: dict[tuple[str, str, bool], set[int]] = defaultdict(set)
     for each in series:
         where[each.method, each.detail, each.is_full].add(each.run)
@@ -343,7 +198,7 @@ def _place_in_columns(series: Iterable[Series]) -> list[float]:
     return sorted(set(column_of.values()))
 
 
-def _tasks(series: Sequence[Series], higher: dict[str, bool]) -> list[Task]:
+def _tasks(series: Sequence[Series], higher: dict[str, bool]) -> list[TaskFacts]:
     prompts: dict[str, set[Prompt]] = defaultdict(set)
     with_depth = set()
     for each in series:
@@ -359,7 +214,7 @@ def _tasks(series: Sequence[Series], higher: dict[str, bool]) -> list[Task]:
     ]
 
 
-def _task(name: str, up: bool, num_prompts: int, has_depth: bool, fulls: list[Point]) -> Task:
+def _task(name: str, up: bool, num_prompts: int, has_depth: bool, fulls: list[Point]) -> TaskFacts:
     means = [float(paired(name, [full]).mean()) for full in fulls if full.scores.get(name)]
     worst = min if up else max
     full_score = worst(means, default=None)
@@ -370,4 +225,4 @@ def _task(name: str, up: bool, num_prompts: int, has_depth: bool, fulls: list[Po
         excluded = "the full cache did not run it"
     elif full_score is not None and full_score < MIN_FULL_SCORE:
         excluded = f"the full cache itself scores {full_score:.2f}"
-    return Task(name, up, num_prompts, has_depth, full_score, excluded)
+    return TaskFacts(name, up, num_prompts, has_depth, full_score, excluded)

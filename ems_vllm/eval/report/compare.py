@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ems_vllm.eval.report.aggregate import Point, Report, Series, Task, paired
+from ems_vllm.eval.report.facts import Point, Report, Series, TaskFacts, paired
 from ems_vllm.eval.report.stats import (
     Array,
     Interval,
@@ -60,7 +60,7 @@ class Table:
         is_difference: Whether values are differences to the full cache.
     """
 
-    task: Task | None
+    task: TaskFacts | None
     relative: bool
     is_difference: bool
     rows: list[Row]
@@ -77,17 +77,17 @@ def mean_table(report: Report) -> Table:
     relative = bool(report.fulls)
     table = Table(None, relative, False, [Row(series) for series in report.series])
     for row in table.rows:
-        reference = report.reference(row.series) if relative else None
+        baseline = report.baseline(row.series) if relative else None
         for column, point in row.series.points.items():
             if row.series.is_full:
                 cell = _mean_cell(report.compared, [point], macro_mean)
-            elif reference is None and relative:
+            elif baseline is None and relative:
                 continue
             else:
                 cell = _mean_cell(
                     report.compared,
-                    [point, reference] if reference else [point],
-                    ratio if reference else macro_mean,
+                    [point, baseline] if baseline else [point],
+                    ratio if baseline else macro_mean,
                 )
             if cell is not None:
                 row.cells[column] = cell
@@ -102,36 +102,36 @@ def mean_table(report: Report) -> Table:
 def mean_gap(report: Report, one: Series, other: Series, column: float) -> Interval | None:
     """How far one method is ahead of another, in the mean table's terms; None without pairs."""
     points = [series.points[column] for series in (one, other)]
-    references = [report.reference(series) for series in (one, other)]
-    return ratio_gap(report.compared, points, references)
+    baselines = [report.baseline(series) for series in (one, other)]
+    return ratio_gap(report.compared, points, baselines)
 
 
 def ratio_gap(
-    tasks: Sequence[Task], points: Sequence[Point], references: Sequence[Point | None]
+    tasks: Sequence[TaskFacts], points: Sequence[Point], baselines: Sequence[Point | None]
 ) -> Interval | None:
     """How far one point is ahead of another, each as a fraction of its own full cache.
 
     Args:
         tasks: Each counts the same.
         points: Two, of one report or of two: prompts are paired by length, seed and index.
-        references: Their full caches; without them scores are compared.
+        baselines: Their full caches; without them scores are compared.
     """
-    pairs = zip(points, references, strict=True)
+    pairs = zip(points, baselines, strict=True)
     columns = [p for pair in pairs for p in pair if p is not None]
     statistic = {2: difference, 4: ratio_difference}.get(len(columns))
     strata = _strata(tasks, columns)
     return bootstrap(strata, statistic) if strata and statistic else None
 
 
-def task_table(report: Report, task: Task) -> Table:
+def task_table(report: Report, task: TaskFacts) -> Table:
     """Scores of one task; bits per byte as the difference to the full cache."""
     is_difference = not task.higher_is_better and task.full_score is not None
     table = Table(task, False, is_difference, [Row(series) for series in report.series])
     for row in table.rows:
-        reference = report.reference(row.series) if is_difference else None
+        baseline = report.baseline(row.series) if is_difference else None
         for column, point in row.series.points.items():
             if is_difference and not row.series.is_full:
-                rows = paired(task.name, [point, reference]) if reference else NOTHING
+                rows = paired(task.name, [point, baseline]) if baseline else NOTHING
                 interval = bootstrap([rows], difference) if len(rows) else None
             else:
                 scores = paired(task.name, [point])[:, 0]
@@ -148,20 +148,20 @@ def task_table(report: Report, task: Task) -> Table:
     return table
 
 
-def relative_scores(report: Report, task: Task) -> Table:
+def relative_scores(report: Report, task: TaskFacts) -> Table:
     """Scores of one task as fractions of the full cache's, for the curves."""
     table = Table(task, True, False, [Row(series) for series in report.compressed])
     for row in table.rows:
-        reference = report.reference(row.series)
+        baseline = report.baseline(row.series)
         for column, point in row.series.points.items():
-            rows = paired(task.name, [point, reference]) if reference else NOTHING
+            rows = paired(task.name, [point, baseline]) if baseline else NOTHING
             if len(rows):
                 row.cells[column] = Cell(bootstrap([rows], ratio))
     return table
 
 
 def _mean_cell(
-    tasks: Sequence[Task], points: Sequence[Point], statistic: Callable[[Array], Array]
+    tasks: Sequence[TaskFacts], points: Sequence[Point], statistic: Callable[[Array], Array]
 ) -> Cell | None:
     strata = _strata(tasks, points)
     if not strata:
@@ -173,7 +173,7 @@ def _mean_cell(
     return Cell(interval, len(strata), complete=len(strata) == len(tasks))
 
 
-def _strata(tasks: Sequence[Task], points: Sequence[Point]) -> list[Array]:
+def _strata(tasks: Sequence[TaskFacts], points: Sequence[Point]) -> list[Array]:
     strata = [paired(task.name, points) for task in tasks]
     return [rows for rows in strata if len(rows)]
 

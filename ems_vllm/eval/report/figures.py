@@ -74,7 +74,7 @@ class Scale:
 
     Attributes:
         x_ticks: Where the x axis is labelled; None to choose.
-        reference: Height of the full cache's line.
+        baseline: Height of the full cache's line.
         y_floor: The y axis reaches down to it at least.
         headroom: Room above the data, for labels, as a share of the axis.
     """
@@ -83,7 +83,7 @@ class Scale:
     y_label: str
     x_ticks: dict[float, str] | None = None
     log_x: bool = True
-    reference: float | None = None
+    baseline: float | None = None
     y_floor: float | None = 0.0
     headroom: float = 0.0
 
@@ -96,8 +96,8 @@ def chart(lines: Sequence[Line], scale: Scale, size: tuple[float, float] = NARRO
         axes = figure.subplots()
         if scale.log_x:
             axes.set_xscale("log")
-        if scale.reference is not None:
-            axes.axhline(scale.reference, color=PALETTE[0][0], linestyle=(0, (5, 3)), linewidth=1.5)
+        if scale.baseline is not None:
+            axes.axhline(scale.baseline, color=PALETTE[0][0], linestyle=(0, (5, 3)), linewidth=1.5)
         # What is emphasised is drawn last, on top.
         for line in sorted(lines, key=lambda line: line.style.emphasised):
             _draw(axes, line, min(0.1, 0.6 / len(lines)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import matplotlib
 
-from ems_vllm.eval.report.aggregate import Point, Report, Series, Task
+from ems_vllm.eval.report.facts import Point, Report, Series, TaskFacts
 
 STEPS = 20
 MAX_DEPTHS = 11
@@ -44,7 +44,7 @@ class HeatTab:
 
 @dataclass(frozen=True)
 class HeatTask:
-    task: Task
+    task: TaskFacts
     depths: list[float]
     lengths: list[int]
     tabs: list[HeatTab]
@@ -67,11 +67,11 @@ def palette() -> list[tuple[str, str]]:
     return found
 
 
-def _has_map(task: Task) -> bool:
+def _has_map(task: TaskFacts) -> bool:
     return task.has_depth and task.higher_is_better
 
 
-def _heat_task(report: Report, task: Task, shown: Sequence[Series]) -> HeatTask:
+def _heat_task(report: Report, task: TaskFacts, shown: Sequence[Series]) -> HeatTask:
     places = {
         (sample.depth, sample.length)
         for series in shown
@@ -100,7 +100,7 @@ def _heat_task(report: Report, task: Task, shown: Sequence[Series]) -> HeatTask:
 
 
 def _rows(
-    point: Point, task: Task, depths: Sequence[float], lengths: Sequence[int]
+    point: Point, task: TaskFacts, depths: Sequence[float], lengths: Sequence[int]
 ) -> list[list[HeatCell | None]]:
     scores: dict[tuple[float, int], list[float]] = defaultdict(list)
     for (name, prompt), sample in point.samples.items():

@@ -10,15 +10,15 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from ems_vllm.eval.records.results import Serving
 from ems_vllm.eval.report import heatmaps, panels, samples, wording
-from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, Report, Series
 from ems_vllm.eval.report.compare import Table
+from ems_vllm.eval.report.facts import MIN_FULL_SCORE, Report, Series
 from ems_vllm.eval.report.figures import with_own_ids
 from ems_vllm.eval.report.section import Section, comparison, side_by_side
 from ems_vllm.eval.report.stats import RESAMPLES
 from ems_vllm.eval.report.style import PALETTE, styles
 from ems_vllm.eval.report.verdict import Tile, focus, headline_column, tiles, verdict
-from ems_vllm.eval.results import Serving
 
 # More curves than this cannot be told apart; tables show every method.
 MAX_SHOWN = 12

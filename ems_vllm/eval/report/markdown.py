@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ems_vllm.eval.report.aggregate import Report
 from ems_vllm.eval.report.compare import Cell, Table
+from ems_vllm.eval.report.facts import Report
 from ems_vllm.eval.report.section import Section, SideBySide, comparison, side_by_side
 from ems_vllm.eval.report.verdict import verdict
 from ems_vllm.eval.report.wording import bounds, count, percent, printable, value

@@ -7,8 +7,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.report.aggregate import Point, Report, Series
 from ems_vllm.eval.report.compare import Table, relative_scores
+from ems_vllm.eval.report.facts import Point, Report, Series
 from ems_vllm.eval.report.figures import HALF, NARROW, WIDE, Line, Scale, chart
 from ems_vllm.eval.report.style import Style
 from ems_vllm.eval.report.wording import count
@@ -54,7 +54,7 @@ def mean_panel(report: Report, mean: Table, shown: Shown) -> Panel:
         _BUDGET,
         _RELATIVE if mean.relative else _ABSOLUTE,
         _ticks(report.columns),
-        reference=100 if mean.relative else None,
+        baseline=100 if mean.relative else None,
     )
     caption = f"{count(len(report.compared), 'task')}, each counting the same"
     if not lines:
@@ -121,13 +121,13 @@ def _task_panel(report: Report, table: Table, shown: Shown) -> Panel:
         facts.append(f"full cache {task.full_score:.3f}")
     if not task.higher_is_better:
         y_label = f"bits per byte{' above the full cache' if table.is_difference else ''}"
-        reference = 0 if table.is_difference else None
-        scale = Scale(_BUDGET, y_label, _ticks(report.columns), reference=reference, y_floor=None)
+        baseline = 0 if table.is_difference else None
+        scale = Scale(_BUDGET, y_label, _ticks(report.columns), baseline=baseline, y_floor=None)
         facts.append("less is better")
     elif relative:
-        scale = Scale(_BUDGET, _RELATIVE, _ticks(report.columns), reference=100)
+        scale = Scale(_BUDGET, _RELATIVE, _ticks(report.columns), baseline=100)
     else:
-        scale = Scale(_BUDGET, _ABSOLUTE, _ticks(report.columns), reference=task.full_score)
+        scale = Scale(_BUDGET, _ABSOLUTE, _ticks(report.columns), baseline=task.full_score)
     lines = _curves(relative_scores(report, task) if relative else table, shown, relative)
     failed = task.excluded is not None and task.higher_is_better
     return Panel(task.name, ", ".join(facts), chart(lines, scale) if lines else "", excluded=failed)
@@ -187,8 +187,8 @@ def _serving_panel(
     y_label = _RELATIVE if mean.relative else _ABSOLUTE
     if not compressed:
         return Panel(title, caption, "")
-    reference = 100 if mean.relative else None
-    scale = Scale(x_label, y_label, log_x=log_x, reference=reference, headroom=0.1)
+    baseline = 100 if mean.relative else None
+    scale = Scale(x_label, y_label, log_x=log_x, baseline=baseline, headroom=0.1)
     return Panel(title, caption, chart(lines, scale), chart(lines, scale, HALF))
 
 

@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.report.aggregate import Report, Series
-from ems_vllm.eval.results import SampleResult
+from ems_vllm.eval.records.results import SampleResult
+from ems_vllm.eval.report.facts import Report, Series
 
 MAX_WORST = 40
 MAX_PER_SERIES = 4
@@ -49,12 +49,12 @@ def worst_samples(report: Report, shown: Sequence[Series]) -> list[Worst]:
     for series in shown:
         if series.is_full:
             continue
-        reference = report.reference(series)
+        baseline = report.baseline(series)
         losses = []
         for column, point in series.points.items():
             for key, sample in point.samples.items():
-                full = reference.samples.get(key) if reference else None
-                missing = sample.error is not None or (reference is not None and full is None)
+                full = baseline.samples.get(key) if baseline else None
+                missing = sample.error is not None or (baseline is not None and full is None)
                 if column is None or missing or sample.task not in compared:
                     continue
                 # Without a full cache, what is lost is what lacks to a perfect score.

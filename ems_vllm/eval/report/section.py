@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.protocol import DESCRIPTIONS, TITLES
-from ems_vllm.eval.report.aggregate import Report, Series, aggregate, protocols
+from ems_vllm.eval.questions.protocol import DESCRIPTIONS, TITLES
+from ems_vllm.eval.records.results import EvalResult
+from ems_vllm.eval.report.aggregate import aggregate, protocols
 from ems_vllm.eval.report.compare import Cell, Table, mean_table, ratio_gap, task_table
+from ems_vllm.eval.report.facts import Report, Series
 from ems_vllm.eval.report.stats import Interval
 from ems_vllm.eval.report.verdict import focus, headline_column
 from ems_vllm.eval.report.wording import bounds, percent, printable, value
-from ems_vllm.eval.results import EvalResult
 
 
 @dataclass(frozen=True)
@@ -105,5 +106,5 @@ def _gap(base: Section, part: Section, ours: Series, column: float) -> Interval 
         return None
     compared = {task.name for task in base.report.compared}
     tasks = [task for task in part.report.compared if task.name in compared]
-    references = [part.report.reference(own), base.report.reference(ours)]
-    return ratio_gap(tasks, [own.points[column], ours.points[column]], references)
+    baselines = [part.report.baseline(own), base.report.baseline(ours)]
+    return ratio_gap(tasks, [own.points[column], ours.points[column]], baselines)

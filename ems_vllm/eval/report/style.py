@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ems_vllm.eval.report.aggregate import Series
+from ems_vllm.eval.report.facts import Series
 
 # Colour-blind readers can tell these apart (Okabe and Ito, then Tol); the second is for a dark
 # page. Grey is the full cache's, vermilion is EMS's, and the nearest to vermilion comes last.

@@ -6,8 +6,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ems_vllm.eval.report.aggregate import MIN_FULL_SCORE, Report, Series
 from ems_vllm.eval.report.compare import Cell, Table, mean_gap
+from ems_vllm.eval.report.facts import MIN_FULL_SCORE, Report, Series
 from ems_vllm.eval.report.stats import Interval
 from ems_vllm.eval.report.wording import bounds, count, listed, percent, printable, value
 
@@ -74,7 +74,7 @@ def tiles(report: Report, table: Table) -> list[Tile]:
     if rank:
         good = sum(cell.is_best or cell.is_tied for _, cell in rank)
         found.append(Tile(f"{good} of {len(rank)}", "budgets at which it is best or within noise"))
-    full, own = report.reference(series), series.points[column]
+    full, own = report.baseline(series), series.points[column]
     if full is not None:
         dense, ours = full.serving.kv_bytes_per_request, own.serving.kv_bytes_per_request
         if dense and ours:

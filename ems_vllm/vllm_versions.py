@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The releases of vLLM that this package runs with, and what one of them has elsewhere.
+
+vLLM is imported when something is asked for, not before: patches are described before it is loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+
+SUPPORTED = ">=0.32.0,<0.34"
+"""Versions that the package was written for."""
+
+
+def by_version(sha256: str, of_0_33: str | None = None) -> dict[str, str]:
+    """Hashes of a function's source by version.
+
+    Args:
+        sha256: In 0.32.0.
+        of_0_33: In 0.33.0, where that changed the function.
+    """
+    return {"0.32.0": sha256, "0.33.0": of_0_33 or sha256}
+
+
+def is_quantized_kv_cache(cache_dtype: str) -> bool:
+    """vLLM's function of this name, which 0.33 keeps with the specs of KV caches."""
+    try:
+        from vllm.v1 import kv_cache_interface as module
+
+        return module.is_quantized_kv_cache(cache_dtype)
+    except AttributeError:
+        from vllm.utils import torch_utils
+
+        return torch_utils.is_quantized_kv_cache(cache_dtype)
+
+
+@functools.cache
+def bounds_cache_hits() -> bool:
+    """Whether vLLM's scheduler passes on how long a prefix-cache hit may be, as from 0.33 on."""
+    from vllm.v1.core.kv_cache_manager import KVCacheManager
+
+    parameters = inspect.signature(KVCacheManager.get_computed_blocks).parameters
+    return "max_cache_hit_length" in parameters
