@@ -101,10 +101,11 @@ def main(
     """Draw what is lost by budget."""
     read = [json.loads(result.read_text(encoding="utf-8")) for result in results]
     losses = {} if peers is None else json.loads(peers.read_text(encoding="utf-8"))["losses"]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Names within the file depend on the style's salt, also while it is written.
     with plt.rc_context(STYLE):
         figure = draw(read, losses)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":

@@ -78,10 +78,11 @@ def main(
         raise typer.BadParameter(f"{len(method)} methods: choose at most {MOST_CURVES}")
     methods = {series: label or series for series, _, label in (m.partition("=") for m in method)}
     report = aggregate([EvalResult.read(path) for path in results])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    # Names within the file depend on the style's salt, also while it is written.
     with plt.rc_context(STYLE):
         figure = draw(report, mean_table(report), methods)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+        figure.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
 
 
 if __name__ == "__main__":
