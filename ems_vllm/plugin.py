@@ -12,8 +12,8 @@ def register() -> None:
 
     Wraps three functions of EngineArgs, and the constructor of executors to look for settings that
     did not come through them. A server with compression off runs vLLM's own code from there on.
-    What compression needs is installed by `engine.activation` and by the modules that it names, in
-    the processes that need it.
+    What compression needs is installed by `engine.frontend.switch_on` and by the classes that it
+    names, in the processes that need it.
 
     A vLLM that the package was not written for runs as if it were not there, until somebody asks
     for compression: that is refused with what to do. Nothing is raised, because vLLM would not
@@ -29,7 +29,9 @@ def _register() -> None:
     from ems_vllm.patches import catalogue, unsupported
 
     try:
-        catalogue.verify(catalogue.ALWAYS)
+        # None is applied unless all of them fit.
+        for patch in catalogue.ALWAYS:
+            patch.verify()
         for patch in catalogue.ALWAYS:
             patch.apply()
     except Exception as error:

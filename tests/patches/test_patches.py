@@ -9,7 +9,7 @@ import pkgutil
 
 import pytest
 
-from ems_vllm.patches import catalogue
+from ems_vllm.patches import catalogue, registry
 from ems_vllm.patches import target as targets
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.record import Patch, PatchError, Process
@@ -34,7 +34,7 @@ def test_a_process_gets_its_own_patches(process, monkeypatch):
     """Those of `ALWAYS` are in place by then, and the others' stay out."""
     applied = []
     monkeypatch.setattr(Patch, "apply", lambda patch: applied.append(patch))
-    catalogue.apply(process)
+    registry.apply(process)
     assert applied == [
         patch for patch in PATCHES if patch.process is process and patch not in catalogue.ALWAYS
     ]

@@ -5,6 +5,7 @@ import functools
 import inspect
 import logging
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_anything_unforeseen(error, monkeypatch, capsys, caplog):
     def fail(*_):
         raise error
 
-    monkeypatch.setattr(catalogue, "verify", fail)
+    monkeypatch.setattr(catalogue, "ALWAYS", (SimpleNamespace(verify=fail),))
     plugin.register()
     assert_only_compression_is_refused(r"ems-vllm failed with \w+Error\(", capsys)
     assert str(error) in caplog.text

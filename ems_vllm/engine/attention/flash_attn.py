@@ -9,7 +9,7 @@ from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend, FlashAt
 
 from ems_vllm.engine.attention import softmax_lse
 from ems_vllm.engine.attention.wrap import wrap_backend
-from ems_vllm.patches import catalogue
+from ems_vllm.patches import registry
 from ems_vllm.patches.record import Process
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 # FlashAttention 2 and 3 write the LSE of every call; 4 compiles another kernel for it.
 _VERSIONS_WITH_LSE = (2, 3)
 
-catalogue.apply(Process.WORKER)
+registry.apply(Process.WORKER)
 
 
 class LseFlashAttentionImpl(FlashAttentionImpl):

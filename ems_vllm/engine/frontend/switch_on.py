@@ -10,7 +10,7 @@ from ems_vllm.engine.frontend.compatibility import check_compatibility
 from ems_vllm.engine.scheduler import SCHEDULERS
 from ems_vllm.engine.worker import WORKERS
 from ems_vllm.keys import CONFIG_KEY
-from ems_vllm.patches import catalogue
+from ems_vllm.patches import registry
 from ems_vllm.patches.record import PatchError, Process
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     try:
         # All of them, also those that other processes will apply: it is now that one sentence
         # reaches the operator.
-        catalogue.verify()
+        registry.verify()
     except PatchError as error:
         raise ConfigError(str(error)) from None
     cache_config = vllm_config.cache_config
@@ -57,7 +57,7 @@ def activate(vllm_config: VllmConfig, config: KVCompressionConfig) -> None:
     parallel.worker_cls = WORKERS.get(parallel.worker_cls, parallel.worker_cls)
     scheduler = vllm_config.scheduler_config
     scheduler.scheduler_cls = SCHEDULERS[bool(scheduler.async_scheduling)]
-    catalogue.apply(Process.FRONTEND)
+    registry.apply(Process.FRONTEND)
 
 
 def check_activated(vllm_config: VllmConfig) -> None:
