@@ -119,6 +119,65 @@ def test_plan_of_levels_without_a_model_is_refused(tmp_path):
     )
 
 
+def table_after(output: str, title: str) -> str:
+    return output.split(title)[1]
+
+
+def test_plan_shows_how_many_requests_a_pool_holds(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    result = run(
+        "plan", "--prompt-len", "4000", "--prompt-len", "200000", "--budget", "256",
+        "--model", str(tmp_path), "--pool-gib", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    # 128 KiB a column, and one block that no request gets.
+    pool = table_after(result.output, "a pool of 1 GiB: 8,191 columns")
+    # 314 columns dense; 37 once compressed; 251 with the prompt and the first two tokens.
+    fit = [8191 // 314, 8191 // 37, 1 + (8191 - 251) // 37]
+    assert row_of(pool, "4,000") == ["4,000", *map(str, fit)]
+    # This prompt takes 12,501 columns before anything can be given back.
+    assert row_of(pool, "200,000") == ["200,000", "0", str(8191 // 37), "0"]
+
+
+def test_plan_of_a_pool_counts_what_a_prompt_holds_that_is_compressed_as_it_comes():
+    result = run(
+        "plan", "--prompt-len", "200000", "--budget", "256", "--prefill-interval", "512",
+        "--num-layers", "4", "--num-kv-heads", "4", "--head-size", "64", "--dtype", "float32",
+        "--pool-gib", "1",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    at_most = int(row_of(result.output, "200,000")[4])
+    pool = table_after(result.output, "a pool of 1 GiB: 8,191 columns")
+    assert row_of(pool, "200,000")[3] == str(1 + (8191 - at_most) // 37)
+
+
+def test_plan_takes_a_model_as_numbers(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL))
+    common = ("plan", "--prompt-len", "4000", "--pool-gib", "1")
+    numbers = ("--num-layers", "4", "--num-kv-heads", "4", "--head-size", "64")
+    by_file = run(*common, "--model", str(tmp_path)).output
+    assert run(*common, *numbers, "--dtype", "float32").output == by_file
+    # A quarter of the bytes, so four times the columns.
+    halved = run(*common, "--model", str(tmp_path), "--dtype", "fp8").output
+    assert "a pool of 1 GiB: 32,767 columns" in halved
+
+
+@pytest.mark.parametrize(
+    ("config", "kinds"),
+    [
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "(sliding_attention)"),
+        ({"sliding_window": 512}, "(sliding_attention)"),
+    ],
+)
+def test_plan_of_a_pool_that_other_layers_share_is_refused(config, kinds, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(MODEL | config))
+    args = ("plan", "--prompt-len", "4000", "--model", str(tmp_path))
+    assert run(*args).exit_code == 0
+    refusal = run(*args, "--pool-gib", "1").exception
+    assert isinstance(refusal, ConfigError)
+    assert kinds in str(refusal)
+
+
 def test_recipes_are_listed_and_shown():
     listed = run("recipes").output
     for name in recipes.names():
@@ -137,6 +196,45 @@ def test_version_says_what_was_built():
     [
         (["plan", "--prompt-len", "9", "--recipe", "emz"], "kv_compression='emz'"),
         (["plan", "--prompt-len", "9", "--model", "/no/such"], "model='/no/such'"),
+        (["plan", "--prompt-len", "9", "--pool-gib", "1"], "give --model"),
+        (["plan", "--prompt-len", "9", "--num-layers", "4"], "give all three"),
+        (["plan", "--prompt-len", "9", "--dtype", "fp8"], "give --model"),
+        (
+            [
+                "plan",
+                "--prompt-len",
+                "9",
+                "--num-layers",
+                "4",
+                "--num-kv-heads",
+                "4",
+                "--head-size",
+                "64",
+                "--dtype",
+                "int4",
+            ],
+            "dtype='int4'",
+        ),
+        (
+            [
+                "plan",
+                "--prompt-len",
+                "9",
+                "--num-layers",
+                "4",
+                "--num-kv-heads",
+                "4",
+                "--head-size",
+                "64",
+                "--pool-gib",
+                "0",
+            ],
+            "pool_gib=0",
+        ),
+        (
+            ["plan", "--prompt-len", "9", "--num-layers", "4", "--model", "models/ems-tiny"],
+            "drop --num-layers",
+        ),
         (["show", "off"], "compresses nothing"),
     ],
 )

@@ -19,6 +19,8 @@ LAYERS = {
         ("ops",),
         ("policies",),
         ("config",),
+        ("capacity",),
+        ("plan_command",),
         ("eval",),
         ("patches",),
         ("cpu_platform",),
@@ -94,6 +96,13 @@ def test_only_adapters_import_vllm(module):
         return
     names = imported(ast.parse(MODULES[module].read_text(encoding="utf-8")))
     assert not [name for name in names if name.split(".")[0] == "vllm"]
+
+
+def test_the_order_is_that_of_the_architecture_page():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    order = page.split("(`tests/test_imports.py`): ")[1].split(".\n")[0]
+    named = tuple(tuple(re.findall(r"`(\w+)`", names)) for names in order.split(";"))
+    assert named == LAYERS["ems_vllm"]
 
 
 CSRC = PACKAGE.parent / "csrc"

@@ -53,9 +53,9 @@ def main() -> None:
     draw_row(axes, 3.0, "before", compacted=False)
     draw_row(axes, 0.0, "after", compacted=True)
     for start, stop, text in (
-        (0, FIRST, "columns [0, a): back in the pool\n(and still in the prefix cache)"),
-        (FIRST, TAIL_START, "columns [a, t): the budget,\nother tokens per kv_head"),
-        (TAIL_START, NUM_COLUMNS, "columns from t:\nthe tail, untouched"),
+        (0, FIRST, "columns [0, first): back in the pool\n(and still in the prefix cache)"),
+        (FIRST, TAIL_START, "[first, tail): the budget,\nother tokens per kv_head"),
+        (TAIL_START, NUM_COLUMNS, "from tail on:\nuntouched"),
     ):
         axes.annotate(
             "",

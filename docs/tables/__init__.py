@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables of measured figures in pages.
+"""Tables of figures in pages, measured or by arithmetic, and of recipes.
 
 In a page, between `<!-- table NAME -->` and `<!-- end -->`, stands what TABLES[NAME] gives, so that
 no figure is copied by hand: `python docs/generate.py` writes it, tests/test_docs.py compares.
@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import partial
 
 from tables.answers import full_cache, scores
+from tables.capacity import capacity
+from tables.catalogue import catalogue
 from tables.peers import behind, change, peers
 from tables.recipes import Column, ablation, equal_bytes, recipes
 
@@ -97,6 +99,8 @@ def _by_interval() -> list[Column]:
 
 
 TABLES: dict[str, Callable[[], str]] = {
+    "capacity": capacity,
+    "catalogue": catalogue,
     "smollm2-recipes": partial(
         recipes,
         _SMOLLM2,

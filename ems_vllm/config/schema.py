@@ -84,8 +84,8 @@ class KVCompressionConfig(BaseModel):
         recipe: Name of the recipe these settings started from, for logs.
         budget: Entries kept per kv_head, rounded up to whole blocks. The ceiling for requests,
             unless `max_budget` raises it.
-        ratio: Instead of `budget`: entries kept as a fraction of the prompt, in (0, 1). The ceiling
-            for requests, unless `max_budget` raises it.
+        ratio: Instead of `budget`, and a ceiling like it: entries kept as a fraction of the prompt,
+            in (0, 1).
         max_budget: Entries up to which a request may raise its size through `kv_budget` or
             `kv_ratio`; at least `budget`. None: not above the server's own size. A request that
             asks for nothing gets the server's size; where that is a `ratio` of a long prompt and
@@ -117,7 +117,10 @@ class KVCompressionConfig(BaseModel):
         protect: What stays whole of every chat request that says nothing itself through
             `kv_protect`: any of "system", "last_user" and "tools". A role that is not in a
             conversation protects nothing.
-        scorer, allocator, selector, merger: The four choices of a policy.
+        scorer: How important an entry is; the highest scores stay.
+        allocator: How many entries each layer and each kv_head keeps.
+        selector: Which entries stay, and which of the others may be merged.
+        merger: What becomes of entries that do not stay.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)

@@ -75,9 +75,9 @@ def merge_compact(
         accumulated_pages: the same slots.
     Raises:
         RuntimeError: a shape, dtype, device or stride is not as above, only one of
-            accumulated_pages and carry is given, or rows_together is below 1 or does not divide num_rows; on the CPU
-            also when an index is out of range; on a GPU also when a group has more than 65535
-            kv_heads.
+            accumulated_pages and carry is given, or rows_together is below 1 or does not divide
+            num_rows; on the CPU also when an index is out of range; on a GPU also when a group has
+            more than 65535 kv_heads.
     Workspace: on a GPU at most 32 MiB, or what a group takes if that is more: `merge_scratch_bytes`
         of engine/worker/memory.py. On a CPU the merged classes of a group, for every thread.
     Note: no host sync; deterministic: members are added in the order of merge_idx.

@@ -10,7 +10,7 @@ def test_log_names_the_recipe(server: Server) -> None:
     log = server.log()
     assert "KV-cache compression: recipe ems (scorer=ems x allocator=uniform" in log
     assert "budget 128 entries per kv_head" in log
-    assert "KV-cache compression: 4 of 4 layers compressed; left alone: none." in log
+    assert "KV-cache compression: 4 of 4 layers compressed." in log
 
 
 def test_log_says_what_lies_beside_the_cache(server: Server) -> None:

@@ -151,5 +151,5 @@ def test_the_log_gives_the_reasons_that_only_layers_know():
     log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
     lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
     assert any(
-        "0 of 1 layers compressed; left alone: 1 layers: soft-capped" in line for line in lines
+        "0 of 1 layers compressed; left alone: 1 layer: soft-capped" in line for line in lines
     )

@@ -30,7 +30,7 @@ MAX_TOKENS, MAX_TOKENS_OF_FIRST = 66, 120
 
 
 def longest_hit(prompt):
-    """Where columns [0, a) of docs/architecture.md end, in tokens: t = (P - W) // bs, a = t - B."""
+    """Where columns [0, first) of docs/architecture.md end, in tokens."""
     return (len(prompt) - RECENT_WINDOW) // BLOCK_SIZE * BLOCK_SIZE - BUDGET
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """One KV-cache group in the scheduler: frees compressed columns and keeps the prefix cache exact.
 
-Rules for the prefix cache, with a = first live column after the prompt's compaction:
-  * columns [0, a) hold exact attention KV: hashed and shared as always;
-  * columns from a on are never hashed while they may still be compressed;
-  * a hit ends at column a at the latest, so the columns that the compaction writes to are private
-    and enough queries are left to score with.
+Rules for the prefix cache, with first = first live column after the prompt's compaction:
+  * columns [0, first) hold exact attention KV: hashed and shared as always;
+  * columns from first on are never hashed while they may still be compressed;
+  * a hit ends at column first at the latest, so the columns that the compaction writes to are
+    private and enough queries are left to score with.
 A prompt too short to be compressed is shared as always; if its request grows long, the first
 compaction waits for target columns beyond the prompt (part of the plan), and the generated
 columns are hashed when the request ends uncompressed.

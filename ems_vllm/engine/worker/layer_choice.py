@@ -35,9 +35,12 @@ class LayerChoice:
     kept: Mapping[str, str]
 
     def describe_kept(self) -> str:
-        """The reasons with the number of layers each, for the log."""
+        """The reasons with the number of layers each, for the log; empty where none is kept."""
         counts = Counter(self.kept.values())
-        return ", ".join(f"{count} layers: {reason}" for reason, count in counts.items()) or "none"
+        return ", ".join(
+            f"{count} {'layer' if count == 1 else 'layers'}: {reason}"
+            for reason, count in counts.items()
+        )
 
 
 def choose_layers(

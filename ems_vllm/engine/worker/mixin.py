@@ -75,7 +75,7 @@ class CompressionWorkerMixin(_Base):
         return NO_FULL_ATTENTION.error(
             self.model_config.model,
             self._compression_config.recipe,
-            layers=choice.describe_kept(),
+            layers=choice.describe_kept() or "none has a KV cache",
         )
 
     def determine_available_memory(self) -> int:

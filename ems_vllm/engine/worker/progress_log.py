@@ -46,9 +46,10 @@ class ProgressLog:
             new - old for new, old in zip(total, self._logged, strict=True)
         )
         self._logger.info(
-            "KV-cache compression: %d compactions, %d entries per kv_head became %d (%d in all "
-            "since the start).",
+            "KV-cache compression: %d %s, %d entries per kv_head became %d (%d in all since the "
+            "start).",
             compactions,
+            "compaction" if compactions == 1 else "compactions",
             entries_in,
             kept,
             total[0],

@@ -92,11 +92,12 @@ def log_start(
         name: spec for name, spec in specs.items() if isinstance(spec, CompressedAttentionSpec)
     }
     others = {name: spec for name, spec in specs.items() if name not in compressed}
+    kept = choose_layers(others, layers, config.scorer).describe_kept()
     logger.info(
-        "KV-cache compression: %d of %d layers compressed; left alone: %s.",
+        "KV-cache compression: %d of %d layers compressed%s.",
         len(compressed),
         len(specs),
-        choose_layers(others, layers, config.scorer).describe_kept(),
+        f"; left alone: {kept}" if kept else "",
     )
     _log_within_prompts(logger, config, kv_cache_config, max_model_len)
     _log_levels(logger, kv_cache_config, max_model_len)
@@ -118,14 +119,19 @@ def log_start(
     # Block 0 is vLLM's null block.
     num_blocks = kv_cache_config.num_blocks - 1
     logger.info(
-        "KV-cache compression: requests of %d tokens that fit: %.1f dense (%d blocks each), "
-        "%.1f compressed (%d blocks each once the prompt is compressed).",
+        "KV-cache compression: requests of %d tokens that fit: %s dense (%d blocks each), "
+        "%s compressed (%d blocks each once the prompt is compressed).",
         max_model_len,
-        num_blocks / columns.dense,
+        _requests(num_blocks / columns.dense),
         columns.dense,
-        num_blocks / columns.compressed,
+        _requests(num_blocks / columns.compressed),
         columns.compressed,
     )
+
+
+def _requests(fit: float) -> str:
+    """How many fit: whole ones, but where a part of one makes a difference."""
+    return f"{fit:.1f}" if fit < 10 else str(int(fit))
 
 
 def _log_within_prompts(

@@ -170,7 +170,7 @@ class CompressedLevel:
         )
         table = torch.arange(keys.shape[1], dtype=torch.int32, device=keys.device)[None]
         recorded = ring(queries[:, -window:], window, num_processed)
-        accumulated_pages = self._paged_scores(num_live)
+        accumulated_pages = self._accumulated_pages(num_live)
         return compaction_context(
             self._settings, counts, keys, values, table, recorded, accumulated_pages
         )
@@ -180,7 +180,7 @@ class CompressedLevel:
         size = self.plan.block_size
         return self._protected.held(layer, self._tail * size, tail * size)
 
-    def _paged_scores(self, num_live: int) -> torch.Tensor | None:
+    def _accumulated_pages(self, num_live: int) -> torch.Tensor | None:
         if self._scores is None:
             return None
         scores = self._scores.new_zeros((*self._scores.shape[:2], num_live))
