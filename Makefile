@@ -65,7 +65,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PRETRAINED := smollm2 gemma3-270m
 .PHONY: help setup build kernels serve $(addprefix model-,$(PRETRAINED)) test test-next test-nullgpu
 .PHONY: soak load
-.PHONY: lint bench gpu-check gpu-pack gpu-rehearsal peers peers-run clean
+.PHONY: test-quick lint bench gpu-check gpu-pack gpu-rehearsal peers peers-run clean
 
 help: ## show this
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-17s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -99,6 +99,10 @@ test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),.triton) ## the whole
 
 test-next: $(NEXT)/.done $(DONE)/models $(DONE)/emulation .triton ## the suite on vLLM's next release; TESTS=
 	@$(NEXT)/bin/python -m pytest $(TESTS) $(PYTEST_ARGS)
+
+test-quick: setup ## what a change is most likely to break, in under 4 minutes
+	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS) \
+	  -m "not (slow or e2e or interpreter or emulated)"
 
 test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path without a GPU (10 minutes)
 	@$(NULLGPU)/bin/python tests/nullgpu/build.py

@@ -13,8 +13,8 @@ from ems_vllm import ops
 
 IMPLEMENTATIONS = (
     "cpu",
-    "emulated",
-    "sm90",
+    pytest.param("emulated", marks=pytest.mark.emulated),
+    pytest.param("sm90", marks=pytest.mark.emulated),
     pytest.param(
         "cuda",
         marks=[
