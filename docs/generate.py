@@ -129,6 +129,11 @@ def _filled(text: str) -> str:
 _APPLIED = {True: "also where compression is off", False: "only where compression is on"}
 
 
+def _linked(upstream: str) -> str:
+    """Numbers of vLLM's issues and pull requests as links; an issue's leads to either."""
+    return re.sub(r"#(\d+)", r"[#\1](https://github.com/vllm-project/vllm/issues/\1)", upstream)
+
+
 def patches() -> str:
     lines = [
         "# Patches of vLLM",
@@ -148,7 +153,7 @@ def patches() -> str:
             f"* vLLM: `{patch.vllm}`; tested source: {', '.join(patch.source_sha256)}",
             f"* Process: {patch.process}; {_APPLIED[patch.always]}",
             f"* Why: {patch.reason}",
-            f"* Upstream: {patch.upstream}",
+            f"* Upstream: {_linked(patch.upstream)}",
             f"* Goes when: {patch.remove_when}",
             "",
         ]
