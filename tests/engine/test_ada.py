@@ -27,6 +27,8 @@ from unlike_heads import unlike_heads
 from ems_vllm.config import load_config
 from ems_vllm.engine.group.head_tables import HeadTables
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE
 # Without a safeguard heads differ most.

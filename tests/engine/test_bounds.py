@@ -9,6 +9,8 @@ from engine.simulator import Simulator
 
 from ems_vllm.config import RequestOptions, load_config
 
+pytestmark = pytest.mark.slow
+
 COMPRESSION = {
     "recipe": "knorm",
     "budget": 64,

@@ -6,7 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
+import pytest
 from engine.harness import BLOCK_SIZE, engine, tokens
+
+pytestmark = pytest.mark.slow
 
 BUDGET, RECENT_WINDOW = 64, 32
 COMPRESSION = {

@@ -4,6 +4,8 @@
 import pytest
 from engine.harness import engine, tokens
 
+pytestmark = pytest.mark.slow
+
 BUDGET, RECENT_WINDOW, OBS_WINDOW = 64, 32, 16
 PROMPTS = [tokens(length, seed=length) for length in (350, 95, 190, 40)]
 # Smaller than the observation window, the recent window and the budget; larger than each of them;

@@ -6,6 +6,8 @@ from engine.harness import engine, tokens
 
 from ems_vllm.policies.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [tokens(length, seed=length) for length in (2000, 400, 900, 1900)]
 
 

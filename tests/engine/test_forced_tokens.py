@@ -6,6 +6,8 @@ import pytest
 from engine.harness import LLAMA, engine, tokens
 from processes import run_script
 
+pytestmark = pytest.mark.slow
+
 PROCESSOR = "ems_vllm.engine.measuring.forced_tokens:ForcedTokens"
 COMPRESSION = {
     "recipe": "ems",

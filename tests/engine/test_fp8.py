@@ -20,6 +20,8 @@ from safetensors.torch import load_file, save_file
 from ems_vllm.config import ConfigError
 from ems_vllm.engine.group.cache_scales import FLOAT8_CACHES
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [tokens(length, seed=length) for length in (420, 30, 250)]
 MAX_TOKENS = 48
 RECIPES = ("ems", "snapkv", "h2o", "knorm")

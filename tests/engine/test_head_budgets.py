@@ -31,6 +31,8 @@ from engine.workers import answers_of_workers
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.group.head_tables import HeadTables
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS, NUM_HEADS = 4, 4
 BUDGET_BLOCKS = COMPRESSION["budget"] // BLOCK_SIZE
 ALIKE = (0.5, 0.5, 0.5, 0.5)

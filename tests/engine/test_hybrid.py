@@ -14,6 +14,8 @@ import ems_vllm
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES
 
+pytestmark = pytest.mark.slow
+
 LONG = tokens(500)
 # One is the beginning of another: a hit that went too far would be compressed in place.
 PROMPTS = [tokens(5, seed=5), LONG[:300], LONG]

@@ -11,6 +11,8 @@ from ems_vllm.config import ConfigError, load_config
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.layer_choice import mixed_layer
 
+pytestmark = pytest.mark.slow
+
 DOCUMENTED = json.loads(known_models.OUTCOMES.read_text())
 
 

@@ -26,6 +26,8 @@ from engine.workers import answers_of_workers
 from ems_vllm.config import load_config
 from ems_vllm.engine.worker.memory import KERNEL_SCRATCH_BYTES
 
+pytestmark = pytest.mark.slow
+
 # The model's four layers in two levels, each a KV-cache group.
 PYRAMID = {**COMPRESSION, "allocator": {"name": "pyramid", "num_levels": 2}}
 

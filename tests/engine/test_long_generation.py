@@ -11,6 +11,8 @@ from engine.harness import BLOCK_SIZE, ROOT, engine, tokens
 
 from ems_vllm.policies.selectors.top_k import TopKSelector
 
+pytestmark = pytest.mark.slow
+
 # A model that has learnt to attend; in a random one everything is attended to alike.
 MODEL = str(ROOT / "models" / "ems-tiny")
 PROMPT = tokens(160, seed=5)

@@ -9,6 +9,8 @@ import torch
 from engine.harness import QWEN3, engine, tokens
 from safetensors.torch import save_file
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [tokens(length, seed=length) for length in (420, 30, 610)]
 MAX_TOKENS = 40
 RANK = 4

@@ -16,6 +16,8 @@ from engine.harness import engine, tokens
 
 from ems_vllm.config import load_config, recipes
 
+pytestmark = pytest.mark.slow
+
 PREFIX = tokens(640, seed=99)
 PROMPT = PREFIX + tokens(260, seed=5)
 # So long that even the level of layers that keeps most leaves the whole prefix to others.

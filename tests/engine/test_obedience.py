@@ -20,6 +20,8 @@ from ems_vllm.engine.orders import (
 )
 from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
+pytestmark = pytest.mark.slow
+
 COMPRESSION = {
     "recipe": "knorm",
     "budget": 64,

@@ -5,6 +5,8 @@ import pytest
 from engine.harness import LLAMA, engine, tokens
 from engine.workers import answers_of_workers
 
+pytestmark = pytest.mark.slow
+
 COMPRESSION = {
     "recipe": "ems",
     "budget": 64,

@@ -24,6 +24,8 @@ from ems_vllm.cpu_platform.attention import TorchCPUBuilder
 from ems_vllm.engine.group.compactor import Compactor
 from ems_vllm.policies.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 COMPRESSION = {
     "recipe": "ems",
     "budget": 64,

@@ -28,6 +28,8 @@ from engine.workers import answers_of_workers
 
 from ems_vllm.config import ConfigError, RequestOptions, load_config
 
+pytestmark = pytest.mark.slow
+
 INTERVAL = 48
 EMS = {**COMPRESSION, "prefill_interval": INTERVAL}
 LEVELS = {**EMS, "allocator": {"name": "pyramid", "beta": 4, "num_levels": 2}}

@@ -18,6 +18,8 @@ from engine.harness import engine, tokens
 
 from ems_vllm import ops
 
+pytestmark = pytest.mark.slow
+
 PREFIX = tokens(640, seed=99)
 PROMPTS = [PREFIX + tokens(length, seed=length) for length in (100, 260)]
 # Long enough for every level to leave the whole prefix to others.

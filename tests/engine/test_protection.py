@@ -28,6 +28,8 @@ from unlike_heads import unlike_heads
 
 from ems_vllm.engine.group.protection import ProtectedEntries
 
+pytestmark = pytest.mark.slow
+
 # With the sinks 43 of the 48 entries that the level which keeps least has room for.
 SPANS = ((100, 131), (380, 388))
 PROTECT = {"kv_protect": ["100-120", "110-131", "380-388"]}

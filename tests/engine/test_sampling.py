@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 from engine.harness import QWEN3, engine, tokens
 
+pytestmark = pytest.mark.slow
+
 LONG, SHORT = tokens(420, seed=1), tokens(30, seed=2)
 OTHERS = [tokens(length, seed=length) for length in (17, 250)]
 MAX_TOKENS = 48

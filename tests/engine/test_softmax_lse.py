@@ -10,6 +10,8 @@ from engine.harness import engine, tokens
 
 from ems_vllm import ops
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "recipe": "ems",
     "budget": 64,

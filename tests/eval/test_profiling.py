@@ -15,6 +15,8 @@ from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstructio
 from ems_vllm.eval.transformers_engine.attention import observed_by
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
+pytestmark = pytest.mark.slow
+
 
 def softmax_peaks(queries, keys, num_entries, scale):
     """The definition, a query at a time."""

@@ -20,6 +20,8 @@ from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, cache_format
 from ems_vllm.eval.transformers_engine.server_config import server_config
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 # Layer 5 of 30 is quantised in every format.
 INNER, NUM_LAYERS = 5, 30

@@ -17,6 +17,8 @@ from ems_vllm.eval.report.compare import mean_table
 from ems_vllm.eval.report.samples import MAX_PER_SERIES, worst_samples
 from ems_vllm.eval.report.verdict import verdict
 
+pytestmark = pytest.mark.slow
+
 VOID = {"meta", "br", "input", "link", "img", "hr"}
 HOSTILE = "</pre></td></table><script>alert('x')</script><img src=http://evil.example/a.png>&\"'"
 

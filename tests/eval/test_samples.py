@@ -16,6 +16,8 @@ from ems_vllm.eval.questions.metrics import METRICS
 from ems_vllm.eval.questions.sample import Key, generator
 from ems_vllm.eval.questions.tasks import TASKS, TaskOptions
 
+pytestmark = pytest.mark.slow
+
 # Tasks that write their prompts themselves, and those that read public data sets.
 READERS = [name for name in TASKS if name.startswith(("longbench_", "qa_"))]
 WRITERS = [name for name in TASKS if name not in READERS]

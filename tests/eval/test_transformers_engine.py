@@ -27,6 +27,8 @@ from ems_vllm.ops import reference_operators
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 # The first is too short to be compressed before it has written much; the others are compressed at
 # the prompt's end. All are compressed again while decoding.
 PROMPTS = [tokens(length, seed=length) for length in (30, 300, 421)]

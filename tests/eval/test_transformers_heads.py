@@ -10,6 +10,8 @@ from unlike_heads import unlike_heads
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.ops import reference_operators
 
+pytestmark = pytest.mark.slow
+
 HALF, BLOCK = 0.5, 16
 NEVER = RequestOptions(enabled=False)
 

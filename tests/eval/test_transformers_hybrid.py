@@ -15,6 +15,8 @@ from ems_vllm.eval.transformers_engine.answer import generated
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.ops import reference_operators
 
+pytestmark = pytest.mark.slow
+
 # Shorter than the window at first; compressed at the prompt's end.
 PROMPTS = [tokens(length, seed=length) for length in (100, 300, 421)]
 MAX_TOKENS = 56

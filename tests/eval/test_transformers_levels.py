@@ -13,6 +13,8 @@ from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.ops import reference_operators
 from ems_vllm.policies.policy import Policy
 
+pytestmark = pytest.mark.slow
+
 NUM_LAYERS = 4
 TOKENS = torch.randint(0, 128, (1200,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT, CONTINUATION = TOKENS[:600], TOKENS[600:]

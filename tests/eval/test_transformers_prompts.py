@@ -26,6 +26,8 @@ from ems_vllm.eval.transformers_engine.runner import Runner
 from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 from ems_vllm.ops import reference_operators
 
+pytestmark = pytest.mark.slow
+
 PROMPT = torch.randint(0, 128, (600,), generator=torch.Generator().manual_seed(0)).tolist()
 
 

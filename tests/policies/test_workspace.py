@@ -23,6 +23,8 @@ from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
 
+pytestmark = pytest.mark.slow
+
 BLOCK_SIZE = 16
 WORKSPACE = 64 << 20
 
