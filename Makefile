@@ -105,12 +105,12 @@ test-quick: setup ## what a change is most likely to break, in under 4 minutes
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS) \
 	  -m "not (slow or e2e or interpreter or emulated)"
 
-test-nullgpu: $(NULLGPU)/.done $(DONE)/models ## vLLM's GPU path without a GPU (10 minutes)
+test-nullgpu: $(NULLGPU)/.done $(DONE)/models $(DONE)/cuda ## vLLM's GPU path without a GPU (10 minutes)
 	@$(NULLGPU)/bin/python tests/nullgpu/build.py
 	@$(NULLGPU_RUN) --computes $(abspath $(NULLGPU))/bin/pytest -m gpu -q tests/ops tests/gpu
 	@$(NULLGPU_RUN) $(abspath $(NULLGPU))/bin/pytest -v tests/nullgpu --durations 10
 
-gpu-rehearsal: $(NULLGPU)/.done $(DONE)/models ## gpu-check without a GPU, on what gpu-pack packed
+gpu-rehearsal: $(NULLGPU)/.done $(DONE)/models $(DONE)/cuda ## gpu-check without a GPU, on what gpu-pack packed
 	@$(NULLGPU)/bin/python tests/nullgpu/build.py
 	@$(NULLGPU)/bin/python tests/nullgpu/rehearse.py
 
