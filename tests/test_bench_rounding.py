@@ -9,6 +9,8 @@ import torch
 from bench_rounding import VLLM, Predicted, Text, ask_transformers, compare, measure
 from engine.harness import LLAMA, tokens
 
+pytestmark = pytest.mark.slow
+
 TEXTS = [Text(tokens(200, seed=1), 24), Text(tokens(90, seed=2), 24)]
 
 

@@ -13,6 +13,8 @@ from gpu import limited, machine
 from gpu.stages import STAGES, Stage
 from gpu.summary import FAILED, PASSED, SKIPPED, TIMED_OUT, Outcome, details_of, exit_code, table
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "benchmarks" / "gpu_check.py"
 

@@ -13,6 +13,8 @@ from gpu import limited
 from gpu.stages import Stage
 from gpu.summary import FAILED, PASSED, TIMED_OUT
 
+pytestmark = pytest.mark.slow
+
 # Starts a child in its group, one in a session of its own, and one whose parent is gone; writes
 # down their process ids.
 CHILDREN = """

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from gpu import limited, run_tests
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(run_tests.__file__)
 FILES = {
     "test_passes.py": "def test_a(): pass\ndef test_b(): pass",

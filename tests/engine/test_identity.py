@@ -15,8 +15,12 @@ def prompts() -> list[list[int]]:
 
 @pytest.fixture(
     scope="module",
-    params=[(LLAMA, 64), (LLAMA, 1024), (LLAMA, 8192), (QWEN3, 256)],
-    ids=["llama-chunk64", "llama-chunk1024", "llama-chunk8192", "qwen3-chunk256"],
+    params=[
+        pytest.param((LLAMA, 64), id="llama-chunk64", marks=pytest.mark.slow),
+        pytest.param((LLAMA, 1024), id="llama-chunk1024"),
+        pytest.param((LLAMA, 8192), id="llama-chunk8192", marks=pytest.mark.slow),
+        pytest.param((QWEN3, 256), id="qwen3-chunk256", marks=pytest.mark.slow),
+    ],
 )
 def setup(request):
     """Model and the largest prompt chunk."""

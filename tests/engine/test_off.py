@@ -4,8 +4,11 @@
 import subprocess
 import sys
 
+import pytest
 from engine.harness import LLAMA
 from processes import run_script
+
+pytestmark = pytest.mark.slow
 
 # In a process of its own: other tests switch compression on in this one.
 _SCRIPT = """

@@ -18,6 +18,8 @@ from ems_vllm.eval.records.run_folder import RunFolder
 from ems_vllm.eval.server import endpoint
 from ems_vllm.eval.server.evaluation import Evaluation
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "tasks": ["niah"],
     "lengths": [400, 900],

@@ -32,7 +32,9 @@ def link_operators(package: Path) -> None:
     folder = max(ROOT.glob("build/temp.*"), key=lambda path: path.stat().st_mtime, default=ROOT)
     objects = [path for path in folder.glob("*/**/*.o") if path.name != "python_bindings.o"]
     if not any(path.parent.name == "cuda" and path.stem == "score_queries" for path in objects):
-        raise SystemExit("there are no objects of the CUDA kernels: install nvcc, and `make kernels`")
+        raise SystemExit(
+            "there are no objects of the CUDA kernels: install nvcc, and `make kernels`"
+        )
     torch = site_packages() / "torch" / "lib"
     command = ["g++", "-shared", "-s", "-o", str(package / "_ops.abi3.so"), *map(str, objects)]
     subprocess.run(

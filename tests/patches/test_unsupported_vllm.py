@@ -7,6 +7,8 @@ import pytest
 from engine.harness import LLAMA
 from processes import run_script
 
+pytestmark = pytest.mark.slow
+
 # In a process of its own, in which vLLM has another version from the start. For every case: the
 # worker that would run, or the last line of what the operator is told.
 _SCRIPT = """
