@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Of NCCL what torch and vLLM call; libraries.py adds the rest by name. Nothing is sent: a collective
-// is one launch, and its output is what was there.
+// Of NCCL what torch and vLLM call; libraries.py adds the rest by name. Nothing is sent: a
+// collective is one launch, and its output is what was there.
 
 #include <cstddef>
 
