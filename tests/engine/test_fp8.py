@@ -18,7 +18,7 @@ from engine.harness import LLAMA, QWEN3, engine, tokens
 from safetensors.torch import load_file, save_file
 
 from ems_vllm.config import ConfigError
-from ems_vllm.engine.group.cache_scales import FLOAT8_CACHES
+from ems_vllm.engine.cache_dtype import FLOAT8_CACHES
 
 pytestmark = pytest.mark.slow
 

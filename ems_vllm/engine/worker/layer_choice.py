@@ -12,7 +12,7 @@ from vllm.platforms import current_platform
 from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 from ems_vllm.engine import kernels
-from ems_vllm.engine.group.cache_scales import FLOAT8_CACHES
+from ems_vllm.engine.cache_dtype import FLOAT8_CACHES
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 
 if TYPE_CHECKING:
