@@ -302,11 +302,11 @@ def state_of(probe):
         for name, tensor in persistent_tensors(probe).items()
         if name not in ("ring_slots", "block_table", "seq_lens")
     }
-    return tensors, (repr(residents_of(probe)), probe.stats())
+    return tensors, (repr(requests_of(probe)), probe.stats())
 
 
-def residents_of(probe):
-    return probe.worker.compression._residents._residents
+def requests_of(probe):
+    return probe.worker.compression._requests._requests
 
 
 def dummy_runs(probe):
@@ -335,7 +335,7 @@ def test_dummy_runs_between_steps_change_nothing(probe, places):
         checked["runs"] += 1
         checked["compressed"] += any(
             first > 0
-            for resident in residents_of(probe).values()
+            for resident in requests_of(probe).values()
             for first in resident.first_columns.values()
         )
 

@@ -46,7 +46,7 @@ def _worker_state_survives_a_preemption(monkeypatch):
 
     def forgetful(self, orders):
         orders.ended.clear()
-        orders.admitted[:] = [r for r in orders.admitted if r not in self._residents]
+        orders.admitted[:] = [r for r in orders.admitted if r not in self._requests]
         return begin_step(self, orders)
 
     monkeypatch.setattr(WorkerRequests, "begin_step", forgetful)

@@ -46,12 +46,12 @@ class WorkerRequests:
     """All requests of a worker that hold blocks."""
 
     def __init__(self) -> None:
-        self._residents: dict[str, WorkerRequest] = {}
+        self._requests: dict[str, WorkerRequest] = {}
         self._row_owners: dict[int, str] = {}
         self._last_step: int | None = None
 
     def __len__(self) -> int:
-        return len(self._residents)
+        return len(self._requests)
 
     def begin_step(self, orders: StepOrders | None) -> StepOrders:
         """Follow who came and went.
@@ -66,14 +66,14 @@ class WorkerRequests:
             raise StepRefused("steps do not follow each other", orders.step - 1, last)
         self._last_step = orders.step
         for req_id in orders.ended:
-            ended = self._residents.pop(req_id, None)
+            ended = self._requests.pop(req_id, None)
             if ended is None:
                 raise StepRefused(f"request {req_id} ended", "it to be here", "no such request")
             self._give_back_row(ended)
         for req_id in orders.admitted:
-            if req_id in self._residents:
+            if req_id in self._requests:
                 raise StepRefused(f"request {req_id} begins", "it to be new", "it already")
-            self._residents[req_id] = WorkerRequest()
+            self._requests[req_id] = WorkerRequest()
         return orders
 
     def compact(self, orders: Sequence[Compaction]) -> None:
@@ -86,24 +86,24 @@ class WorkerRequests:
             self._compact(order)
         for order in orders:
             # What was recorded is not needed any more.
-            self._give_back_row(self._resident(order.req_id))
+            self._give_back_row(self._request(order.req_id))
 
     def _compact(self, order: Compaction) -> None:
-        resident = self._resident(order.req_id)
+        request = self._request(order.req_id)
         what = f"request {order.req_id}, group {order.group_id}, is to be compressed"
-        found: object = resident.first_columns.get(order.group_id, 0)
+        found: object = request.first_columns.get(order.group_id, 0)
         if found != order.first_before:
             raise StepRefused(what, f"first column {order.first_before}", f"first column {found}")
         if order.ring_row >= 0:
-            found = (resident.ring_row, resident.recorded_until)
+            found = (request.ring_row, request.recorded_until)
             expected = (order.ring_row, order.num_computed)
             if found != expected:
                 raise StepRefused(f"{what} by its queries (row, end)", expected, found)
         if order.num_scored and not order.num_represented:
-            found = resident.scored_until.get(order.group_id)
+            found = request.scored_until.get(order.group_id)
             if found != order.num_computed:
                 raise StepRefused(f"{what} by its prompt's queries", order.num_computed, found)
-        resident.first_columns[order.group_id] = order.first
+        request.first_columns[order.group_id] = order.first
 
     def check_first_columns(self, req_ids: Iterable[str], orders: StepOrders) -> None:
         """Whether every scheduled request is compressed exactly as far as it must be.
@@ -114,9 +114,9 @@ class WorkerRequests:
         Raises:
             StepRefused: one is not.
         """
-        residents = [self._resident(req_id) for req_id in req_ids]
+        requests = [self._request(req_id) for req_id in req_ids]
         for group_id, columns in orders.first_columns.items():
-            found = [resident.first_columns.get(group_id, 0) for resident in residents]
+            found = [request.first_columns.get(group_id, 0) for request in requests]
             if found != columns:
                 self._refuse_first_columns(req_ids, group_id, columns, found)
 
@@ -139,13 +139,13 @@ class WorkerRequests:
         Raises:
             StepRefused: queries before them should have scored, and did not.
         """
-        resident = self._resident(order.req_id)
+        request = self._request(order.req_id)
         if order.num_accumulated > 0:
-            found = resident.scored_until.get(order.group_id)
+            found = request.scored_until.get(order.group_id)
             if found != order.first_query:
                 what = f"request {order.req_id}, group {order.group_id}, is to score its prompt"
                 raise StepRefused(what, f"queries up to {order.first_query}", found)
-        resident.scored_until[order.group_id] = order.seq_len
+        request.scored_until[order.group_id] = order.seq_len
 
     def recorded(self, order: RecordedQueries, end: int) -> None:
         """Take note of queries that are about to be recorded, up to position `end`.
@@ -157,20 +157,20 @@ class WorkerRequests:
         if owner not in (None, order.req_id):
             what = f"request {order.req_id} is to record queries in row {order.ring_row}"
             raise StepRefused(what, "a free row", f"the row of request {owner}")
-        resident = self._resident(order.req_id)
-        if resident.ring_row != order.ring_row:
-            self._give_back_row(resident)
-            resident.ring_row = order.ring_row
+        request = self._request(order.req_id)
+        if request.ring_row != order.ring_row:
+            self._give_back_row(request)
+            request.ring_row = order.ring_row
             self._row_owners[order.ring_row] = order.req_id
-        resident.recorded_until = end
+        request.recorded_until = end
 
-    def _resident(self, req_id: str) -> WorkerRequest:
+    def _request(self, req_id: str) -> WorkerRequest:
         try:
-            return self._residents[req_id]
+            return self._requests[req_id]
         except KeyError:
             raise StepRefused(f"request {req_id}", "it to be here", "no such request") from None
 
-    def _give_back_row(self, resident: WorkerRequest) -> None:
-        if resident.ring_row >= 0:
-            del self._row_owners[resident.ring_row]
-            resident.ring_row = -1
+    def _give_back_row(self, request: WorkerRequest) -> None:
+        if request.ring_row >= 0:
+            del self._row_owners[request.ring_row]
+            request.ring_row = -1

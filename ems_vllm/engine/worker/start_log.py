@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Block-table columns that one request holds in a compressed group.
+class GroupColumns:
+    """What one request holds of the columns of one compressed group.
 
     Attributes:
         dense: Without compression.
@@ -37,7 +37,7 @@ class Columns:
     compressed: int
 
 
-def request_columns(settings: PlanSettings, block_size: int, num_tokens: int) -> Columns:
+def group_columns(settings: PlanSettings, block_size: int, num_tokens: int) -> GroupColumns:
     """Columns of a request whose prompt is all but one of `num_tokens`.
 
     Args:
@@ -48,11 +48,11 @@ def request_columns(settings: PlanSettings, block_size: int, num_tokens: int) ->
     plan = settings.plan(num_tokens - 1, block_size, RequestOptions())
     dense = -(-num_tokens // block_size)
     if not plan.compresses_prompt:
-        return Columns(dense, dense)
+        return GroupColumns(dense, dense)
     # The state between two compactions repeats, so the first interval has the greatest one.
     end = num_tokens + max(settings.recompress_interval, block_size)
     steady = range(num_tokens + 1, end + 1)
-    return Columns(dense, min(dense, max(plan.max_live_columns(n) for n in steady)))
+    return GroupColumns(dense, min(dense, max(plan.max_live_columns(n) for n in steady)))
 
 
 def log_start(
@@ -114,8 +114,8 @@ def log_start(
         return
     # A column of each group is a block.
     groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    of_groups = [request_columns(spec.settings, spec.block_size, max_model_len) for spec in groups]
-    columns = Columns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
+    of_groups = [group_columns(spec.settings, spec.block_size, max_model_len) for spec in groups]
+    columns = GroupColumns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
     # Block 0 is vLLM's null block.
     num_blocks = kv_cache_config.num_blocks - 1
     logger.info(

@@ -57,7 +57,7 @@ class StepRunner:
 
     def __init__(self, groups: Sequence[CompressedGroup], batch_order: BatchOrder) -> None:
         self.groups = list(groups)
-        self._residents = WorkerRequests()
+        self._requests = WorkerRequests()
         self._batch_order = batch_order
         self._step: _Step | None = None
         self._is_warming_up = False
@@ -79,21 +79,21 @@ class StepRunner:
         """
         if self._is_warming_up:
             return
-        residents = self._residents
-        orders = residents.begin_step(attached(output))
+        requests = self._requests
+        orders = requests.begin_step(attached(output))
         for group in self.groups:
             group.release(orders.ended)
-        residents.compact(orders.compactions)
+        requests.compact(orders.compactions)
         for group in self.groups:
             group.compact([c for c in orders.compactions if c.group_id == group.tensors.group_id])
-        residents.check_first_columns(output.num_scheduled_tokens, orders)
+        requests.check_first_columns(output.num_scheduled_tokens, orders)
         index = {req_id: at for at, req_id in enumerate(output.num_scheduled_tokens)}
         num_scheduled = list(output.num_scheduled_tokens.values())
         for chunk in orders.scored:
-            residents.scored(chunk)
+            requests.scored(chunk)
         for queries in orders.recorded:
             at = index[queries.req_id]
-            residents.recorded(queries, orders.starts[at] + num_scheduled[at])
+            requests.recorded(queries, orders.starts[at] + num_scheduled[at])
         self._step = _Step(orders, index, num_scheduled)
 
     def end_step(self) -> None:
@@ -101,7 +101,7 @@ class StepRunner:
 
     @property
     def num_running(self) -> int:
-        return len(self._residents)
+        return len(self._requests)
 
     def batch(self, metadata: CommonAttentionMetadata) -> Batch | None:
         """The step in row order; None for dummy, profiling, capture and warm-up batches.
