@@ -45,9 +45,10 @@ COMMON = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "random-llama": {
+        "initializer_range": 0.16,
         "num_hidden_layers": 4,
-        "hidden_size": 512,
-        "intermediate_size": 1024,
+        "hidden_size": 128,
+        "intermediate_size": 256,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
     },

@@ -251,10 +251,10 @@ class TorchCPUImpl(AttentionImpl[TorchCPUMetadata]):
             Output, shaped as the query; the log of its softmax denominators, less the last
             dimension, or None where nobody asked.
         """
-        kv = kv_cache[call.block_ids, :, call.block_offsets]
+        kv = call.entries.copy_from(kv_cache)
         if self.has_float8_cache:
             kv = kv.view(torch.float8_e4m3fn)
-        k, v = kv.to(query.dtype).transpose(1, 2).split(self.head_size, dim=-1)
+        k, v = kv.to(query.dtype).split(self.head_size, dim=-1)
         if self.has_float8_cache:
             k, v = k * layer._k_scale_float, v * layer._v_scale_float
         if call.query_len == 1:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ems_vllm.cpu_platform.paged_entries import PagedEntries
+
 # Bounds the K/V gathered for one call; for 8 heads of size 64 in float32 that is 256 MiB.
 _MAX_GATHERED_ENTRIES = 65536
 
@@ -16,17 +18,14 @@ class AttentionCall:
 
     Attributes:
         tokens: Rows of the batch's query tensor, num_reqs * query_len of them.
-        block_ids: [num_reqs, num_entries], int64.
-        block_offsets: [num_reqs, num_entries], int64. Entries that pad a shorter request repeat
-            its last one: a slot that was never written could hold NaN, which no mask removes.
+        entries: What it reads, [num_reqs, num_entries].
         mask: Added to the logits; [num_reqs, 1, 1, num_entries] or [query_len, num_entries].
         is_causal: The mask is the plain triangle.
     """
 
     tokens: slice | torch.Tensor
     query_len: int
-    block_ids: torch.Tensor
-    block_offsets: torch.Tensor
+    entries: PagedEntries
     mask: torch.Tensor | None = None
     is_causal: bool = False
 
@@ -84,11 +83,11 @@ def _prefill(
     num_computed = seq_len - query_len
     first = max(0, num_computed + 1 - (sliding_window or seq_len))
     positions = torch.arange(first, seq_len)
-    block_ids, block_offsets = _locate(batch, [req_idx], positions[None])
+    entries = _locate(batch, [req_idx], positions[None])
     if num_computed == 0 and query_len <= (sliding_window or query_len):
-        return AttentionCall(tokens, query_len, block_ids, block_offsets, is_causal=True)
+        return AttentionCall(tokens, query_len, entries, is_causal=True)
     mask = _causal_mask(num_computed, positions, query_len, sliding_window, dtype)
-    return AttentionCall(tokens, query_len, block_ids, block_offsets, mask)
+    return AttentionCall(tokens, query_len, entries, mask)
 
 
 def _decode(
@@ -103,8 +102,7 @@ def _decode(
     if int(num_entries.min()) < len(columns):
         mask = _additive(columns < num_entries, dtype)[:, None, None]
     tokens = _rows([batch.query_start_loc[i] for i in req_idxs])
-    block_ids, block_offsets = _locate(batch, req_idxs, positions)
-    return AttentionCall(tokens, 1, block_ids, block_offsets, mask)
+    return AttentionCall(tokens, 1, _locate(batch, req_idxs, positions), mask)
 
 
 def _similar_lengths(
@@ -134,13 +132,15 @@ def _rows(rows: list[int]) -> slice | torch.Tensor:
     return torch.tensor(rows)
 
 
-def _locate(
-    batch: BatchShape, req_idxs: list[int], positions: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Block ids and offsets of positions [num_reqs, num_entries]."""
+def _locate(batch: BatchShape, req_idxs: list[int], positions: torch.Tensor) -> PagedEntries:
+    """Where the entries at positions [num_reqs, num_entries] lie.
+
+    Entries that pad a shorter request repeat its last position: a slot that was never written could
+    hold NaN, which no mask removes.
+    """
     rows = batch.block_table[_rows(req_idxs)]
     block_ids = rows.gather(1, positions // batch.block_size).to(torch.int64)
-    return block_ids, positions % batch.block_size
+    return PagedEntries(block_ids, positions % batch.block_size)
 
 
 def _causal_mask(

@@ -206,9 +206,9 @@ def test_decodes_of_similar_length_share_a_call() -> None:
         block_size=16,
     )
     calls = attention_calls.cut_into_calls(batch, None, torch.float32)
-    assert [tuple(call.block_ids.shape) for call in calls] == [(2, 8000), (3, 100)]
+    assert [tuple(call.entries.shape) for call in calls] == [(2, 8000), (3, 100)]
     windowed = attention_calls.cut_into_calls(batch, 50, torch.float32)
-    assert [tuple(call.block_ids.shape) for call in windowed] == [(5, 50)]
+    assert [tuple(call.entries.shape) for call in windowed] == [(5, 50)]
     assert windowed[0].mask is None
 
 
