@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Servers as users start them, and their logs where a test fails."""
+"""Servers by the command that users give, and their logs where a test fails."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -10,14 +9,21 @@ from pathlib import Path
 
 import pytest
 from openai import OpenAI
+from processes import Fork, fork
 
-# The launcher is the serving benchmark's.
 from ems_vllm.eval.server.process import Server
 
 ROOT = Path(__file__).resolve().parents[2]
-FORK_CLI = Path(__file__).with_name("fork_cli.py")
 MODELS = ("random-llama", "random-qwen3")
 StartServer = Callable[..., AbstractContextManager[Server]]
+
+
+class ForkedServer(Server):
+    """The serving benchmark's launcher, without the imports of each process."""
+
+    @staticmethod
+    def _start(command: list[str], log_path: Path) -> Fork:
+        return fork(["vllm", *command[1:]], log_path, log_path)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -53,27 +59,9 @@ def start_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Star
 
     def start(model: str, *args: str) -> Server:
         log = tmp_path_factory.mktemp("server") / "log.txt"
-        return Server(str(models / model), args, log)
+        return ForkedServer(str(models / model), args, log)
 
     return start
-
-
-@pytest.fixture(scope="session")
-def run_command() -> Iterator[Callable[[list[str], Path], int]]:
-    """Runs a `vllm` command with a file for what it prints, and returns its exit status."""
-    command = [sys.executable, str(FORK_CLI)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-
-        def run(argv: list[str], log: Path) -> int:
-            process.stdin.write(json.dumps({"argv": argv, "log": str(log)}) + "\n")
-            process.stdin.flush()
-            # The answer follows whatever the imports have printed.
-            return next(int(line) for line in process.stdout if line.strip().lstrip("-").isdigit())
-
-        yield run
-        process.stdin.close()
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,12 @@
 """A mistake in the settings stops `vllm serve` with one sentence: key, value, remedy."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-
-RunCommand = Callable[[list[str], Path], int]
+from processes import fork_vllm
 
 
 @pytest.mark.parametrize(
@@ -78,14 +76,13 @@ RunCommand = Callable[[list[str], Path], int]
     ],
 )
 def test_one_sentence_says_what_to_change(
-    run_command: RunCommand,
     models: Path,
     tmp_path: Path,
     args: list[str],
     key_and_value: str,
     remedy: str,
 ) -> None:
-    sentence = refusal(run_command, models, tmp_path / "log.txt", args)
+    sentence = refusal(models, tmp_path / "log.txt", args)
     assert key_and_value in sentence
     assert remedy in sentence
 
@@ -114,21 +111,19 @@ bad_arguments = (
 @example(args=["--kv-compression", "off.yaml\0"])
 @example(args=["--kv-compression", "ems", "--kv-compression-config", '{"a":' * 10_000])
 def test_any_mistake_ends_with_a_sentence(
-    run_command: RunCommand,
     models: Path,
     tmp_path_factory: pytest.TempPathFactory,
     args: list[str],
 ) -> None:
     log = tmp_path_factory.mktemp("mistake") / "log.txt"
-    sentence = refusal(run_command, models, log, args)
+    sentence = refusal(models, log, args)
     assert "kv_compression" in sentence
     assert "Traceback" not in log.read_text()
 
 
-def refusal(run_command: RunCommand, models: Path, log: Path, args: list[str]) -> str:
+def refusal(models: Path, log: Path, args: list[str]) -> str:
     """The last line of a `vllm serve` that does not start."""
-    argv = ["vllm", "serve", str(models / "random-llama"), *args]
-    status = run_command(argv, log)
+    status = fork_vllm(["serve", str(models / "random-llama"), *args], log)
     lines = log.read_text().strip().split("\n")
     assert status != 0, "\n".join(lines)
     assert lines[-1].endswith("."), "\n".join(lines)

@@ -4,7 +4,7 @@
 import interpreter
 import pytest
 from engine.harness import LLAMA, engine, tokens
-from processes import run_script
+from processes import fork_script
 
 pytestmark = pytest.mark.slow
 
@@ -92,7 +92,7 @@ def test_preemption_changes_nothing(plenty):
 
 @pytest.mark.interpreter
 def test_v2_generates_the_same(plenty):
-    found = run_script(_SCRIPT, {}, interpreter.environment())
+    found = fork_script(_SCRIPT, {}, interpreter.environment())
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     check(found)
     assert found["answers"] == plenty["answers"]

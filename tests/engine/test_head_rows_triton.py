@@ -3,7 +3,7 @@
 
 import interpreter
 import pytest
-from processes import run_script
+from processes import fork_script
 
 pytestmark = pytest.mark.interpreter
 
@@ -31,7 +31,7 @@ print(json.dumps([run(*case) for case in json.loads(sys.argv[1])]))
 def found():
     """Layers of each case."""
     cases = list(CASES.values())
-    found = run_script(_SCRIPT, cases, interpreter.environment())
+    found = fork_script(_SCRIPT, cases, interpreter.environment())
     return dict(zip(CASES, found, strict=True))
 
 

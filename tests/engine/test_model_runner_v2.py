@@ -7,7 +7,7 @@ Each case runs in a process of its own: the interpreter must be chosen before vL
 import interpreter
 import pytest
 from engine.harness import BLOCK_SIZE, LLAMA, QWEN3, engine, tokens
-from processes import run_script
+from processes import fork_script
 
 UNLIMITED = {"recipe": "ems", "budget": 8192}
 LIMITED = {
@@ -51,7 +51,7 @@ def run_v2(compression, model, lengths, max_tokens, chunk, **options):
         "lengths": lengths,
         "options": {"max_num_batched_tokens": chunk, **options},
     }
-    found = run_script(_SCRIPT, case, interpreter.environment())
+    found = fork_script(_SCRIPT, case, interpreter.environment())
     assert found["runner"] == "vllm.v1.worker.cpu.model_runner"
     assert found["used_at_end"] == 0
     return found

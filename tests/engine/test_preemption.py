@@ -6,7 +6,7 @@ from engine.harness import engine, tokens
 
 pytestmark = pytest.mark.slow
 
-PROMPTS = [tokens(length, seed=length) for length in (420, 380, 60, 100, 150, 300)]
+PROMPTS = [tokens(length, seed=1 + length) for length in (420, 380, 60, 100, 150, 300)]
 MAX_TOKENS = 200
 
 

@@ -3,7 +3,7 @@
 
 import interpreter
 import pytest
-from processes import run_script
+from processes import fork_script
 
 LENGTHS = (40, 100, 200)
 MAX_TOKENS = 60
@@ -78,7 +78,7 @@ def found():
         "lengths": LENGTHS,
         "max_tokens": MAX_TOKENS,
     }
-    return run_script(_SCRIPT, case, interpreter.environment(model_runner=1))
+    return fork_script(_SCRIPT, case, interpreter.environment(model_runner=1))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

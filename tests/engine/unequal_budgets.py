@@ -12,7 +12,7 @@ import interpreter
 from engine.arrivals import Arrival, serve
 from engine.block_guard import guarded
 from engine.harness import LLAMA, EngineProbe, tokens
-from processes import run_script
+from processes import fork_script
 
 from ems_vllm.config import RequestOptions, load_config
 from ems_vllm.engine.worker.start_log import log_start
@@ -154,7 +154,7 @@ def found_by_runner_v2(
         "max_tokens": num_tokens,
         "extra_args": extra_args,
     }
-    found: dict[str, Any] = run_script(_V2_SCRIPT, case, interpreter.environment())
+    found: dict[str, Any] = fork_script(_V2_SCRIPT, case, interpreter.environment())
     return found
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from processes import run_script
+from processes import fork_script
 
 _SCRIPT = """
 import json, os, sys
@@ -82,4 +82,4 @@ def answers_of_workers(
         "environment": environment or {},
         "extra_args": extra_args,
     }
-    return Found(**run_script(_SCRIPT, case))
+    return Found(**fork_script(_SCRIPT, case))

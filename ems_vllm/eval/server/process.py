@@ -14,10 +14,21 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 # Beside this Python first: a PATH may lead to another installation.
 VLLM = shutil.which("vllm", path=str(Path(sys.executable).parent)) or "vllm"
 _TAIL = 6000
+
+
+class Process(Protocol):
+    """What is used of subprocess.Popen."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def terminate(self) -> None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
 
 
 class Server:
@@ -39,20 +50,24 @@ class Server:
         self.url = f"http://127.0.0.1:{self.port}"
         self._log_path = log_path
         self._timeout = timeout
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: Process | None = None
 
     def __enter__(self) -> "Server":
-        with self._log_path.open("wb") as log:
-            # A session of its own, so that the engine's processes end with it in any case.
-            self._process = subprocess.Popen(
-                self.command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        self._process = self._start(self.command, self._log_path)
         try:
             self._wait_until_healthy()
         except BaseException:
             self.stop()
             raise
         return self
+
+    @staticmethod
+    def _start(command: list[str], log_path: Path) -> Process:
+        """Start it in a session of its own, so that the engine's processes end with it."""
+        with log_path.open("wb") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
 
     def __exit__(
         self,
