@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -43,8 +43,16 @@ def run_script(script: str, case: Any, environment: Mapping[str, str] | None = N
 def fork_script(script: str, case: Any, environment: Mapping[str, str] | None = None) -> Any:
     """As `run_script`, in a fork of a process that has imported vLLM in that environment."""
     with _as_file(script) as path:
-        out, err = path.with_name("out"), path.with_name("err")
-        status = fork([str(path), json.dumps(case)], out, err, environment).wait()
+        return fork_file(path, [json.dumps(case)], environment)
+
+
+def fork_file(
+    path: Path, arguments: list[str], environment: Mapping[str, str] | None = None
+) -> Any:
+    """As `fork_script`, for a file of Python with arguments of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        status = fork([str(path), *arguments], out, err, environment).wait()
         assert status == 0, err.read_text(errors="replace")[-4000:]
         return _last_line(out.read_text())
 
@@ -153,4 +161,8 @@ def _with_helpers(environment: Mapping[str, str] | None) -> dict[str, str]:
 
 
 def _last_line(printed: str) -> Any:
-    return json.loads(printed.strip().splitlines()[-1])
+    """The last one that is JSON: vLLM may have something to say as it ends."""
+    for line in reversed(printed.splitlines()):
+        with suppress(ValueError):
+            return json.loads(line)
+    raise AssertionError(f"no line of JSON was printed:\n{printed[-4000:]}")

@@ -2,10 +2,7 @@
 """The whole engine on the CPU platform against Hugging Face's generation, token by token."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import interpreter
 import pytest
 import torch
 from engine.harness import engine
+from processes import fork_file
 
 pytest.importorskip("vllm")
 pytestmark = pytest.mark.skipif(
@@ -52,11 +50,7 @@ def generated(
 ) -> list[list[int]]:
     """What an engine in a process of its own generates."""
     arguments = [str(MODELS / model), json.dumps(engine_args), json.dumps(prompts(*lengths))]
-    command = [sys.executable, str(GENERATE), *arguments, str(NUM_NEW_TOKENS)]
-    env = (os.environ if env is None else env) | {"VLLM_LOGGING_LEVEL": "ERROR"}
-    result = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return fork_file(GENERATE, [*arguments, str(NUM_NEW_TOKENS)], env)
 
 
 @pytest.mark.slow
