@@ -4,6 +4,7 @@
 import argparse
 import copy
 import dataclasses
+import importlib.util
 import pickle
 from collections.abc import Iterator
 
@@ -38,6 +39,10 @@ WITH_ENGINE = {
     "serve",
     "snapshot create",
 }
+if importlib.util.find_spec("vllm.benchmarks.forward"):
+    # As from 0.33 on. It runs batches that no scheduler planned, so a worker that compresses
+    # refuses the first of them.
+    WITH_ENGINE.add("bench forward")
 
 
 class Built(Exception):

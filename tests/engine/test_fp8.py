@@ -323,8 +323,10 @@ class TestRefusals:
 
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_a_cache_of_another_dtype_than_the_queries(self, dtype):
+        """From 0.33 on vLLM says so itself, before we are asked."""
+        ours, theirs = f"'{dtype} with dtype float32'", f'"{dtype}" is incompatible'
         with (
-            pytest.raises(Exception, match=rf"kv_cache_dtype='{dtype} with dtype float32' .*auto"),
+            pytest.raises(Exception, match=rf"kv_cache_dtype=({ours}|{theirs}) .*auto"),
             engine(settings("ems"), kv_cache_dtype=dtype),
         ):
             pass
