@@ -180,11 +180,16 @@ def builder() -> Any:
         cudagraph_capture_sizes=CAPTURE_SIZES,
         static_forward_context={},
     )
+    config = SimpleNamespace(
+        model_config=model,
+        parallel_config=None,
+        compilation_config=compilation,
+        # These two are looked at from 0.33 on.
+        speculative_config=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_NUM_REQS),
+    )
     made = CompressedTritonAttentionBackend.get_builder_cls()(
-        SimpleNamespace(block_size=BLOCK_SIZE),
-        [],
-        SimpleNamespace(model_config=model, parallel_config=None, compilation_config=compilation),
-        torch.device("cpu"),
+        SimpleNamespace(block_size=BLOCK_SIZE), [], config, torch.device("cpu")
     )
     SPLITTINGS[BACKEND].builder(made, NUM_HEADS)
     return made
