@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
@@ -240,16 +241,20 @@ class CompactionContext:
         )
         # As stored, in float32, and once more where products are made.
         row_bytes = window * num_heads * head_size * (self.query_ring.itemsize + 2 * 4)
-        step = max(1, SLICE_BYTES // row_bytes)
-        for layer in range(self.num_layers):
-            for row in range(0, self.num_rows, step):
-                rows = slice(row, row + step)
-                queries = self.query_ring[layer, self.ring_rows[rows].long()].float()
-                # No product: a slot that records nothing may hold anything, NaN included.
-                queries = queries.masked_fill_(~is_recorded[rows], 0.0)
-                # [rows, num_kv_heads, window * group, head_size]; unrecorded ones are 0.
-                queries = queries.unflatten(2, (self.num_kv_heads, -1)).transpose(1, 2)
-                keys[layer, rows] = _key_of_one(queries.flatten(2, 3), self.scale)
+        at_once = max(1, SLICE_BYTES // row_bytes)
+        # Several layers where there are few rows: a GPU would wait for launches, one by one.
+        of_rows = max(1, min(at_once, self.num_rows))
+        of_layers = at_once // of_rows
+        for layer, row in product(
+            range(0, self.num_layers, of_layers), range(0, self.num_rows, of_rows)
+        ):
+            layers, rows = slice(layer, layer + of_layers), slice(row, row + of_rows)
+            queries = self.query_ring[layers, self.ring_rows[rows].long()].float()
+            # No product: a slot that records nothing may hold anything, NaN included.
+            queries = queries.masked_fill_(~is_recorded[rows], 0.0)
+            # [layers, rows, num_kv_heads, window * group, head_size]; unrecorded ones are 0.
+            queries = queries.unflatten(3, (self.num_kv_heads, -1)).transpose(2, 3)
+            keys[layers, rows] = _key_of_one(queries.flatten(3, 4), self.scale)
         return keys if self.key_scales is None else keys.div_(self.key_scales[:, None, None, None])
 
     def key_norms(self) -> Tensor:

@@ -81,9 +81,12 @@ def gather(cache: Tensor, blocks: Tensor) -> Tensor:
     is_float8 = cache.dtype == torch.float8_e4m3fn
     stored = cache.view(torch.uint8) if is_float8 else cache
     found = stored.new_empty((len(cache), blocks.numel(), *cache.shape[2:]))
-    # On a CPU, an index copies numbers, this copies blocks; and where blocks are not the first
-    # dimension, the whole cache.
-    for layer, of_layer in zip(stored, found, strict=True):
-        torch.index_select(layer, 0, blocks.flatten(), out=of_layer)
+    if cache.is_cuda:
+        torch.index_select(stored, 1, blocks.flatten(), out=found)
+    else:
+        # An index copies numbers, this copies blocks; and where blocks are not the first dimension,
+        # the whole cache.
+        for layer, of_layer in zip(stored, found, strict=True):
+            torch.index_select(layer, 0, blocks.flatten(), out=of_layer)
     found = found.view(cache.dtype).unflatten(1, blocks.shape).transpose(2, 3)
     return found.to(torch.float32, memory_format=torch.contiguous_format).flatten(3, 4)
