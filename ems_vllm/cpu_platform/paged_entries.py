@@ -7,9 +7,9 @@ import torch
 class PagedEntries:
     """Entries that one attention call reads, the same in every layer of a KV-cache group.
 
-    Copying rows of one flat view takes a tenth of the time of indexing by block and offset, and
-    into memory that the layer before has used, half of what is left. Both are remembered here,
-    since the layers of a group differ by nothing but where their cache begins.
+    Copying rows of one flat view takes a tenth of the time of indexing by block and offset. Rows
+    and the memory they are copied to are remembered, since the layers of a group differ by nothing
+    but where their cache begins.
 
     Attributes:
         shape: (num_reqs, num_entries).
