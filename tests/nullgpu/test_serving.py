@@ -18,8 +18,8 @@ RUNNERS = (2, 1)
 # What compression may add to a step in which every request decodes: recording the queries of each
 # layer, the metadata, and bringing ring slots and first columns to the GPU.
 MOST_EXTRA_PER_DECODE = NUM_LAYERS + 6
-# And to one that compacts: the policy's arithmetic is torch's, a kernel for every operation, on all
-# layers at once. EMS takes 240, of one request or of two.
+# And to one that compacts: the policy's arithmetic is torch's, a kernel for every operation, on as
+# many layers at once as memory is meant for. EMS takes 240 for one request.
 MOST_EXTRA_PER_COMPACTION = 260
 # Each of these works on all layers, heads and requests that are due.
 COMPACTION_KERNELS = {
