@@ -23,7 +23,7 @@ from ems_vllm.eval.report.style import Style
 # Of other engines, the best that reads a prompt once and the one that is ahead of EMS.
 OURS = {
     "ems": ("EMS", Style(1, "o", "solid", True)),
-    "ems, profile": ("EMS, profile", Style(1, "o", "dashed", False)),
+    "ems, profile by head": ("EMS, by head", Style(1, "o", "dashed", False)),
     "snapkv": ("SnapKV", Style(2, "s", "solid", False)),
     "h2o": ("H2O", Style(3, "^", "solid", False)),
 }

@@ -14,6 +14,7 @@ from functools import partial
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
 from tables.catalogue import catalogue
+from tables.markdown import percent
 from tables.peers import behind, change, peers
 from tables.recipes import Column, ablation, equal_bytes, recipes
 
@@ -74,6 +75,27 @@ _PROFILES = {
     "pyramid": "`pyramid`, 3 levels",
     "pyramid, 30 levels": "`pyramid`, 30 levels",
 }
+_ORDERS = {
+    "equal": "equal budgets: EMS",
+    "equal, by KVzip": "KVzip's score of each prompt",
+    "equal, by keys and a surrogate": "keys and a surrogate of that score",
+    "by head": "by head: **EMS**",
+    "by head, by KVzip": "KVzip's score of each prompt",
+    "by head, by a surrogate": "a surrogate of that score",
+    "by head, by keys and a surrogate": "keys and the surrogate",
+}
+_DEALINGS = {
+    "equal, merged": "equal budgets",
+    "ada": "`ada`: heads of a layer by attention",
+    "ada, peaks of 64": "by peaks of the last 64 queries",
+    "ada, peaks of 256": "by peaks of the last 256 queries",
+    "ada, KVzip": "by KVzip's score of each prompt",
+    "layers, merged": "`profile` of the layers",
+    "by head, merged": "**`profile` by head, 3 levels**",
+    "by head, 6 levels": "6 levels",
+    "by head, 30 levels": "a level for each of the 30 layers",
+    "by head, blocks of 4": "3 levels, blocks of 4 entries instead of 16",
+}
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
     "ems, not merged": "no merging",
@@ -87,6 +109,12 @@ def _by_merger(result: str) -> list[Column]:
         Column(result, budget, group)
         for budget in ("0.06", "0.25")
         for group in ("error", "last", "later", "continuation")
+    ]
+
+
+def _asked(result: str) -> list[Column]:
+    return [
+        Column(result, budget, "asked", percent(budget)) for budget in ("0.06", "0.125", "0.25")
     ]
 
 
@@ -211,5 +239,7 @@ TABLES: dict[str, Callable[[], str]] = {
             for group in groups
         ],
     ),
+    "orders": partial(ablation, _ORDERS, _asked("tuning-smollm2-dealing.json")),
+    "dealings": partial(ablation, _DEALINGS, _asked("tuning-smollm2-dealing.json")),
     "recompressed": partial(ablation, _RECOMPRESSED, _by_interval()),
 }

@@ -53,4 +53,4 @@ def signed(loss: float, group: str) -> str:
 
 def _digits(group: str) -> int:
     """Text is many tokens, and differs less."""
-    return 2 if group in ASKED else 3
+    return 3 if group == "continuation" else 2

@@ -102,6 +102,8 @@ def _cell(variant: str, column: Column) -> str:
         for one in read(column.result)["summaries"]
         if (one["variant"], one["budget"]) == (variant, column.budget)
     }
+    if not found:
+        return ""
     if column.group != "error":
         return signed(found[column.group]["loss_above_full"], column.group)
     total = sum(one["n"] for one in found.values())

@@ -144,12 +144,25 @@ def test_the_log_gives_the_reasons_that_only_layers_know():
     capped = SimpleNamespace(
         impl=SimpleNamespace(logits_soft_cap=50.0), dtype=torch.float32, kv_cache_dtype="auto"
     )
+    lines = start_lines(config, CONFIG, {"capped": capped})
+    assert any(
+        "0 of 1 layers compressed; left alone: 1 layer: soft-capped" in line for line in lines
+    )
+    assert not any("equal budgets" in line for line in lines)
+
+
+def test_the_log_says_that_budgets_are_equal():
+    (config,) = configs_of_stages({"model.layers.0": compressed()})
+    assert any("equal budgets" in line for line in start_lines(config, CONFIG, {}))
+    dealt = load_config({"recipe": "ems", "budget": 64, "allocator": "ada"})
+    assert not any("equal budgets" in line for line in start_lines(config, dealt, {}))
+
+
+def start_lines(kv_cache_config, config, layers):
+    """What a server says at start-up."""
     logger = mock.Mock()
     sizes = mock.Mock(workspace_bytes=0)
     sizes.score_bytes.return_value = sizes.ring_bytes.return_value = 0
     sizes.head_bytes.return_value = 0
-    log_start(logger, CONFIG, config, {"capped": capped}, 512, sizes)
-    lines = [call.args[0] % call.args[1:] for call in logger.info.call_args_list]
-    assert any(
-        "0 of 1 layers compressed; left alone: 1 layer: soft-capped" in line for line in lines
-    )
+    log_start(logger, config, kv_cache_config, layers, 512, sizes)
+    return [call.args[0] % call.args[1:] for call in logger.info.call_args_list]

@@ -100,6 +100,12 @@ def log_start(
         f"; left alone: {kept}" if kept else "",
     )
     _log_within_prompts(logger, config, kv_cache_config, max_model_len)
+    if compressed and config.allocator.name() == "uniform":
+        logger.info(
+            "KV-cache compression: all layers and kv_heads have equal budgets. `ems-vllm profile` "
+            "measures what each needs, for the allocator `profile`; where they need different "
+            "amounts, it loses less at the same memory (docs/budgets.md says on which models)."
+        )
     _log_levels(logger, kv_cache_config, max_model_len)
     _log_heads(logger, config, kv_cache_config, max_model_len)
     blocks = kv_cache_config.num_blocks
