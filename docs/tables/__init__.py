@@ -16,7 +16,7 @@ from tables.capacity import capacity
 from tables.catalogue import catalogue
 from tables.markdown import percent
 from tables.peers import behind, change, peers
-from tables.recipes import Column, ablation, equal_bytes, recipes
+from tables.recipes import Column, ablation, equal_bytes, recipes, right
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -33,6 +33,11 @@ _HEADS = "lab-smollm2-heads.json"
 _HEADS_4K = "lab-smollm2-4k-heads.json"
 _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
+
+# Further questions on the same novels.
+_SEEDS = "lab-smollm2-seeds.json"
+_SEEDS_PEERS = "kvpress-smollm2-seeds.json"
+_NOT_LAST = ("first", "later")
 
 _SMOLLM2_4K = "lab-smollm2-4k.json"
 _SMOLLM2_4K_PEERS = "kvpress-smollm2-4k.json"
@@ -152,6 +157,63 @@ TABLES: dict[str, Callable[[], str]] = {
         "kvpress-smollm2-kvzip-equal.json",
         ("kvzip_equal",),
         ("first", "later", "continuation"),
+    ),
+    "seeds": partial(
+        recipes,
+        _SEEDS,
+        (
+            "ems",
+            "ems, profile",
+            "ems, profile by head",
+            "ems, ada",
+            "snapkv pooled forward over 13",
+            "snapkv",
+            "h2o",
+        ),
+    ),
+    "seeds-peers": partial(
+        peers,
+        _SEEDS,
+        _SEEDS_PEERS,
+        _NOT_LAST,
+        ("ems", "ems, profile", "ems, profile by head"),
+    ),
+    "seeds-peers-last": partial(
+        peers, _SEEDS, _SEEDS_PEERS, ("last", "continuation"), ("ems", "ems, profile by head")
+    ),
+    "seeds-behind": partial(
+        behind,
+        (_SMOLLM2, _SEEDS),
+        (_SMOLLM2_PEERS, _SEEDS_PEERS),
+        ("compactor", "keydiff", "tova"),
+        _NOT_LAST,
+    ),
+    "seeds-kvzip": partial(
+        behind,
+        (_HEADS, _SEEDS),
+        (_SMOLLM2_PEERS, _SEEDS_PEERS),
+        ("kvzip",),
+        _NOT_LAST,
+        "ems, profile by head",
+    ),
+    "answers": partial(
+        right,
+        {
+            f"{when}: {what}": (variant, group)
+            for when, group in (
+                ("question at the end of the prompt", "last"),
+                ("before the document", "first"),
+                ("after the document was compressed", "later"),
+            )
+            for what, variant in (
+                ("**EMS**", "ems"),
+                ("**EMS, profile by head**", "ems, profile by head"),
+                ("SnapKV", "snapkv"),
+                ("H2O", "h2o"),
+            )
+        },
+        ((_HEADS, _SMOLLM2), (_SEEDS,)),
+        ("0.06", "0.125", "0.25"),
     ),
     "allocators": partial(
         recipes,

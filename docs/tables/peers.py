@@ -23,6 +23,8 @@ _PRESSES = {
     "keydiff": "KeyDiff",
     "kvzip": "KVzip (reads twice)",
     "kvzip_equal": "KVzip, equal heads",
+    "merging_snapkv": "MergingPress over SnapKV",
+    "cam_snapkv": "CAMPress over SnapKV",
     "pyramidkv": "PyramidKV",
     "snapkv": "SnapKV",
     "tova": "TOVA",
@@ -31,16 +33,25 @@ _PRESSES = {
 ONE_READING = _PRESSES.keys() - {"kvzip", "kvzip_equal"}
 
 
-def peers(result: str, answers: str, groups: Sequence[str] = GROUPS) -> str:
+def peers(
+    result: str,
+    answers: str,
+    groups: Sequence[str] = GROUPS,
+    variants: Sequence[str] = (FOCUS,),
+) -> str:
     """EMS beside another engine's methods on the same prompts, in the order of the first group."""
     lab, losses = read(result), read(answers)["losses"]
     rows = []
     for budget in lab["budgets"]:
-        of_budget = [["**ems**", *_means(_ours(lab, budget), groups)]]
+        of_budget = [
+            [f"**{variant}**", *_means(_ours(lab, budget, variant), groups)] for variant in variants
+        ]
         for press, label in _PRESSES.items():
-            of_press = losses.get(f"{press}-{budget}")
-            if of_press:
+            of_press = losses.get(f"{press}-{budget}", {})
+            if of_press.keys() & set(groups):
                 of_budget.append([label, *_means(of_press, groups)])
+        if len(of_budget) == len(variants):
+            continue
         rows += [
             [percent(budget), label, *map(signed, cells, groups)]
             for label, *cells in sorted(of_budget, key=lambda row: row[1])
@@ -49,14 +60,18 @@ def peers(result: str, answers: str, groups: Sequence[str] = GROUPS) -> str:
 
 
 def behind(
-    result: str,
-    answers: str,
+    result: str | Sequence[str],
+    answers: str | Sequence[str],
     presses: Collection[str] = ONE_READING,
     groups: Sequence[str] = GROUPS,
     variant: str = FOCUS,
 ) -> str:
-    """By budget and group: the best of some presses, and what a variant loses more than it."""
-    lab, losses = read(result), read(answers)["losses"]
+    """By budget and group: the best of some presses, and what a variant loses more than it.
+
+    Of several results, each with its answers, the prompts are taken together; budgets are the last
+    one's.
+    """
+    lab, losses = _together(result), _losses_together(answers)
     rows = []
     for budget in lab["budgets"]:
         ours = _ours(lab, budget, variant)
@@ -105,6 +120,25 @@ def change(
             cells.append(f"{first}, {second} {_bounds(gap, group)}")
         rows.append([percent(budget), *cells])
     return table(["", *titles(groups)], rows)
+
+
+def _together(result: str | Sequence[str]) -> dict[str, Any]:
+    """Budgets of the last result, and the prompts of all."""
+    labs = [read(name) for name in ([result] if isinstance(result, str) else result)]
+    return {
+        "budgets": labs[-1]["budgets"],
+        "prompts": [prompt for lab in labs for prompt in lab["prompts"]],
+    }
+
+
+def _losses_together(answers: str | Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
+    """By press and budget, group and prompt."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in [answers] if isinstance(answers, str) else answers:
+        for press, of_press in read(name)["losses"].items():
+            for group, of_group in of_press.items():
+                found.setdefault(press, {}).setdefault(group, {}).update(of_group)
+    return found
 
 
 def _ours(lab: dict[str, Any], budget: str, variant: str = FOCUS) -> dict[str, dict[str, float]]:

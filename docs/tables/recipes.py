@@ -23,6 +23,36 @@ def recipes(result: str, variants: Sequence[str], groups: Sequence[str] = GROUPS
     return table(["", "", *titles(groups)], rows)
 
 
+def right(
+    rows: Mapping[str, tuple[str, str]], results: Sequence[Sequence[str]], budgets: Sequence[str]
+) -> str:
+    """Answers right of those that the full cache has right, over several sets of prompts.
+
+    Args:
+        rows: Label: variant and group.
+        results: Of each set of prompts; the first that has the variant counts.
+        budgets: Columns.
+    """
+
+    def cell(variant: str, group: str, budget: str) -> str:
+        found = [
+            next(
+                one
+                for result in of_set
+                for one in read(result)["summaries"]
+                if (one["variant"], one["group"], one["budget"]) == (variant, group, budget)
+            )
+            for of_set in results
+        ]
+        return f"{sum(one['right'] for one in found)} of {sum(one['of'] for one in found)}"
+
+    cells = [
+        [label, *(cell(variant, group, budget) for budget in budgets)]
+        for label, (variant, group) in rows.items()
+    ]
+    return table(["of the full cache's right answers", *map(percent, budgets)], cells)
+
+
 class Column(NamedTuple):
     """What of a result stands in a column.
 

@@ -365,6 +365,13 @@ def test_prompts_without_right_answers_are_refused(files):
     assert "has no right answers of two tokens or more" in str(error)
 
 
+def test_a_result_names_the_profile_that_ships():
+    allocator = {"name": "profile", "profile": "smollm2", "per_head": True}
+    variant = Variant(name="by head", settings={"allocator": allocator})
+    configs = configured([variant], [Budget(count=64)], [prompt_line()], {}, 16)
+    assert described(variant, configs[variant.name])["allocator"].items() >= allocator.items()
+
+
 @pytest.mark.parametrize("name", sets.names())
 def test_shipped_variants_are_settings_that_exist(name):
     variants = read_variants(name)

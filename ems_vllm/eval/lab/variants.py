@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ems_vllm.config import ConfigError, KVCompressionConfig, recipes
+from ems_vllm.config import ConfigError, KVCompressionConfig, profiles, recipes
 from ems_vllm.config.errors import from_pydantic, shown
 from ems_vllm.eval.lab.sizes import ByteBudget, Size
 from ems_vllm.eval.records.method import FULL
@@ -138,7 +138,11 @@ def configured(
 
 def described(variant: Variant, config: KVCompressionConfig) -> dict[str, Any]:
     """All that makes a variant what it is, for a result."""
-    settings = {"recipe": FULL} if variant.is_full else config.to_dict()
+    settings: dict[str, Any] = {"recipe": FULL} if variant.is_full else config.to_dict()
+    allocator = variant.settings.get("allocator")
+    if isinstance(allocator, dict) and allocator.get("profile") in profiles.names():
+        # Its content ships with the commit that the result names.
+        settings["allocator"] = {**settings["allocator"], "profile": allocator["profile"]}
     return {**settings, "kv_cache_dtype": variant.kv_cache_dtype}
 
 
