@@ -81,13 +81,13 @@ _PROFILES = {
     "pyramid, 30 levels": "`pyramid`, 30 levels",
 }
 _ORDERS = {
-    "equal": "equal budgets: EMS",
-    "equal, by KVzip": "KVzip's score of each prompt",
-    "equal, by keys and a surrogate": "keys and a surrogate of that score",
-    "by head": "by head: **EMS**",
-    "by head, by KVzip": "KVzip's score of each prompt",
-    "by head, by a surrogate": "a surrogate of that score",
-    "by head, by keys and a surrogate": "keys and the surrogate",
+    "equal": "equal budgets: **keys (EMS)**",
+    "equal, by KVzip": "equal budgets: KVzip's score",
+    "equal, by keys and a surrogate": "equal budgets: keys and a surrogate of KVzip's score",
+    "by head": "profile by head: **keys (EMS)**",
+    "by head, by KVzip": "profile by head: KVzip's score",
+    "by head, by a surrogate": "profile by head: a surrogate of KVzip's score",
+    "by head, by keys and a surrogate": "profile by head: keys and the surrogate",
 }
 _DEALINGS = {
     "equal, merged": "equal budgets",

@@ -103,8 +103,8 @@ def log_start(
     if compressed and config.allocator.name() == "uniform":
         logger.info(
             "KV-cache compression: all layers and kv_heads have equal budgets. `ems-vllm profile` "
-            "measures what each needs, for the allocator `profile`; where they need different "
-            "amounts, it loses less at the same memory (docs/budgets.md says on which models)."
+            "measures what each needs, for the allocator `profile`, which may lose far less at the "
+            "same memory (docs/budgets.md: where it does, and where not)."
         )
     _log_levels(logger, kv_cache_config, max_model_len)
     _log_heads(logger, config, kv_cache_config, max_model_len)
