@@ -122,9 +122,13 @@ def change(
     return table(["", *titles(groups)], rows)
 
 
+def _each(names: str | Sequence[str]) -> Sequence[str]:
+    return [names] if isinstance(names, str) else names
+
+
 def _together(result: str | Sequence[str]) -> dict[str, Any]:
     """Budgets of the last result, and the prompts of all."""
-    labs = [read(name) for name in ([result] if isinstance(result, str) else result)]
+    labs = [read(name) for name in _each(result)]
     return {
         "budgets": labs[-1]["budgets"],
         "prompts": [prompt for lab in labs for prompt in lab["prompts"]],
@@ -134,7 +138,7 @@ def _together(result: str | Sequence[str]) -> dict[str, Any]:
 def _losses_together(answers: str | Sequence[str]) -> dict[str, dict[str, dict[str, float]]]:
     """By press and budget, group and prompt."""
     found: dict[str, dict[str, dict[str, float]]] = {}
-    for name in [answers] if isinstance(answers, str) else answers:
+    for name in _each(answers):
         for press, of_press in read(name)["losses"].items():
             for group, of_group in of_press.items():
                 found.setdefault(press, {}).setdefault(group, {}).update(of_group)
