@@ -172,9 +172,9 @@ def start_evaluation(settings: Settings, global_queries: int | str | None) -> St
 
     def steps(prompt: list[int]) -> Sequence[Callable[[], object]]:
         def tokens() -> Any:
-            first_query = model.first_query(len(prompt), config, options)
-            assert first_query is not None, "the prompt is too short to be compressed"
-            prefilled = model.prefill(prompt, config.obs_window, [first_query])
+            scored = model.scored_queries(len(prompt), config, options)
+            assert scored is not None, "the prompt is too short to be compressed"
+            prefilled = model.prefill(prompt, config.obs_window, [scored])
             request = model.request(prefilled, config, options)
             yield from generated(prefilled.logits, request.step)
 

@@ -6,22 +6,19 @@ import torch
 from ems_vllm.ops.library import operator
 from ems_vllm.ops.paging import gather_entries
 
-_SAMPLE_BLOCK = 64
-
 
 def is_sampled(positions: torch.Tensor, stride: int) -> torch.Tensor:
-    """Which query positions score: of every `stride` blocks of them, one that a hash picks.
+    """Which query positions score: of every `stride` of them, one that a hash picks.
 
     Args:
         positions: [n], int64.
-        stride: Blocks per stratum.
+        stride: Positions per stratum.
     Returns:
         [n], bool.
     """
-    blocks = positions // _SAMPLE_BLOCK
-    strata = blocks // stride
+    strata = positions // stride
     hashes = ((strata + 1) * 0x9E3779B1) % 2**32
-    return strata * stride + (hashes >> 16) % stride == blocks
+    return strata * stride + (hashes >> 16) % stride == positions
 
 
 @operator
@@ -49,9 +46,9 @@ def score_queries(
     i, is added to the score of j if j < accumulate_lens[r], and replaces it otherwise. Chunks of
     one prompt therefore add up when accumulate_lens is the length already scored.
 
-    With a sample_stride s > 1 (ours), only one block of 64 query positions in every s scores, and
-    what it adds counts s times. Which one depends on the position alone, so chunks sample the same
-    queries however a prompt is cut.
+    With a sample_stride s > 1 (ours), only one query position in every s scores, and what it adds
+    counts s times. Which one depends on the position alone, so chunks sample the same queries
+    however a prompt is cut.
 
     Args:
         query: [num_tokens, num_heads, head_size], float.
@@ -69,7 +66,7 @@ def score_queries(
             Needed for sampled queries only.
         scale: factor on the dot products before the softmax; the scale of a float8 cache is part
             of it.
-        sample_stride: 1..16.
+        sample_stride: 1..64.
         scores: [num_pages, num_kv_heads, block_size], float32 - higher is kept.
     Mutates:
         scores: the slots of positions 0..seq_lens[r]-1 of every row; no other slot.

@@ -86,7 +86,7 @@ class Scorer(Component):
 
     @property
     def global_stride(self) -> int:
-        """One block of prompt queries in so many is accumulated, and counts for all of them."""
+        """One prompt query in so many is accumulated, and counts for all of them."""
         return 1
 
     @property

@@ -95,8 +95,8 @@ def test_right_is_what_would_have_been_written(engine):
     options = request_options(
         Method("ems", TRANSFORMERS, Budget(count=64)), prompt, config, engine.block_size
     )
-    first = engine.first_query(len(prompt.prompt_token_ids), config, options)
-    prefilled = engine.prefill(prompt.prompt_token_ids, 16, [first])
+    scored = engine.scored_queries(len(prompt.prompt_token_ids), config, options)
+    prefilled = engine.prefill(prompt.prompt_token_ids, 16, [scored])
     request = engine.request(prefilled, config, options)
     written = [int(prefilled.logits.argmax())]
     while len(written) < 4:

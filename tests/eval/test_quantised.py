@@ -154,10 +154,10 @@ PROMPT = tokens(200, seed=7)
 def request_of(engine, name, recipe="ems", budget=None):
     config = server_config(recipe, 64, {"recompress_interval": 16}, engine.block_size)
     options = RequestOptions(enabled=recipe != "full", budget=budget)
-    first = engine.first_query(len(PROMPT), config, options)
-    firsts = [] if first is None else [first]
+    scored = engine.scored_queries(len(PROMPT), config, options)
+    needed = [] if scored is None else [scored]
     one = FORMATS[name]
-    prefilled = engine.prefill(PROMPT, 16, firsts, FORMATS[one.prefill])
+    prefilled = engine.prefill(PROMPT, 16, needed, FORMATS[one.prefill])
     return prefilled, engine.request(prefilled, config, options, one)
 
 

@@ -45,6 +45,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "snapkv": {"recipe": "snapkv"},
     # Keys of a random model resemble each other little; at 0 whatever is a candidate is merged.
     "ems": {"recipe": "ems", "merger": {"similarity_threshold": 0.0}},
+    "ems, one query in 4": {
+        "recipe": "ems",
+        "global_queries": "all",
+        "scorer": {"sample_stride": 4},
+        "merger": {"similarity_threshold": 0.0},
+    },
     "ems in levels": {
         "recipe": "ems",
         "merger": {"similarity_threshold": 0.0},
@@ -124,9 +130,9 @@ def transformers_runs(model: TransformersEngine, config: KVCompressionConfig) ->
     runs = []
     for prompt in PROMPTS:
         run = Run()
-        first = model.first_query(len(prompt), config, RequestOptions())
-        firsts = [] if first is None else [first]
-        prefilled = model.prefill(prompt, config.obs_window, firsts)
+        scored = model.scored_queries(len(prompt), config, RequestOptions())
+        needed = [] if scored is None else [scored]
+        prefilled = model.prefill(prompt, config.obs_window, needed)
         request = model.request(prefilled, config, RequestOptions())
         with recorded(run), reference_operators():
             run.token_ids = list(islice(generated(prefilled.logits, request.step), MAX_TOKENS))

@@ -43,9 +43,9 @@ def ours(folder):
 def start(ours, prompt, **settings):
     """A request after its prompt, and the logits there."""
     config = load_config({**SETTINGS, **settings})
-    first = ours.first_query(len(prompt), config, RequestOptions())
-    firsts = set() if first is None else {first}
-    prefilled = ours.prefill(prompt, config.obs_window, firsts)
+    scored = ours.scored_queries(len(prompt), config, RequestOptions())
+    needed = set() if scored is None else {scored}
+    prefilled = ours.prefill(prompt, config.obs_window, needed)
     return ours.request(prefilled, config, RequestOptions()), prefilled.logits
 
 
@@ -141,7 +141,7 @@ def test_shares_of_other_layers_than_are_compressed_are_refused(ours, allocator,
     config = load_config({**SETTINGS, "allocator": allocator})
     for options in (RequestOptions(), RequestOptions(enabled=False)):
         with pytest.raises(ConfigError, match=message):
-            ours.first_query(300, config, options)
+            ours.scored_queries(300, config, options)
         with pytest.raises(ConfigError, match=message):
             ours.plans(300, config, options)
 

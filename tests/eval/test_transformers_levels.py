@@ -67,9 +67,9 @@ def engine():
 
 def start(engine, allocator, prompt=PROMPT, **settings):
     config = load_config({**COMPRESSION, "allocator": allocator, **settings})
-    first = engine.first_query(len(prompt), config, RequestOptions())
-    firsts = [] if first is None else [first]
-    prefilled = engine.prefill(prompt, config.obs_window, firsts)
+    scored = engine.scored_queries(len(prompt), config, RequestOptions())
+    needed = [] if scored is None else [scored]
+    prefilled = engine.prefill(prompt, config.obs_window, needed)
     return engine.request(prefilled, config, RequestOptions())
 
 
@@ -111,12 +111,12 @@ def test_levels_score_by_the_same_queries(engine):
     assert {plan.first_scored_query() for plan in others} == {600 - 96}
     for allocator, budget in ((PYRAMID, 64), (LATE, 288)):
         config = load_config({**COMPRESSION, "allocator": allocator, "budget": budget})
-        assert engine.first_query(600, config, RequestOptions()) == 600 - 96
+        assert engine.scored_queries(600, config, RequestOptions()) == (600 - 96, 1)
         config = load_config({**COMPRESSION, "allocator": allocator, "recipe": "knorm"})
-        assert engine.first_query(600, config, RequestOptions()) is None
+        assert engine.scored_queries(600, config, RequestOptions()) is None
     # Nobody compresses.
     config = load_config({**COMPRESSION, "allocator": PYRAMID, "budget": 1024})
-    assert engine.first_query(600, config, RequestOptions()) is None
+    assert engine.scored_queries(600, config, RequestOptions()) is None
 
 
 @pytest.mark.parametrize("num_levels", [1, 2, 4])

@@ -21,10 +21,11 @@ from ems_vllm.eval.transformers_engine.answer import (
 from ems_vllm.eval.transformers_engine.attention import IMPLEMENTATION
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
-from ems_vllm.eval.transformers_engine.prefill import received_attention
 from ems_vllm.eval.transformers_engine.runner import Runner
+from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries, received_attention
 from ems_vllm.eval.transformers_engine.server_config import request_options, server_config
 from ems_vllm.ops import reference_operators
+from ems_vllm.ops.score_queries import is_sampled
 
 pytestmark = pytest.mark.slow
 
@@ -69,9 +70,9 @@ def plain_answer(llama, prompt, count):
 def answer(engine, compression, prompt=PROMPT, count=40, **options):
     config = load_config({"recipe": "ems", "min_blocks_saved": 1, **compression})
     asked = RequestOptions(**options)
-    first = engine.first_query(len(prompt), config, asked)
-    firsts = [] if first is None else [first]
-    prefilled = engine.prefill(prompt, config.obs_window, firsts)
+    scored = engine.scored_queries(len(prompt), config, asked)
+    needed = [] if scored is None else [scored]
+    prefilled = engine.prefill(prompt, config.obs_window, needed)
     request = engine.request(prefilled, config, asked)
     with reference_operators():
         token_ids = list(islice(generated(prefilled.logits, request.step), count))
@@ -115,7 +116,8 @@ def test_streaming_llm_keeps_sinks_and_the_newest(llama, engine):
     assert int(logits[0, -1].argmax()) == second
 
 
-def test_received_attention_is_the_column_sum_in_every_chunk():
+@pytest.mark.parametrize("stride", [1, 3])
+def test_received_attention_is_the_column_sum_in_every_chunk(stride):
     generator = torch.Generator().manual_seed(1)
     queries = torch.randn(20, 4, 8, generator=generator)
     keys = torch.randn(2, 20, 8, generator=generator)
@@ -124,19 +126,23 @@ def test_received_attention_is_the_column_sum_in_every_chunk():
         for position in range(20):
             visible = keys[head // 2, : position + 1].double()
             shares = (0.5 * visible @ queries[position, head].double()).softmax(0)
-            expected[head // 2, : position + 1] += shares / 2
+            if is_sampled(torch.tensor([position]), stride):
+                expected[head // 2, : position + 1] += stride * shares / 2
     scores = torch.zeros(2, 20)
     for start, stop in ((0, 7), (7, 8), (8, 20)):
-        scores[:, :stop] += received_attention(queries[start:stop], keys[:, :stop], scale=0.5)
+        scores[:, :stop] += received_attention(queries[start:stop], keys[:, :stop], 0.5, stride)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(scores.sum(1), torch.full((2,), 20.0))
+    if stride == 1:
+        torch.testing.assert_close(scores.sum(1), torch.full((2,), 20.0))
 
 
 def test_prompt_scores_and_queries(engine):
-    prefilled = engine.prefill(PROMPT, 16, [0, 400])
-    for first, scores in prefilled.scores.items():
+    scored = [ScoredQueries(0), ScoredQueries(400), ScoredQueries(0, 8), ScoredQueries(400, 8)]
+    prefilled = engine.prefill(PROMPT, 16, scored)
+    assert prefilled.scores.keys() == set(scored)
+    for (first, _), scores in prefilled.scores.items():
         assert scores.shape == (2, 2, 600)
-        # Every query that counts gives away a share of one in every head.
+        # Every query that counts gives away a share of one in every head, or as many as it counts.
         torch.testing.assert_close(scores.sum(-1), torch.full((2, 2), 600.0 - first))
     assert prefilled.queries.shape == (2, 16, 4, 16)
     short = engine.prefill(PROMPT[:5], 16)
@@ -146,15 +152,16 @@ def test_prompt_scores_and_queries(engine):
 
 
 def test_a_prompt_in_chunks_is_the_same_prompt(engine, monkeypatch):
-    whole = engine.prefill(PROMPT, 16, [0, 250, 590])
+    scored = [ScoredQueries(*one) for one in ((0,), (250,), (590,), (0, 4), (300, 4))]
+    whole = engine.prefill(PROMPT, 16, scored)
     monkeypatch.setattr(prefill, "_CHUNK", 200)
     monkeypatch.setattr(weights, "_MAX_LOGITS", 4 * 600 * 7)
-    chunked = engine.prefill(PROMPT, 16, [0, 250, 590])
+    chunked = engine.prefill(PROMPT, 16, scored)
     torch.testing.assert_close(chunked.logits, whole.logits)
     torch.testing.assert_close(chunked.queries, whole.queries)
-    assert chunked.scores.keys() == whole.scores.keys() == {0, 250, 590}
-    for first, scores in chunked.scores.items():
-        torch.testing.assert_close(scores, whole.scores[first])
+    assert chunked.scores.keys() == whole.scores.keys() == set(scored)
+    for queries, scores in chunked.scores.items():
+        torch.testing.assert_close(scores, whole.scores[queries])
 
 
 def test_pages_hold_entries_in_order():
@@ -221,8 +228,8 @@ def test_runner_predicts_a_continuation_as_if_step_by_step(engine, monkeypatch):
     ((_, line),) = runner.answers(prompt, [method])
     config = server_config("ems", 60, {"recompress_interval": 16}, engine.block_size)
     options = request_options(method, prompt, config, engine.block_size)
-    first = engine.first_query(len(PROMPT), config, options)
-    prefilled = engine.prefill(PROMPT, config.obs_window, [first])
+    scored = engine.scored_queries(len(PROMPT), config, options)
+    prefilled = engine.prefill(PROMPT, config.obs_window, [scored])
     request = engine.request(prefilled, config, options)
     with reference_operators():
         (expected,) = answer_together(

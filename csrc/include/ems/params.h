@@ -28,7 +28,7 @@ struct ScoreQueriesParams {
   const int32_t* seq_lens;         // [num_rows] int32
   const int32_t* accumulate_lens;  // [num_rows] int32
   BlockTable score_table;          // [num_rows, num_score_columns] int32
-  int64_t sample_stride;           // one block of query positions in so many scores
+  int64_t sample_stride;           // one query position in so many scores
   const float* lse;                // [num_tokens, num_heads] float32, may be nullptr
   int64_t lse_token_stride;
   int64_t lse_head_stride;

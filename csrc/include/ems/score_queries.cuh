@@ -10,7 +10,7 @@
 namespace ems {
 
 // The sampled queries of one kv_head of one row, in ascending order of position. Index v counts the
-// positions of the sampled blocks and, within a position, the query heads of the group.
+// sampled positions and, within a position, the query heads of the group.
 class ChunkQueries {
  public:
   EMS_DEVICE ChunkQueries(const ScoreQueriesParams& p, int64_t row, int64_t kv_head)
@@ -23,29 +23,28 @@ class ChunkQueries {
         lse_token_stride_(p.lse_token_stride),
         lse_head_stride_(p.lse_head_stride),
         query_(p.query) {
-    first_stratum_ = first_position_ / (kSampleBlock * stride_);
-    const int32_t last = (first_position_ + num_queries_ - 1) / (kSampleBlock * stride_);
-    size_ = num_queries_ == 0 ? 0 : (last - first_stratum_ + 1) * kSampleBlock * group_;
+    first_stratum_ = first_position_ / stride_;
+    const int32_t last = (first_position_ + num_queries_ - 1) / stride_;
+    size_ = num_queries_ == 0 ? 0 : (last - first_stratum_ + 1) * group_;
   }
 
   EMS_DEVICE int32_t size() const { return size_; }
 
   EMS_DEVICE Query at(int32_t index) const {
-    const int32_t in_blocks = index / group_;
-    const int32_t stratum = first_stratum_ + in_blocks / kSampleBlock;
-    const int32_t position =
-        sampled_block(stratum, stride_) * kSampleBlock + in_blocks % kSampleBlock;
+    const int32_t stratum = index / group_;
+    const int32_t position = sampled_position(first_stratum_ + stratum, stride_);
     const int32_t query = position - first_position_;
+    // Of the first and the last stratum a chunk may not have the position that is used.
     if (query < 0 || query >= num_queries_) return {-1, 0, 0};
     const int64_t token = start_ + query;
-    const int32_t head = first_head_ + index % group_;
+    const int32_t head = first_head_ + index - stratum * group_;
     return {token * query_.token_stride + head * query_.head_stride, position + 1,
             token * lse_token_stride_ + head * lse_head_stride_};
   }
 
   EMS_DEVICE int32_t first_seeing(int32_t key) const {
-    const int32_t strata = key / (kSampleBlock * stride_) - first_stratum_;
-    return strata > 0 ? strata * kSampleBlock * group_ : 0;
+    const int32_t strata = key / stride_ - first_stratum_;
+    return strata > 0 ? strata * group_ : 0;
   }
 
  private:
@@ -64,8 +63,8 @@ class ChunkQueries {
 
 // Upper bound, known without reading the device, of the tiles of tile_size queries of a batch.
 inline int64_t max_query_tiles(const ScoreQueriesParams& p, int64_t tile_size) {
-  const int64_t strata = p.num_tokens / (kSampleBlock * p.sample_stride) + 2 * p.num_rows;
-  const int64_t queries = strata * kSampleBlock * (p.num_heads / p.num_kv_heads);
+  const int64_t strata = p.num_tokens / p.sample_stride + 2 * p.num_rows;
+  const int64_t queries = strata * (p.num_heads / p.num_kv_heads);
   return queries / tile_size + p.num_rows;
 }
 

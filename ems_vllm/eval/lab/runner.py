@@ -83,11 +83,11 @@ class Lab:
     ) -> Prefilled:
         token_ids = prompt.prompt_token_ids
         needed = [
-            self._engine.first_query(len(token_ids), cell.config, options)
+            self._engine.scored_queries(len(token_ids), cell.config, options)
             for cell, options in asked
         ]
-        firsts = {first for first in needed if first is not None}
-        return self._engine.prefill(token_ids, num_queries, firsts, cache_format)
+        scored = {queries for queries in needed if queries is not None}
+        return self._engine.prefill(token_ids, num_queries, scored, cache_format)
 
     def _bytes(self, num_entries: float, cache_format: str) -> float:
         return num_entries * FORMATS[cache_format].entry_bytes(self._engine.shape)

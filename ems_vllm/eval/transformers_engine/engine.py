@@ -26,14 +26,15 @@ from ems_vllm.eval.transformers_engine.cache import (
 from ems_vllm.eval.transformers_engine.compaction import CompactionSettings
 from ems_vllm.eval.transformers_engine.plans import (
     LevelPlan,
-    first_scored_query,
     level_settings,
     next_compaction,
+    scored_queries,
 )
 from ems_vllm.eval.transformers_engine.prefill import Prefilled, PromptObserver, prefill
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.eval.transformers_engine.request import CompressedRequest
 from ems_vllm.eval.transformers_engine.rope import rotation_of
+from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
 
@@ -117,7 +118,7 @@ class TransformersEngine:
         self,
         token_ids: Sequence[int],
         num_queries: int,
-        first_queries: Collection[int] = (0,),
+        scored: Collection[ScoredQueries] = (ScoredQueries(),),
         cache_format: CacheFormat = FORMATS[PLAIN],
     ) -> Prefilled:
         """Process a prompt once for all requests that start with it.
@@ -125,12 +126,11 @@ class TransformersEngine:
         Args:
             token_ids: The prompt.
             num_queries: Last queries to keep, the largest obs_window of what follows.
-            first_queries: Position of the first query that scores, of every plan that goes on from
-                here.
+            scored: The queries that score, of every plan that goes on from here.
             cache_format: In which the prompt's queries see its keys and values.
         """
         observer = PromptObserver(
-            self.compressed_layers, len(token_ids), num_queries, self.scale, first_queries
+            self.compressed_layers, len(token_ids), num_queries, self.scale, scored
         )
         return prefill(self.model, token_ids, observer, cache_format)
 
@@ -150,17 +150,13 @@ class TransformersEngine:
             for layers, settings in level_settings(config, layer_kinds(self.model.config))
         ]
 
-    def first_query(
+    def scored_queries(
         self, num_tokens: int, config: KVCompressionConfig, options: RequestOptions
-    ) -> int | None:
-        """Position of the first prompt query whose attention the request needs; None for none."""
+    ) -> ScoredQueries | None:
+        """The queries of a prompt whose attention the request needs; None for none."""
         # Before anything else: what is refused is refused before the prompt is processed.
         plans = self.plans(num_tokens, config, options)
-        return (
-            first_scored_query(plans)
-            if Policy.from_config(config).scorer.uses_accumulated
-            else None
-        )
+        return scored_queries(plans, Policy.from_config(config).scorer)
 
     def begin(
         self,
@@ -230,12 +226,12 @@ class TransformersEngine:
             Logits after the prompt, [vocabulary], and the request.
         """
         levels = self.plans(len(token_ids), config, options)
-        first = self.first_query(len(token_ids), config, options)
+        scored = self.scored_queries(len(token_ids), config, options)
         within = any(level.plan.num_within_prompt for level in levels)
         num_first = next_compaction(levels, 0) if within else None
-        firsts = [] if first is None else [first]
+        needed = [] if scored is None else [scored]
         seen_as = FORMATS[cache_format.prefill]
-        prompt = self.prefill(token_ids[:num_first], config.obs_window, firsts, seen_as)
+        prompt = self.prefill(token_ids[:num_first], config.obs_window, needed, seen_as)
         request = self._request(prompt, levels, config, options, cache_format)
         rest = token_ids[prompt.num_tokens :]
         return request.extend(rest)[-1] if rest else prompt.logits, request

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.cache import StoredCache
     from ems_vllm.eval.transformers_engine.plans import LevelPlan
     from ems_vllm.eval.transformers_engine.prefill import Prefilled
+    from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries
 
 
 class CompressedHeads(CompressedLevel):
@@ -43,9 +44,9 @@ class CompressedHeads(CompressedLevel):
         settings: CompactionSettings,
         level: LevelPlan,
         prompt: Prefilled,
-        first_query: int | None,
+        scored: ScoredQueries | None,
     ) -> None:
-        super().__init__(settings, level, prompt, first_query)
+        super().__init__(settings, level, prompt, scored)
         self._shares = level.heads
         # By layer and head; those of the kept entries once there are any.
         self._of_heads = None if self._scores is None else [list(one) for one in self._scores]

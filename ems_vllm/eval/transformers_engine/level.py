@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.cache import StoredCache
     from ems_vllm.eval.transformers_engine.plans import LevelPlan
     from ems_vllm.eval.transformers_engine.prefill import Prefilled
+    from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries
     from ems_vllm.policies.context import CompactionContext
 
 
@@ -31,8 +32,7 @@ class CompressedLevel:
         settings: How.
         level: Which layers, and when.
         prompt: The processed prompt; not changed.
-        first_query: Position of the first of its queries that scored, for all levels; None where
-            none did.
+        scored: Its queries that scored, for all levels; None where none did.
 
     Attributes:
         layers, plan: Of the level.
@@ -43,7 +43,7 @@ class CompressedLevel:
         settings: CompactionSettings,
         level: LevelPlan,
         prompt: Prefilled,
-        first_query: int | None,
+        scored: ScoredQueries | None,
     ) -> None:
         self.layers, self.plan = level.layers, level.plan
         self._settings = settings
@@ -55,7 +55,7 @@ class CompressedLevel:
         # Scores of the leading entries; the others have none yet.
         self._scores: torch.Tensor | None = None
         if settings.policy.scorer.uses_accumulated:
-            self._scores = self._prompt_scores(prompt, first_query)
+            self._scores = self._prompt_scores(prompt, scored)
         # Where the forward pass began whose attention was added last.
         self._scored_from: int | None = None
         self._protected = ProtectedPositions(settings.protected, prompt.num_kv_heads)
@@ -109,11 +109,11 @@ class CompressedLevel:
     def _is_of_prompt(self, num_processed: int) -> bool:
         return self.plan.compresses_prompt and num_processed <= self.plan.prompt_len
 
-    def _prompt_scores(self, prompt: Prefilled, first_query: int | None) -> torch.Tensor:
+    def _prompt_scores(self, prompt: Prefilled, scored: ScoredQueries | None) -> torch.Tensor:
         """Accumulated scores to begin with, [num_layers, num_kv_heads, num_scored]."""
         if self.plan.compresses_prompt:
-            assert first_query is not None
-            return prompt.scores[first_query][self._places]
+            assert scored is not None
+            return prompt.scores[scored][self._places]
         shape = (len(self.layers), prompt.num_kv_heads, 0)
         return torch.zeros(shape, device=prompt.queries.device)
 

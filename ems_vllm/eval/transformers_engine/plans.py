@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from ems_vllm.config.errors import ConfigError
 from ems_vllm.config.schema import KEY_PREFIX
 from ems_vllm.eval.transformers_engine.cache import FULL_ATTENTION
+from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries
 
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
     from ems_vllm.config import KVCompressionConfig
     from ems_vllm.head_shares import HeadShares
     from ems_vllm.plan import PlanSettings
+    from ems_vllm.policies.base import Scorer
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,12 @@ def first_scored_query(levels: Iterable[LevelPlan], num_processed: int = 0) -> i
         ),
         default=None,
     )
+
+
+def scored_queries(levels: Iterable[LevelPlan], scorer: Scorer) -> ScoredQueries | None:
+    """The queries of a prompt that score it for a scorer; None for none."""
+    first = first_scored_query(levels) if scorer.uses_accumulated else None
+    return None if first is None else ScoredQueries(first, scorer.global_stride)
 
 
 def next_compaction(levels: Iterable[LevelPlan], num_processed: int) -> int | None:

@@ -12,7 +12,7 @@ import torch
 
 from ems_vllm.eval.transformers_engine.attention import observed_by
 from ems_vllm.eval.transformers_engine.cache import empty_cache
-from ems_vllm.eval.transformers_engine.weights import attention_weights
+from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries, received_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,9 +36,9 @@ class Prefilled:
         cache: Of all layers of the model, in the format in which the prompt was processed; keys
             after RoPE.
         queries: [num_layers, num_queries, num_heads, head_size] - of the last tokens.
-        scores: By position of the first query that counts: [num_layers, num_kv_heads, num_tokens],
-            float32 - attention that every token received from that token and all after it,
-            averaged over the query heads of a kv_head.
+        scores: By the queries that count: [num_layers, num_kv_heads, num_tokens], float32 -
+            attention that every token received from them, averaged over the query heads of a
+            kv_head.
     """
 
     layers: Sequence[int]
@@ -46,7 +46,7 @@ class Prefilled:
     logits: torch.Tensor
     cache: StoredCache
     queries: torch.Tensor
-    scores: Mapping[int, torch.Tensor]
+    scores: Mapping[ScoredQueries, torch.Tensor]
 
     @property
     def num_tokens(self) -> int:
@@ -66,7 +66,7 @@ class PromptObserver:
         num_tokens: Of the prompt.
         num_queries: Last queries to keep.
         scale: Softmax scale.
-        first_queries: Positions from which on queries count; scores are kept for each.
+        scored: Which queries count; scores are kept for each.
     """
 
     def __init__(
@@ -75,14 +75,14 @@ class PromptObserver:
         num_tokens: int,
         num_queries: int,
         scale: float,
-        first_queries: Collection[int],
+        scored: Collection[ScoredQueries],
     ) -> None:
         self.layers = layers
         self._num_tokens, self._num_queries, self._scale = num_tokens, num_queries, scale
-        self._firsts = sorted(set(first_queries))
+        self._spans = _spans(scored, num_tokens)
         self._queries: dict[int, list[torch.Tensor]] = {layer: [] for layer in layers}
-        # By layer: [num_firsts, num_kv_heads, num_tokens], what was received from the queries from
-        # one of the positions up to the next.
+        # By layer: [num_spans, num_kv_heads, num_tokens], what was received from the queries of
+        # each span.
         self._received: dict[int, torch.Tensor] = {}
 
     def __call__(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
@@ -92,16 +92,15 @@ class PromptObserver:
         if self._num_queries > 0:
             self._queries[layer].append(queries[-self._num_queries :].clone())
         if layer not in self._received:
-            shape = (len(self._firsts), keys.shape[0], self._num_tokens)
+            shape = (len(self._spans), keys.shape[0], self._num_tokens)
             self._received[layer] = keys.new_zeros(shape, dtype=torch.float32)
         num_seen = keys.shape[1]
         num_before = num_seen - len(queries)
-        bounds = [*self._firsts, self._num_tokens]
-        for index, (first, end) in enumerate(pairwise(bounds)):
+        for index, ((first, stride), end) in enumerate(self._spans.items()):
             start, stop = max(first, num_before), min(end, num_seen)
             if start < stop:
                 counted = queries[start - num_before : stop - num_before]
-                received = received_attention(counted, keys[:, :stop], self._scale)
+                received = received_attention(counted, keys[:, :stop], self._scale, stride)
                 self._received[layer][index, :, :stop] += received
 
     def queries(self) -> torch.Tensor:
@@ -109,32 +108,28 @@ class PromptObserver:
         last = [torch.cat(chunks)[-self._num_queries :] for chunks in self._queries.values()]
         return torch.stack(last)
 
-    def scores(self) -> dict[int, torch.Tensor]:
-        """By position of the first query: [num_layers, num_kv_heads, num_tokens], float32."""
+    def scores(self) -> dict[ScoredQueries, torch.Tensor]:
+        """By the queries that count: [num_layers, num_kv_heads, num_tokens], float32."""
         received = torch.stack([self._received[layer] for layer in self._queries], dim=1)
+        scores = dict(zip(self._spans, received, strict=True))
         # What counts from one position on also counts from every earlier one.
-        scores = received.flip(0).cumsum(0).flip(0)
-        return dict(zip(self._firsts, scores, strict=True))
+        for later, earlier in pairwise(reversed(self._spans)):
+            if later.stride == earlier.stride:
+                scores[earlier] += scores[later]
+        return scores
 
 
-def received_attention(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
-    """Column sums of the causal attention matrix, averaged over the query heads of a kv_head.
+def _spans(scored: Collection[ScoredQueries], num_tokens: int) -> dict[ScoredQueries, int]:
+    """Where queries end that count for these, but for no later ones of the same stride.
 
-    Paper: EMS, 2024, arXiv:2412.08521 (global score; the definition, without any sampling).
-
-    Args:
-        queries: [num_queries, num_heads, head_size] - of the last positions.
-        keys: [num_kv_heads, num_entries, head_size].
-        scale: Factor on the dot products.
-
-    Returns:
-        [num_kv_heads, num_entries], float32.
+    So that each query is looked at once for each stride.
     """
-    num_kv_heads, num_entries, _ = keys.shape
-    received = keys.new_zeros((num_kv_heads, num_entries), dtype=torch.float32)
-    for weights in attention_weights(queries, keys, scale):
-        received[:, : weights.shape[-1]] += weights.sum(dim=(1, 2))
-    return received / (queries.shape[1] // num_kv_heads)
+    ordered = sorted(set(scored), key=lambda queries: (queries.stride, queries.first))
+    ends = dict.fromkeys(ordered, num_tokens)
+    for queries, after in pairwise(ordered):
+        if after.stride == queries.stride:
+            ends[queries] = after.first
+    return ends
 
 
 @torch.inference_mode()

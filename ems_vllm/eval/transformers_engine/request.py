@@ -13,8 +13,13 @@ from ems_vllm.eval.transformers_engine.cache import entries_of, fork
 from ems_vllm.eval.transformers_engine.compaction import CompactionSettings
 from ems_vllm.eval.transformers_engine.heads import CompressedHeads
 from ems_vllm.eval.transformers_engine.level import CompressedLevel
-from ems_vllm.eval.transformers_engine.plans import LevelPlan, first_scored_query, next_compaction
-from ems_vllm.eval.transformers_engine.prefill import received_attention
+from ems_vllm.eval.transformers_engine.plans import (
+    LevelPlan,
+    first_scored_query,
+    next_compaction,
+    scored_queries,
+)
+from ems_vllm.eval.transformers_engine.scored_queries import received_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,16 +55,16 @@ class CompressedRequest:
         self._plans = list(levels)
         self._scale = settings.scale
         self._prompt_len = levels[0].plan.prompt_len
-        self._accumulates = settings.policy.scorer.uses_accumulated
+        self._scorer = settings.policy.scorer
         self._queries = prompt.queries
         self._new_queries: dict[int, torch.Tensor] = {}
         self._layers = prompt.layers
         self._cache = fork(prompt.cache, cache_format)
         # The same scores for all levels, as the scheduler has it.
-        first_query = first_scored_query(levels)
+        scored = scored_queries(levels, self._scorer)
         by_head = settings.policy.allocator.deals_to_heads
         kind = CompressedHeads if by_head else CompressedLevel
-        self._levels = [kind(settings, level, prompt, first_query) for level in levels]
+        self._levels = [kind(settings, level, prompt, scored) for level in levels]
 
     @property
     def num_live(self) -> float:
@@ -138,11 +143,12 @@ class CompressedRequest:
 
     def _observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         self._new_queries[layer] = queries
-        if not self._accumulates or self._num_processed >= self._prompt_len:
+        if not self._scorer.uses_accumulated or self._num_processed >= self._prompt_len:
             return
         first = first_scored_query(self._plans, self._num_processed)
         for level in self._levels:
             if first is not None and layer in level.layers and level.plan.compresses_prompt:
                 scored = queries[max(0, first - self._num_processed) :]
-                received = received_attention(scored, keys, self._scale)
+                stride = self._scorer.global_stride
+                received = received_attention(scored, keys, self._scale, stride)
                 level.accumulate(layer, self._num_processed, received)

@@ -80,10 +80,10 @@ class Runner:
                 asked.append((method, config, options))
         num_tokens = len(prompt.prompt_token_ids)
         needed = [
-            self._engine.first_query(num_tokens, config, options) for _, config, options in asked
+            self._engine.scored_queries(num_tokens, config, options) for _, config, options in asked
         ]
-        firsts = {first for first in needed if first is not None}
-        prefilled = self._engine.prefill(prompt.prompt_token_ids, window, firsts)
+        scored = {queries for queries in needed if queries is not None}
+        prefilled = self._engine.prefill(prompt.prompt_token_ids, window, scored)
         logits, full = prefilled.logits, None
         if prompt.follows_full:
             any_config = next(iter(self._configs.values()))

@@ -89,8 +89,8 @@ class EMSScorer(Scorer):
 
     _odd = field_validator("kernel_size", "key_kernel_size")(odd)
 
-    sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
-    """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
+    sample_stride: Annotated[int, Field(ge=1, le=64)] = 1
+    """Of the prompt's queries, one in so many is accumulated and counts for all (ours)."""
 
     @model_validator(mode="after")
     def _shares_are_parts_of_one(self) -> EMSScorer:

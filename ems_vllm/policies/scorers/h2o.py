@@ -24,8 +24,8 @@ class H2OScorer(Scorer):
     `recent_window`, beside the budget.
     """
 
-    sample_stride: Annotated[int, Field(ge=1, le=16)] = 1
-    """Of the prompt's queries, one block of 64 in so many is accumulated (ours); 1 takes all."""
+    sample_stride: Annotated[int, Field(ge=1, le=64)] = 1
+    """Of the prompt's queries, one in so many is accumulated and counts for all (ours)."""
 
     @property
     def uses_accumulated(self) -> bool:
