@@ -54,7 +54,7 @@ def _neutrality(config: KVCompressionConfig) -> str:
         return "Hits in the prefix cache, preemptions and chunks change no answer of this recipe."
     return (
         "Which queries score depends on hits in the prefix cache, so answers may, too: set "
-        "global_queries to a number and sample_stride to 1 where that must not be."
+        "global_queries to a number where that must not be."
     )
 
 

@@ -14,7 +14,9 @@ from opbench import attention, baselines
 from opbench.shapes import BLOCK_SIZE, OBS_WINDOW, Shape
 from opbench.timing import graph_of
 
-SAMPLE_STRIDES = (1, 2, 4, 8, 16)
+# Of prompts: how many of the last queries score (None for all), one in how many of these, and the
+# share of an attention call that this may take.
+SCORING = ((None, 1, 0.6), (None, 4, 0.2), (None, 16, 0.2), (256, 1, 0.02))
 DECODE_ROWS = 64
 NUM_PROTECTED = 4
 THRESHOLD = 0.1
@@ -53,22 +55,33 @@ def block_table(shape: Shape) -> torch.Tensor:
     return blocks.view(shape.num_rows, shape.num_columns).int()
 
 
-def score_queries_args(shape: Shape, sample_stride: int = 1, with_lse: bool = True) -> tuple:
+def score_queries_args(
+    shape: Shape,
+    sample_stride: int = 1,
+    with_lse: bool = True,
+    num_queries: int | None = None,
+) -> tuple:
     model, num_tokens = shape.model, shape.num_rows * shape.length
     query = _random(shape, num_tokens, model.num_heads, model.head_size)
     num_blocks = shape.num_rows * shape.num_columns
     key = _random(shape, num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size)
     table = block_table(shape)
-    starts = torch.arange(shape.num_rows, device=shape.device, dtype=torch.int32) * shape.length
-    lens = filled(shape, shape.length)
+    num_scoring = _num_scoring(shape, num_queries)
+    ends = torch.arange(1, shape.num_rows + 1, device=shape.device, dtype=torch.int32)
+    starts = ends * shape.length - num_scoring
     # About what random keys give.
     seen = torch.arange(1, shape.length + 1, device=shape.device).repeat(shape.num_rows)
     lse = (seen.log() + 0.5)[:, None].repeat(1, model.num_heads)
     scores = torch.zeros(num_blocks, model.num_kv_heads, BLOCK_SIZE, device=shape.device)
     return (
-        *(query, key, table, starts, lens, lens, filled(shape, 0), table),
-        *(lse if with_lse else None, shape.scale, sample_stride, scores),
+        *(query, key, table, starts, filled(shape, num_scoring), filled(shape, shape.length)),
+        *(filled(shape, 0), table, lse if with_lse else None, shape.scale, sample_stride, scores),
     )
+
+
+def _num_scoring(shape: Shape, num_queries: int | None) -> int:
+    """Queries of each prompt that score, before they are sampled."""
+    return shape.length if num_queries is None else min(num_queries, shape.length)
 
 
 def caches(shape: Shape) -> tuple[torch.Tensor, torch.Tensor]:
@@ -178,15 +191,21 @@ def of_shape(shape: Shape) -> Iterator[Case]:
 def _prompt(shape: Shape) -> Iterator[Case]:
     floor = attention.flops(shape) / 2
     for with_lse in (True, False):
-        for stride in SAMPLE_STRIDES if with_lse else SAMPLE_STRIDES[:1]:
-            args = score_queries_args(shape, stride, with_lse)
-            variant = f"{'lse given' if with_lse else 'lse computed'}, sample_stride {stride}"
+        for num_queries, stride, share in SCORING:
+            args = score_queries_args(shape, stride, with_lse, num_queries)
+            queries = "all queries" if num_queries is None else f"last {num_queries}"
+            variant = f"{'lse given' if with_lse else 'lse computed'}, {queries}, 1 in {stride}"
             providers = {"ems_vllm": lambda args=args: ops.score_queries(*args)}
-            if stride == 1 and not with_lse and shape.length <= _LONGEST_BASELINE:
+            is_whole = num_queries is None and stride == 1
+            if is_whole and not with_lse and shape.length <= _LONGEST_BASELINE:
                 providers["pytorch"] = lambda args=args: baselines.score_queries(*args)
-            num_bytes = shape.num_rows * shape.length * _entry_bytes(shape) * (1 + shape.group)
-            flops = floor / stride * (1 if with_lse else 2)
-            yield Case("score_queries", variant, providers, num_bytes, flops, ("attention", 0.6))
+            num_scoring = _num_scoring(shape, num_queries)
+            num_vectors = shape.length + shape.group * num_scoring / stride
+            num_bytes = shape.num_rows * _entry_bytes(shape) * num_vectors
+            # Of the pairs of a query and a key that it sees.
+            part = num_scoring * (2 * shape.length - num_scoring) / shape.length**2
+            flops = floor * part / stride * (1 if with_lse else 2)
+            yield Case("score_queries", variant, providers, num_bytes, flops, ("attention", share))
 
 
 def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:

@@ -227,6 +227,13 @@ class KVCompressionConfig(BaseModel):
                 f"prefix cache leaves budget + recent_window = {computed} tokens to be computed; "
                 'lower it, raise budget, or set it to "all".'
             )
+        stride = self.scorer.global_stride
+        if self.global_queries != "all" and self.global_queries < stride:
+            raise ConfigError(
+                f"{KEY_PREFIX}scorer.sample_stride={stride} is not allowed: of the last "
+                f"global_queries={self.global_queries} queries it may sample none; lower it, or "
+                'set global_queries to "all".'
+            )
         if self.budget is not None and self.selector.num_sink_tokens > self.budget:
             raise ConfigError(
                 f"{KEY_PREFIX}selector.num_sink_tokens={self.selector.num_sink_tokens} is not "
@@ -268,9 +275,7 @@ class KVCompressionConfig(BaseModel):
     @property
     def is_neutral_to_hits(self) -> bool:
         """Whether hits in the prefix cache, or other chunks, leave the kept entries as they are."""
-        return not self.scorer.uses_accumulated or (
-            self.global_queries != "all" and self.scorer.global_stride == 1
-        )
+        return not self.scorer.uses_accumulated or self.global_queries != "all"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data from which `KVCompressionConfig(**data)` rebuilds this object."""
