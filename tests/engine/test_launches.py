@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many operators a step calls: a launch each, and what a decoding step at batch 1 pays for.
+
+That torch adds no others, nor waits for the GPU, is for tests/nullgpu to show.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from engine.arrivals import Arrival, serve
+from engine.harness import engine, tokens
+
+from ems_vllm.ops import implemented_by
+from ems_vllm.ops.library import operators
+
+NUM_LAYERS = 4
+CHUNK, PROMPT_LEN, NUM_NEW = 64, 300, 40
+SETTINGS = {
+    "recipe": "ems",
+    "budget": 32,
+    "recent_window": 16,
+    "recompress_interval": 16,
+    "min_blocks_saved": 1,
+}
+# Of a step: the queries of each layer, inside of the graph, and the metadata.
+DECODING = {"record_queries": NUM_LAYERS, "shift_block_tables": 1}
+# Each on all layers, heads and requests that are due.
+ONCE = ("score_window", "select_entries", "assign_classes", "merge_compact")
+
+
+class CallCounter:
+    """Stands for the compiled library, and counts."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[str] = Counter()
+
+    def __getattr__(self, name: str) -> Any:
+        operator = getattr(operators(), name)
+
+        def run(*args: Any, **kwargs: Any) -> None:
+            self.calls[name] += 1
+            operator(*args, **kwargs)
+
+        return run
+
+
+@pytest.fixture(scope="module", params=[32, "all"])
+def run(request):
+    """The queries that score, and the calls of every step of two requests, one after the other."""
+    settings = {**SETTINGS, "global_queries": request.param}
+    counter, steps = CallCounter(), []
+    with implemented_by(counter), engine(settings, max_num_batched_tokens=CHUNK) as probe:
+
+        def note(_step: int) -> None:
+            steps.append(counter.calls)
+            counter.calls = Counter()
+
+        # The first brings what only happens once.
+        for seed in range(2):
+            steps.clear()
+            serve(probe, [Arrival(0, tokens(PROMPT_LEN, seed=seed), NUM_NEW)], note)
+        steps.append(counter.calls)
+    return request.param, steps[1:]
+
+
+def test_only_chunks_with_queries_that_score_are_scored(run):
+    global_queries, steps = run
+    num_chunks = -(-PROMPT_LEN // CHUNK)
+    scored = [step["score_queries"] for step in steps]
+    num_before = 0 if global_queries == "all" else num_chunks - 1
+    expected = [0] * num_before + [NUM_LAYERS] * (num_chunks - num_before)
+    assert scored == expected + [0] * (len(steps) - num_chunks)
+
+
+def test_a_decoding_step_calls_one_operator_a_layer_and_one_for_all(run):
+    _, steps = run
+    decoding = [step for step in steps[-(-PROMPT_LEN // CHUNK) :] if not step["merge_compact"]]
+    assert len(decoding) > NUM_NEW / 2
+    for step in decoding:
+        assert step <= Counter(DECODING)
+
+
+def test_a_compaction_calls_every_operator_once_for_all_layers(run):
+    _, steps = run
+    compacting = [step for step in steps if step["merge_compact"]]
+    # At the prompt's end, and every recompress_interval tokens.
+    assert len(compacting) > NUM_NEW // SETTINGS["recompress_interval"]
+    for step in compacting:
+        assert step - Counter(DECODING) <= Counter(dict.fromkeys(ONCE, 1))
