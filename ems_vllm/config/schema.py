@@ -39,6 +39,8 @@ KEY_PREFIX = "kv_compression_config."
 _LARGEST = 2**30
 # Prompt queries that score unless a server says otherwise (ours).
 _GLOBAL_QUERIES = 256
+# One in so many of them where all do (docs/defaults.md).
+_STRIDE_OF_ALL = 4
 
 
 def _component(registry: Registry, key: str, value: Any) -> Any:
@@ -106,6 +108,8 @@ class KVCompressionConfig(BaseModel):
             for every query that is computed. At most `budget + recent_window`, which a hit in the
             prefix cache always leaves to be computed; then neither hits nor chunks change which
             queries score. By default 256, or as many as are allowed.
+        sample_stride: Of these queries, one position in so many is accumulated and counts for all
+            (ours); at most `global_queries`. By default 4 of "all", and 1, each, of a number.
         prefix_score_tokens: Capacity, in tokens, of the private scores for prefixes that came
             from the prefix cache, at least max_model_len; None derives it from max_model_len and
             max_num_batched_tokens. A request that finds no room waits a step.
@@ -137,6 +141,9 @@ class KVCompressionConfig(BaseModel):
     min_blocks_saved: Annotated[int, Field(ge=1, le=_LARGEST)] = 4
     global_queries: Annotated[int, Field(ge=1, le=_LARGEST)] | Literal["all"] = Field(
         default_factory=lambda data: min(_GLOBAL_QUERIES, _always_computed(data))
+    )
+    sample_stride: Annotated[int, Field(ge=1, le=64)] = Field(
+        default_factory=lambda data: _STRIDE_OF_ALL if data.get("global_queries") == "all" else 1
     )
     prefix_score_tokens: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     query_ring_rows: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
@@ -227,10 +234,9 @@ class KVCompressionConfig(BaseModel):
                 f"prefix cache leaves budget + recent_window = {computed} tokens to be computed; "
                 'lower it, raise budget, or set it to "all".'
             )
-        stride = self.scorer.global_stride
-        if self.global_queries != "all" and self.global_queries < stride:
+        if self.global_queries != "all" and self.sample_stride > self.global_queries:
             raise ConfigError(
-                f"{KEY_PREFIX}scorer.sample_stride={stride} is not allowed: of the last "
+                f"{KEY_PREFIX}sample_stride={self.sample_stride} is not allowed: of the last "
                 f"global_queries={self.global_queries} queries it may sample none; lower it, or "
                 'set global_queries to "all".'
             )

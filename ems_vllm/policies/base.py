@@ -85,11 +85,6 @@ class Scorer(Component):
         return False
 
     @property
-    def global_stride(self) -> int:
-        """One prompt query in so many is accumulated, and counts for all of them."""
-        return 1
-
-    @property
     def uses_window(self) -> bool:
         """Whether the queries of the last `obs_window` tokens are recorded."""
         return False

@@ -90,7 +90,7 @@ def test_file_is_a_recipe(tmp_path):
             ["num_sink_tokens=9", "budget=8"],
         ),
         (
-            {"recipe": "h2o", "global_queries": 3, "scorer": {"sample_stride": 4}},
+            {"recipe": "h2o", "global_queries": 3, "sample_stride": 4},
             ["sample_stride=4", "global_queries=3", "lower it"],
         ),
         ({"recipe": "off", "budget": 8}, ["'budget': 8", "compression is off"]),

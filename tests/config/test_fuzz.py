@@ -69,6 +69,7 @@ plausible = st.fixed_dictionaries(
         "recompress_interval": numbers,
         "min_blocks_saved": numbers,
         "global_queries": st.sampled_from(["all", 1, 2.5, "some", 0, 2**31]) | numbers,
+        "sample_stride": numbers,
         "prefix_score_tokens": numbers | st.none(),
         "query_ring_rows": numbers | st.none(),
         "workspace_mib": numbers,

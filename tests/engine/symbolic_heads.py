@@ -211,6 +211,7 @@ class _Group:
             key_scales=None,
             query_dtype=torch.float32,
             rotations=range(self.num_layers),
+            sample_stride=1,
         )
         self.compressed = CompressedGroup(
             tensors,

@@ -137,7 +137,6 @@ class SymbolicPolicy:
     """
 
     selector = SimpleNamespace(num_sink_tokens=1)
-    scorer = SimpleNamespace(global_stride=1)
 
     def __init__(self, symbols: Symbols, num_heads: int) -> None:
         self.num_rows = 0

@@ -65,7 +65,7 @@ def answer_in_chunks(probe, size):
 
 ALL = {name: settings(name) for name in recipes.names()}
 # A query is sampled for its position, whoever computes it, and when.
-SAMPLED = {**settings("ems"), "scorer": {"sample_stride": 4}}
+SAMPLED = {**settings("ems"), "sample_stride": 4}
 
 
 @pytest.mark.parametrize("chosen", [*ALL.values(), SAMPLED], ids=[*ALL, "ems, one query in 4"])

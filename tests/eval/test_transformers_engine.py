@@ -48,7 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ems, one query in 4": {
         "recipe": "ems",
         "global_queries": "all",
-        "scorer": {"sample_stride": 4},
+        "sample_stride": 4,
         "merger": {"similarity_threshold": 0.0},
     },
     "ems in levels": {

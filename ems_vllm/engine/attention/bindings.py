@@ -95,7 +95,7 @@ class QueryObserver:
         self._layer_scales = tensors.layer_scales
         self._index = index
         self._query_dtype = tensors.query_dtype
-        self._global_stride = rewriter.group.global_stride
+        self._sample_stride = tensors.sample_stride
         self._ring = None if ring is None else (ring.queries[index], ring.slots)
         self._scores = None if tensors.scores is None else tensors.scores[index]
 
@@ -135,6 +135,6 @@ class QueryObserver:
                 chunks.score_table,
                 lse,
                 self._scale * self._layer_scales[self._index].key,
-                self._global_stride,
+                self._sample_stride,
                 self._scores,
             )

@@ -39,7 +39,6 @@ class CompressedGroup:
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
-        self.global_stride = policy.scorer.global_stride
         self.heads = heads
         self._compactor = Compactor(tensors, policy, workspace_bytes, heads)
         self.counters = self._compactor.counters

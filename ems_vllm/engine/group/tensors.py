@@ -35,6 +35,7 @@ class GroupTensors:
         key_scales: [num_layers], float32 - those of the keys; None where the cache is not float8.
         query_dtype: dtype in which queries are recorded and scored.
         rotations: RoPE of the layers, in layer order; None where a layer has none that is known.
+        sample_stride: Of the prompt's queries, one in so many is accumulated.
     """
 
     group_id: int
@@ -47,6 +48,7 @@ class GroupTensors:
     key_scales: torch.Tensor | None
     query_dtype: torch.dtype
     rotations: Sequence[Rotation | None]
+    sample_stride: int
 
     @classmethod
     def bind(
@@ -61,6 +63,7 @@ class GroupTensors:
         layer_scales: Sequence[LayerScales],
         query_dtype: torch.dtype,
         rotations: Sequence[Rotation | None],
+        sample_stride: int,
     ) -> GroupTensors:
         """Bring the caches of a group together with what is kept beside them.
 
@@ -87,6 +90,7 @@ class GroupTensors:
             key_scales=key_scales,
             query_dtype=query_dtype,
             rotations=rotations,
+            sample_stride=sample_stride,
         )
 
     def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:

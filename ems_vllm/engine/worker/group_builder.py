@@ -116,6 +116,7 @@ class GroupBuilder:
             layer_scales=self.scales(owners),
             query_dtype=self.vllm_config.model_config.dtype,
             rotations=rotations(self.model, [self.layers[name] for name in owners]),
+            sample_stride=self.config.sample_stride,
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20

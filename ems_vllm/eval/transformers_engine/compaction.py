@@ -24,6 +24,7 @@ class CompactionSettings:
     Attributes:
         policy: Which entries stay.
         obs_window: Last queries that score.
+        sample_stride: Of the prompt's queries, one in so many is accumulated.
         scale: Softmax scale of the model.
         rotation: RoPE of the compressed layers; None for none.
         protected: Spans of positions that stay as they are, in order and apart.
@@ -31,6 +32,7 @@ class CompactionSettings:
 
     policy: Policy
     obs_window: int
+    sample_stride: int
     scale: float
     rotation: Rotation | None = None
     protected: tuple[Span, ...] = ()

@@ -156,7 +156,9 @@ class TransformersEngine:
         """The queries of a prompt whose attention the request needs; None for none."""
         # Before anything else: what is refused is refused before the prompt is processed.
         plans = self.plans(num_tokens, config, options)
-        return scored_queries(plans, Policy.from_config(config).scorer)
+        return (
+            scored_queries(plans, config.sample_stride) if config.scorer.uses_accumulated else None
+        )
 
     def begin(
         self,
@@ -247,7 +249,7 @@ class TransformersEngine:
         policy = Policy.from_config(config)
         protected = options.protect.ranges if options.protect else ()
         settings = CompactionSettings(
-            policy, config.obs_window, self.scale, self.rotation, protected
+            policy, config.obs_window, config.sample_stride, self.scale, self.rotation, protected
         )
         stored_as = cache_format or prompt.cache.cache_format
         return CompressedRequest(self.model, settings, levels, prompt, stored_as)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from ems_vllm.config import KVCompressionConfig
     from ems_vllm.head_shares import HeadShares
     from ems_vllm.plan import PlanSettings
-    from ems_vllm.policies.base import Scorer
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,10 @@ def first_scored_query(levels: Iterable[LevelPlan], num_processed: int = 0) -> i
     )
 
 
-def scored_queries(levels: Iterable[LevelPlan], scorer: Scorer) -> ScoredQueries | None:
-    """The queries of a prompt that score it for a scorer; None for none."""
-    first = first_scored_query(levels) if scorer.uses_accumulated else None
-    return None if first is None else ScoredQueries(first, scorer.global_stride)
+def scored_queries(levels: Iterable[LevelPlan], sample_stride: int) -> ScoredQueries | None:
+    """The queries of a prompt that score; None for none."""
+    first = first_scored_query(levels)
+    return None if first is None else ScoredQueries(first, sample_stride)
 
 
 def next_compaction(levels: Iterable[LevelPlan], num_processed: int) -> int | None:

@@ -55,13 +55,14 @@ class CompressedRequest:
         self._plans = list(levels)
         self._scale = settings.scale
         self._prompt_len = levels[0].plan.prompt_len
-        self._scorer = settings.policy.scorer
+        self._accumulates = settings.policy.scorer.uses_accumulated
+        self._sample_stride = settings.sample_stride
         self._queries = prompt.queries
         self._new_queries: dict[int, torch.Tensor] = {}
         self._layers = prompt.layers
         self._cache = fork(prompt.cache, cache_format)
         # The same scores for all levels, as the scheduler has it.
-        scored = scored_queries(levels, self._scorer)
+        scored = scored_queries(levels, self._sample_stride)
         by_head = settings.policy.allocator.deals_to_heads
         kind = CompressedHeads if by_head else CompressedLevel
         self._levels = [kind(settings, level, prompt, scored) for level in levels]
@@ -143,12 +144,11 @@ class CompressedRequest:
 
     def _observe(self, layer: int, queries: torch.Tensor, keys: torch.Tensor) -> None:
         self._new_queries[layer] = queries
-        if not self._scorer.uses_accumulated or self._num_processed >= self._prompt_len:
+        if not self._accumulates or self._num_processed >= self._prompt_len:
             return
         first = first_scored_query(self._plans, self._num_processed)
         for level in self._levels:
             if first is not None and layer in level.layers and level.plan.compresses_prompt:
                 scored = queries[max(0, first - self._num_processed) :]
-                stride = self._scorer.global_stride
-                received = received_attention(scored, keys, self._scale, stride)
+                received = received_attention(scored, keys, self._scale, self._sample_stride)
                 level.accumulate(layer, self._num_processed, received)

@@ -89,9 +89,6 @@ class EMSScorer(Scorer):
 
     _odd = field_validator("kernel_size", "key_kernel_size")(odd)
 
-    sample_stride: Annotated[int, Field(ge=1, le=64)] = 1
-    """Of the prompt's queries, one in so many is accumulated and counts for all (ours)."""
-
     @model_validator(mode="after")
     def _shares_are_parts_of_one(self) -> EMSScorer:
         if self.local_share + self.key_share > 1:
@@ -104,10 +101,6 @@ class EMSScorer(Scorer):
     @property
     def uses_accumulated(self) -> bool:
         return True
-
-    @property
-    def global_stride(self) -> int:
-        return self.sample_stride
 
     @property
     def uses_window(self) -> bool:

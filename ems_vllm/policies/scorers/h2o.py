@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
 
@@ -24,16 +22,9 @@ class H2OScorer(Scorer):
     `recent_window`, beside the budget.
     """
 
-    sample_stride: Annotated[int, Field(ge=1, le=64)] = 1
-    """Of the prompt's queries, one in so many is accumulated and counts for all (ours)."""
-
     @property
     def uses_accumulated(self) -> bool:
         return True
-
-    @property
-    def global_stride(self) -> int:
-        return self.sample_stride
 
     @property
     def uses_window(self) -> bool:
