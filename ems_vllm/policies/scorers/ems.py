@@ -114,12 +114,6 @@ class EMSScorer(Scorer):
         return True
 
     @property
-    def num_score_tensors(self) -> int:
-        # Beside recent attention, carry, mass, norms and claims: what is sorted, places as int64,
-        # and ranks.
-        return 11 if self.alignment == "quantile" else super().num_score_tensors
-
-    @property
     def scratch_bytes(self) -> int:
         return SLICE_BYTES if self.alignment == "quantile" else 0
 
@@ -135,7 +129,7 @@ class EMSScorer(Scorer):
             recent = window if peaks is None else peaks
             del window, peaks
             orders = self._orders(context, recent, carry)
-            weights = by_quantile(orders, context.is_eligible, context.is_entry)
+            weights = by_quantile(orders, context)
         return Scores(weights, carry, mass)
 
     def _orders(self, context: CompactionContext, recent: Tensor, carry: Tensor) -> Iterator[Order]:
