@@ -70,14 +70,16 @@ def deviation(scores: Tensor, is_candidate: Tensor) -> Tensor:
     """Standard deviation of scores over the candidates: a unit for sums of different kinds.
 
     Args:
-        scores: Like Order.scores.
+        scores: Like Order.scores; anything where there is no candidate.
         is_candidate: [1 or num_layers, num_rows, 1 or num_kv_heads, max_entries], bool.
 
     Returns:
         [num_layers, num_rows, num_kv_heads, 1]; 1 where all candidates have the same score.
     """
-    count = is_candidate.sum(-1, keepdim=True).clamp(min=1)
-    mean = scores.masked_fill(~is_candidate, 0.0).sum(-1, keepdim=True).div_(count)
-    squares = (scores - mean).square_().masked_fill_(~is_candidate, 0.0)
+    is_other = ~is_candidate
+    count = is_candidate.sum(-1, keepdim=True).clamp_(min=1)
+    # No product: what is no candidate may hold anything, NaN included.
+    mean = scores.masked_fill(is_other, 0.0).sum(-1, keepdim=True).div_(count)
+    squares = (scores - mean).square_().masked_fill_(is_other, 0.0)
     deviations = squares.sum(-1, keepdim=True).div_(count).sqrt_()
     return deviations.masked_fill_(deviations == 0, 1.0)
