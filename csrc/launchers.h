@@ -12,6 +12,7 @@ namespace ems::cpu {
 void score_queries(const ScoreQueriesParams& params);
 void score_window(const ScoreWindowParams& params);
 void record_queries(const RecordQueriesParams& params);
+void rank_entries(const RankEntriesParams& params);
 void select_entries(const SelectEntriesParams& params);
 void assign_classes(const AssignClassesParams& params);
 void merge_compact(const MergeCompactParams& params);
@@ -39,6 +40,7 @@ constexpr int64_t kMaxScratchBytes = 32 << 20;
 void score_queries(const ScoreQueriesParams& params, const Stream& stream);
 void score_window(const ScoreWindowParams& params, const Stream& stream);
 void record_queries(const RecordQueriesParams& params, const Stream& stream);
+void rank_entries(const RankEntriesParams& params, const Stream& stream);
 void select_entries(const SelectEntriesParams& params, const Stream& stream);
 void assign_classes(const AssignClassesParams& params, const Stream& stream);
 void merge_compact(const MergeCompactParams& params, const Stream& stream);

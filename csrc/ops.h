@@ -25,6 +25,10 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
 
 void record_queries(const Tensor& query, const Tensor& ring_slots, const Tensor& ring);
 
+void rank_entries(const Tensor& scores, const Tensor& num_entries, const Tensor& num_protected,
+                  const std::optional<Tensor>& is_protected, double share, int64_t first,
+                  const Tensor& weights);
+
 void select_entries(const Tensor& scores, const Tensor& num_entries, const Tensor& budgets,
                     const Tensor& num_protected, const Tensor& merge_limits, double mass_limit,
                     const Tensor& kept_idx, const Tensor& merge_idx);

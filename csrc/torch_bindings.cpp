@@ -30,6 +30,11 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   // Copies queries into the ring of the last queries.
   m.def("record_queries(Tensor query, Tensor ring_slots, Tensor(a!) ring) -> ()");
 
+  // Weighs entries by their ranks in one of several orders.
+  m.def(
+      "rank_entries(Tensor scores, Tensor num_entries, Tensor num_protected, "
+      "Tensor? is_protected, float share, int first, Tensor(a!) weights) -> ()");
+
   // Splits the entries of every kv_head into kept, to be merged, and dropped.
   m.def(
       "select_entries(Tensor scores, Tensor num_entries, Tensor budgets, Tensor num_protected, "
@@ -66,6 +71,7 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("score_queries", TORCH_BOX(&ems::score_queries));
   m.impl("score_window", TORCH_BOX(&ems::score_window));
   m.impl("record_queries", TORCH_BOX(&ems::record_queries));
+  m.impl("rank_entries", TORCH_BOX(&ems::rank_entries));
   m.impl("select_entries", TORCH_BOX(&ems::select_entries));
   m.impl("assign_classes", TORCH_BOX(&ems::assign_classes));
   m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));

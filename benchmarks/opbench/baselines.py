@@ -92,6 +92,27 @@ def record_queries(query: torch.Tensor, ring_slots: torch.Tensor, ring: torch.Te
     ring.view(-1, *query.shape[1:]).index_copy_(0, ring_slots, query)
 
 
+def rank_entries(
+    scores: torch.Tensor,
+    num_entries: torch.Tensor,
+    num_protected: torch.Tensor,
+    is_protected: None,
+    share: float,
+    first: int,
+    weights: torch.Tensor,
+) -> None:
+    """Without a mask."""
+    entries = torch.arange(scores.shape[3], device=scores.device)
+    is_candidate = entries >= num_protected[:, None, None]
+    ranked = scores.masked_fill(~is_candidate, -1.0)
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    ranks = entries.float()
+    claims = torch.where(ranks < first, ranks / max(first, 1), (ranks - first) / share + 1)
+    by_rank = claims.add_(1).reciprocal_().expand_as(order)
+    of_entry = torch.empty_like(weights).scatter_(3, order, by_rank)
+    torch.maximum(weights, of_entry, out=weights).masked_fill_(~is_candidate, 1.0)
+
+
 def select_entries(
     scores: torch.Tensor,
     num_entries: torch.Tensor,

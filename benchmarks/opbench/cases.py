@@ -20,6 +20,8 @@ SCORING = ((None, 1, 0.6), (None, 4, 0.2), (None, 16, 0.2), (256, 1, 0.02))
 DECODE_ROWS = 64
 NUM_PROTECTED = 4
 THRESHOLD = 0.1
+# What the recipe `ems` gives to recent attention.
+LOCAL_SHARE, LOCAL_FIRST = 0.1, 26
 # PyTorch builds rows of the attention matrix: seconds per call beyond this.
 _LONGEST_BASELINE = 32 << 10
 
@@ -103,6 +105,14 @@ def window_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple:
     scores = torch.rand(*heads, shape.length, device=shape.device)
     peaks = torch.empty_like(scores)
     return ring, rows, window, length, key, table, length, length, shape.scale, scores, None, peaks
+
+
+def rank_args(shape: Shape) -> tuple:
+    """Of the second of several orders: weights are not 0."""
+    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
+    scores, weights = (torch.rand(*heads, shape.length, device=shape.device) for _ in range(2))
+    counts = filled(shape, shape.length), filled(shape, NUM_PROTECTED)
+    return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
 
 
 @dataclass
@@ -225,11 +235,28 @@ def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:
     )
 
 
+def _ranks(shape: Shape) -> Case:
+    args = rank_args(shape)
+    return Case(
+        "rank_entries",
+        "one order, all layers",
+        {
+            "ems_vllm": lambda: ops.rank_entries(*args),
+            "pytorch": lambda: baselines.rank_entries(*args),
+        },
+        # Scores are read, weights are read and written.
+        3.0 * 4 * args[0].numel(),
+        0.0,
+        ("attention, all layers", 0.002),
+    )
+
+
 def _compaction(shape: Shape) -> Iterator[Case]:
     model, heads = shape.model, shape.num_heads_in_all
     key, value = caches(shape)
     table = block_table(shape)
     yield _window(shape, key, table)
+    yield _ranks(shape)
     compaction = compaction_args(shape, key, value, table)
     entry_bytes = 2 * model.head_size * shape.element_bytes
     moved = heads * shape.budget * entry_bytes

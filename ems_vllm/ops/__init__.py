@@ -25,6 +25,7 @@ from ems_vllm.ops.assign_classes import assign_classes
 from ems_vllm.ops.head_pages import head_pages
 from ems_vllm.ops.library import OPERATORS, implemented_by, reference_operators
 from ems_vllm.ops.merge_compact import merge_compact
+from ems_vllm.ops.rank_entries import rank_entries
 from ems_vllm.ops.record_queries import record_queries
 from ems_vllm.ops.score_queries import score_queries
 from ems_vllm.ops.score_window import score_window
@@ -37,6 +38,7 @@ __all__ = [
     "head_pages",
     "implemented_by",
     "merge_compact",
+    "rank_entries",
     "record_queries",
     "reference_operators",
     "score_queries",

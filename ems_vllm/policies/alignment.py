@@ -7,10 +7,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
+from ems_vllm import ops
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ems_vllm.policies.context import CompactionContext
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Order:
     first: int = 0
 
 
-def by_quantile(orders: Iterable[Order], is_candidate: Tensor, is_entry: Tensor) -> Tensor:
+def by_quantile(orders: Iterable[Order], context: CompactionContext) -> Tensor:
     """Scores under which every order fills its share of the budget, whatever the budget is (ours).
 
     Scores of different kinds have no common unit: aligned by their means, the one with the heavier
@@ -44,52 +46,40 @@ def by_quantile(orders: Iterable[Order], is_candidate: Tensor, is_entry: Tensor)
     A row's result does not depend on how much longer another row of the batch is.
 
     Args:
-        orders: At least one; each is dropped before the next is asked for.
-        is_candidate: [1, num_rows, 1, max_entries], bool - entries that compete for the budget.
-        is_entry: Like is_candidate - entries that exist.
+        orders: Each is dropped before the next is asked for. Entries that are eligible compete.
 
     Returns:
-        Like Order.scores: in (0, 1) for candidates, 1 for other entries, 0 where there is none.
-        Within an order, ties go to the lower index.
+        Like Order.scores: 1 / (1 + claim) for entries that compete, 1 for others, 0 where there is
+        none. Within an order, ties go to the lower index.
     """
-    claims: Tensor | None = None
+    weights = context.new_scores().zero_()
     for order in orders:
-        claim = _ranks(order.scores, is_candidate)
-        if order.first:
-            beyond = (claim - order.first).div_(order.share).add_(1)
-            claim = torch.where(claim < order.first, claim.div_(order.first), beyond)
-            del beyond
-        else:
-            claim = claim.div_(order.share).add_(1)
-        claims = claim if claims is None else torch.minimum(claims, claim, out=claims)
-    assert claims is not None
-    scores = claims.add_(1).reciprocal_().masked_fill_(~is_candidate, 1.0)
-    return scores.masked_fill_(~is_entry, 0.0)
+        ops.rank_entries(
+            order.scores,
+            context.num_entries,
+            context.num_protected,
+            context.is_protected,
+            order.share,
+            order.first,
+            weights,
+        )
+    return weights
 
 
 def deviation(scores: Tensor, is_candidate: Tensor) -> Tensor:
     """Standard deviation of scores over the candidates: a unit for sums of different kinds.
 
     Args:
-        scores: Like Order.scores.
-        is_candidate: See by_quantile.
+        scores: Like Order.scores; anything where there is no candidate.
+        is_candidate: [1 or num_layers, num_rows, 1 or num_kv_heads, max_entries], bool.
 
     Returns:
         [num_layers, num_rows, num_kv_heads, 1]; 1 where all candidates have the same score.
     """
-    count = is_candidate.sum(-1, keepdim=True).clamp(min=1)
-    mean = scores.masked_fill(~is_candidate, 0.0).sum(-1, keepdim=True).div_(count)
-    squares = (scores - mean).square_().masked_fill_(~is_candidate, 0.0)
+    is_other = ~is_candidate
+    count = is_candidate.sum(-1, keepdim=True).clamp_(min=1)
+    # No product: what is no candidate may hold anything, NaN included.
+    mean = scores.masked_fill(is_other, 0.0).sum(-1, keepdim=True).div_(count)
+    squares = (scores - mean).square_().masked_fill_(is_other, 0.0)
     deviations = squares.sum(-1, keepdim=True).div_(count).sqrt_()
     return deviations.masked_fill_(deviations == 0, 1.0)
-
-
-def _ranks(scores: Tensor, is_candidate: Tensor) -> Tensor:
-    """Of each entry among the candidates, 0 for the highest score; float32, like scores.
-
-    float32 holds every rank of a row of up to 16 million entries.
-    """
-    by_score = scores.masked_fill(~is_candidate, -1.0)
-    by_score = by_score.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(scores.shape[-1], dtype=torch.float32, device=scores.device)
-    return torch.empty_like(scores).scatter_(-1, by_score, places.expand_as(by_score))

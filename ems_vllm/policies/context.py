@@ -140,7 +140,7 @@ class CompactionContext:
         is_reserved = self.is_entry & ~self.is_eligible
         return is_reserved.sum(-1).amax((0, 2))
 
-    @property
+    @cached_property
     def _entries(self) -> Tensor:
         """[max_entries], int32: 0, 1, 2, ..."""
         return torch.arange(self.max_entries, dtype=torch.int32, device=self.block_table.device)

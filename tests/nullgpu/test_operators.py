@@ -20,6 +20,7 @@ MOST_LAUNCHES = {
     "head_pages": 1,
     "score_queries": 2,
     "score_window": 2,
+    "rank_entries": 1,
     "select_entries": 1,
     "assign_classes": 2,
     "merge_compact": 3,

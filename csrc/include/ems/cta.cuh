@@ -46,7 +46,7 @@ EMS_DEVICE Scan<T> scan_of_cta(T value, ScanShared<T, NUM_THREADS>* shared) {
   // Not through - value, which would round.
   const T shifted = device::shuffle_up(through, 1);
   Scan<T> scan{lane == 0 ? T(0) : shifted, T(0)};
-#pragma unroll
+#pragma unroll 8
   for (int i = 0; i < NUM_THREADS / device::kWarpSize; ++i) {
     const T of_warp = shared->of_warp[i];
     if (i < warp) scan.before += of_warp;

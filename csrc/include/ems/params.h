@@ -82,6 +82,19 @@ struct SelectEntriesParams {
   HeadRows<int32_t> merge_idx;   // [num_layers, num_rows, num_kv_heads, max_merges] int32
 };
 
+struct RankEntriesParams {
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  float share;
+  float first;                        // a whole number
+  HeadRows<const float> scores;       // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  const int32_t* num_entries;         // [num_rows] int32
+  const int32_t* num_protected;       // [num_rows] int32
+  HeadRows<const bool> is_protected;  // like scores, bool; its data is nullable
+  HeadRows<float> weights;            // [num_layers, num_rows, num_kv_heads, max_entries] float32
+};
+
 struct AssignClassesParams {
   DType dtype;  // of both caches
   int64_t num_layers;

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from ems_vllm.policies.context import CompactionContext
 
+# Below any attention of a head that counts, summed over entries.
+_EPS = 1e-30
+
 _Share = Annotated[float, Field(ge=0, le=1)]
 _Width = Annotated[int, Field(ge=1, le=63)]
 
@@ -107,12 +110,6 @@ class EMSScorer(Scorer):
         return True
 
     @property
-    def num_score_tensors(self) -> int:
-        # Beside recent attention, carry, mass, norms and claims: what is sorted, places as int64,
-        # and ranks.
-        return 11 if self.alignment == "quantile" else super().num_score_tensors
-
-    @property
     def scratch_bytes(self) -> int:
         return SLICE_BYTES if self.alignment == "quantile" else 0
 
@@ -128,16 +125,18 @@ class EMSScorer(Scorer):
             recent = window if peaks is None else peaks
             del window, peaks
             orders = self._orders(context, recent, carry)
-            weights = by_quantile(orders, context.is_eligible, context.is_entry)
+            weights = by_quantile(orders, context)
         return Scores(weights, carry, mass)
 
     def _orders(self, context: CompactionContext, recent: Tensor, carry: Tensor) -> Iterator[Order]:
         """One at a time, because each is as large as all scores; `recent` is overwritten."""
         # Without the rest that is left of two numbers like 0.7 and 0.3.
         global_share = round(1 - self.local_share - self.key_share, 9)
-        norms = context.value_norms().masked_fill_(~context.is_entry, 0.0)
+        # Anything where there is no entry, which no order reads.
+        norms = context.value_norms()
         if self.local_share:
-            local = pool(recent.mul_(norms), context.is_entry, self.kernel_size, self.pooling)
+            local = recent.mul_(norms).masked_fill_(~context.is_entry, 0.0)
+            local = pool(local, context.is_entry, self.kernel_size, self.pooling)
             yield Order(local, self.local_share, self.local_first)
             del local
         if global_share:
@@ -149,19 +148,21 @@ class EMSScorer(Scorer):
 
     def _keys(self, context: CompactionContext, norms: Tensor) -> Tensor:
         """What keys say of entries; `norms` are overwritten."""
-        keys = norms.mul_(context.key_distinctness()).masked_fill_(~context.is_entry, 0.0)
+        keys = norms.mul_(context.key_distinctness())
         if self.leverage_weight:
             keys.div_(deviation(keys, context.is_eligible))
-            leverage = key_leverage(context).masked_fill_(~context.is_entry, 0.0)
+            leverage = key_leverage(context)
             # Positions that are not known leave RoPE in the keys, which then says more than they.
             leverage.masked_fill_(~context.is_untouched[:, None, None], 0.0)
             weight = self.leverage_weight / deviation(leverage, context.is_eligible)
             keys.addcmul_(leverage, weight)
-        return keys
+        return keys.masked_fill_(~context.is_entry, 0.0)
 
 
 def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:
-    """mean(window) / mean(carry) over the entries of a head; 0 where nothing was accumulated."""
-    # Both are 0 beyond a row's entries, so the ratio of sums is the ratio of means.
-    total = carry.sum(-1, keepdim=True)
-    return torch.where(total > 0, window.sum(-1, keepdim=True) / total, 0.0)
+    """mean(window) / mean(carry) over the entries of a head; finite where nothing was accumulated.
+
+    Both are 0 beyond a row's entries, so the ratio of sums is the ratio of means.
+    """
+    total = carry.sum(-1, keepdim=True).clamp_(min=_EPS)
+    return window.sum(-1, keepdim=True).div_(total)
