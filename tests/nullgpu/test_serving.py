@@ -25,6 +25,10 @@ MOST_EXTRA_PER_COMPACTION = 260
 COMPACTION_KERNELS = {
     "ems::score_window_lse_kernel",
     "ems::score_window_kernel",
+    "ems::vector_norms_kernel",
+    "ems::key_moments_kernel",
+    "ems::key_moments_sum_kernel",
+    "ems::key_scores_kernel",
     "ems::select_entries_kernel",
     "ems::centre_norms_kernel",
     "ems::assign_classes_kernel",
