@@ -26,6 +26,8 @@ TORCH_TARGET_HEX = "0x{:02x}{:02x}".format(*TORCH_TARGET) + 12 * "0"
 OPS_SOURCES = [
     "csrc/assign_classes.cpp",
     "csrc/head_pages.cpp",
+    "csrc/key_moments.cpp",
+    "csrc/key_scores.cpp",
     "csrc/merge_compact.cpp",
     "csrc/shift_block_tables.cpp",
     "csrc/rank_entries.cpp",
@@ -33,9 +35,12 @@ OPS_SOURCES = [
     "csrc/score_queries.cpp",
     "csrc/score_window.cpp",
     "csrc/select_entries.cpp",
+    "csrc/vector_norms.cpp",
     "csrc/torch_bindings.cpp",
     "csrc/cpu/assign_classes.cpp",
     "csrc/cpu/head_pages.cpp",
+    "csrc/cpu/key_moments.cpp",
+    "csrc/cpu/key_scores.cpp",
     "csrc/cpu/merge_compact.cpp",
     "csrc/cpu/shift_block_tables.cpp",
     "csrc/cpu/rank_entries.cpp",
@@ -43,6 +48,7 @@ OPS_SOURCES = [
     "csrc/cpu/score_queries.cpp",
     "csrc/cpu/score_window.cpp",
     "csrc/cpu/select_entries.cpp",
+    "csrc/cpu/vector_norms.cpp",
     "csrc/cpu/simd.cpp",
     "csrc/cpu/simd_avx2.cpp",
     "csrc/cpu/simd_avx512.cpp",
@@ -54,6 +60,8 @@ CUDA_HOST_SOURCES = ["csrc/cuda/stream.cpp"]
 CUDA_SOURCES = [
     "csrc/cuda/assign_classes.cu",
     "csrc/cuda/head_pages.cu",
+    "csrc/cuda/key_moments.cu",
+    "csrc/cuda/key_scores.cu",
     "csrc/cuda/merge_compact.cu",
     "csrc/cuda/shift_block_tables.cu",
     "csrc/cuda/rank_entries.cu",
@@ -61,6 +69,7 @@ CUDA_SOURCES = [
     "csrc/cuda/score_queries.cu",
     "csrc/cuda/score_window.cu",
     "csrc/cuda/select_entries.cu",
+    "csrc/cuda/vector_norms.cu",
 ]
 
 COMPILE_ARGS = [

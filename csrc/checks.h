@@ -120,6 +120,35 @@ class ArgumentChecks {
             tensor.stride(1), tensor.stride(2)};
   }
 
+  // A square matrix for every head, without gaps between its rows.
+  template <typename T>
+  HeadRows<T> head_matrices(const char* name, const Tensor& tensor, int64_t num_layers,
+                            int64_t num_rows, int64_t num_kv_heads, int64_t size) const {
+    this->tensor(name, tensor, ScalarType::Float, {num_layers, num_rows, num_kv_heads, size, size});
+    require(size <= 1 || tensor.stride(3) == size, name,
+            " must be contiguous in its last two dimensions, got stride ", tensor.stride(3));
+    return {static_cast<T*>(tensor.mutable_data_ptr()), size * size, tensor.stride(0),
+            tensor.stride(1), tensor.stride(2)};
+  }
+
+  // What RoPE did to keys of a head_size; nothing where there is no table.
+  KeyRotation rotation(const char* name, const std::optional<Tensor>& cos_sin, bool is_neox,
+                       int64_t head_size) const {
+    if (!cos_sin.has_value()) return {};
+    const DType dtype = float_dtype(name, *cos_sin);
+    tensor(name, *cos_sin, cos_sin->scalar_type(), {kAny, kAny});
+    const int64_t rotary_dim = cos_sin->size(1);
+    require(rotary_dim % 2 == 0 && rotary_dim <= head_size, name,
+            " must have an even number of columns, at most head_size (", head_size, "), got ",
+            rotary_dim);
+    return {cos_sin->const_data_ptr(),
+            dtype,
+            is_neox,
+            static_cast<int32_t>(rotary_dim / 2),
+            cos_sin->size(0),
+            cos_sin->stride(0)};
+  }
+
   void same_length(const char* name, const Tensor& tensor, const char* other_name,
                    const Tensor& other) const {
     const int64_t last = tensor.dim() - 1;

@@ -18,6 +18,9 @@ void assign_classes(const AssignClassesParams& params);
 void merge_compact(const MergeCompactParams& params);
 void shift_block_tables(const ShiftBlockTablesParams& params);
 void head_pages(const HeadPagesParams& params);
+void vector_norms(const VectorNormsParams& params);
+void key_moments(const KeyMomentsParams& params);
+void key_scores(const KeyScoresParams& params);
 
 }  // namespace ems::cpu
 
@@ -46,5 +49,8 @@ void assign_classes(const AssignClassesParams& params, const Stream& stream);
 void merge_compact(const MergeCompactParams& params, const Stream& stream);
 void shift_block_tables(const ShiftBlockTablesParams& params, const Stream& stream);
 void head_pages(const HeadPagesParams& params, const Stream& stream);
+void vector_norms(const VectorNormsParams& params, const Stream& stream);
+void key_moments(const KeyMomentsParams& params, const Stream& stream);
+void key_scores(const KeyScoresParams& params, const Stream& stream);
 
 }  // namespace ems::cuda

@@ -53,4 +53,16 @@ void head_pages(const Tensor& block_table, const Tensor& seq_lens, const Tensor&
                 const Tensor& page_starts, int64_t block_size, const Tensor& out_block_table,
                 const Tensor& out_seq_lens);
 
+void vector_norms(const Tensor& cache, const Tensor& block_table, const Tensor& num_entries,
+                  const Tensor& norms);
+
+void key_moments(const Tensor& key_cache, const Tensor& block_table, const Tensor& num_entries,
+                 const std::optional<Tensor>& cos_sin, bool is_neox, const Tensor& directions,
+                 const std::optional<Tensor>& means, const std::optional<Tensor>& products);
+
+void key_scores(const Tensor& key_cache, const Tensor& block_table, const Tensor& num_entries,
+                const std::optional<Tensor>& cos_sin, bool is_neox, const Tensor& directions,
+                const Tensor& distinctness, const std::optional<Tensor>& means,
+                const std::optional<Tensor>& whitening, const std::optional<Tensor>& leverage);
+
 }  // namespace ems

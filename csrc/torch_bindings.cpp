@@ -63,6 +63,22 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   m.def(
       "head_pages(Tensor block_table, Tensor seq_lens, Tensor places, Tensor page_starts, "
       "int block_size, Tensor(a!) out_block_table, Tensor(b!) out_seq_lens) -> ()");
+
+  // Measures the lengths of entries' keys or values.
+  m.def(
+      "vector_norms(Tensor cache, Tensor block_table, Tensor num_entries, Tensor(a!) norms) -> ()");
+
+  // Sums the directions of entries' keys, and what makes them correlate before RoPE.
+  m.def(
+      "key_moments(Tensor key_cache, Tensor block_table, Tensor num_entries, Tensor? cos_sin, "
+      "bool is_neox, Tensor(a!) directions, Tensor(b!)? means=None, Tensor(c!)? products=None) "
+      "-> ()");
+
+  // Scores entries by how little their keys resemble the others.
+  m.def(
+      "key_scores(Tensor key_cache, Tensor block_table, Tensor num_entries, Tensor? cos_sin, "
+      "bool is_neox, Tensor directions, Tensor(a!) distinctness, Tensor? means=None, "
+      "Tensor? whitening=None, Tensor(b!)? leverage=None) -> ()");
 }
 
 namespace {
@@ -77,6 +93,9 @@ void implement(torch::stable::detail::StableLibrary& m) {
   m.impl("merge_compact", TORCH_BOX(&ems::merge_compact));
   m.impl("shift_block_tables", TORCH_BOX(&ems::shift_block_tables));
   m.impl("head_pages", TORCH_BOX(&ems::head_pages));
+  m.impl("vector_norms", TORCH_BOX(&ems::vector_norms));
+  m.impl("key_moments", TORCH_BOX(&ems::key_moments));
+  m.impl("key_scores", TORCH_BOX(&ems::key_scores));
 }
 
 }  // namespace

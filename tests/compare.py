@@ -8,6 +8,12 @@ TOLERANCES = {
     # Sums of probabilities in float32, against float64. A logit of 10 with an error of 1e-6 of its
     # size is an error of 1e-5 in the probability.
     "scores": {torch.float32: (1e-4, 1e-6)},
+    # Square roots of sums of at most 256 squares in float32.
+    "norms": {torch.float32: (1e-6, 0.0)},
+    # 1 minus a cosine in float32.
+    "distinctness": {torch.float32: (1e-5, 2e-6)},
+    # Squares of differences, where the matrix is no larger than what it makes of the keys allows.
+    "leverage": {torch.float32: (2e-4, 1e-6)},
     # Weighted means rounded once, to the cache's dtype: the two sides may fall on either side of a
     # rounding boundary, one unit in the last place.
     "merged": {

@@ -87,6 +87,59 @@ def score_window(
     peaks.copy_(attention.amax(3))
 
 
+def vector_norms(
+    cache: torch.Tensor, block_table: torch.Tensor, num_entries: torch.Tensor, norms: torch.Tensor
+) -> None:
+    """In float32."""
+    norms.copy_(_entries(cache, block_table)[..., : norms.shape[3], :].float().norm(dim=-1))
+
+
+def key_moments(
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    num_entries: torch.Tensor,
+    cos_sin: torch.Tensor,
+    is_neox: bool,
+    directions: torch.Tensor,
+    means: torch.Tensor,
+    products: torch.Tensor,
+) -> None:
+    """With a position for every entry and no more; in float32."""
+    keys = _entries(key_cache, block_table)[..., : len(cos_sin), :].float()
+    directions.copy_(normalize(keys, dim=-1).sum(3))
+    keys = _turned_back(keys, cos_sin)
+    means.copy_(keys.mean(3))
+    keys -= means[..., None, :]
+    torch.matmul(keys.mT, keys, out=products)
+
+
+def key_scores(
+    key_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    num_entries: torch.Tensor,
+    cos_sin: torch.Tensor,
+    is_neox: bool,
+    directions: torch.Tensor,
+    distinctness: torch.Tensor,
+    means: torch.Tensor,
+    whitening: torch.Tensor,
+    leverage: torch.Tensor,
+) -> None:
+    """Like key_moments."""
+    keys = _entries(key_cache, block_table)[..., : len(cos_sin), :].float()
+    cosines = normalize(keys, dim=-1) @ normalize(directions, dim=-1)[..., None]
+    distinctness.copy_(cosines.squeeze(-1).neg_().add_(1).clamp_(min=0))
+    keys = _turned_back(keys, cos_sin).sub_(means[..., None, :])
+    leverage.copy_((keys @ whitening.mT).square_().sum(-1))
+
+
+def _turned_back(keys: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """Keys before RoPE, all of whose dimensions turn in halves."""
+    cos, sin = cos_sin.float().chunk(2, dim=-1)
+    first, second = keys.chunk(2, dim=-1)
+    return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1)
+
+
 def record_queries(query: torch.Tensor, ring_slots: torch.Tensor, ring: torch.Tensor) -> None:
     """With a slot for every query."""
     ring.view(-1, *query.shape[1:]).index_copy_(0, ring_slots, query)

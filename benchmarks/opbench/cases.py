@@ -115,6 +115,35 @@ def rank_args(shape: Shape) -> tuple:
     return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
 
 
+def norms_args(shape: Shape, cache: torch.Tensor, table: torch.Tensor) -> tuple:
+    return cache, table, filled(shape, shape.length), _per_entry(shape)
+
+
+def key_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple[tuple, tuple]:
+    """Of key_moments, and of key_scores with what those are."""
+    model = shape.model
+    frequencies = 10_000.0 ** -torch.linspace(0, 1, model.head_size // 2, device=shape.device)
+    turns = torch.outer(torch.arange(float(shape.length), device=shape.device), frequencies)
+    cos_sin = torch.cat([turns.cos(), turns.sin()], dim=1).to(shape.dtype)
+    keys = key, table, filled(shape, shape.length), cos_sin, True
+    heads = (model.num_layers, shape.num_rows, model.num_kv_heads, model.head_size)
+    directions, means = (torch.empty(heads, device=shape.device) for _ in range(2))
+    products = torch.empty(*heads, model.head_size, device=shape.device)
+    moments = *keys, directions, means, products
+    ops.key_moments(*moments)
+    factors = torch.linalg.cholesky(
+        products + 0.1 * shape.length * torch.eye(model.head_size).to(products)
+    )
+    whitening = torch.linalg.inv(factors).contiguous()
+    scores = directions, _per_entry(shape), means, whitening, _per_entry(shape)
+    return moments, (*keys, *scores)
+
+
+def _per_entry(shape: Shape) -> torch.Tensor:
+    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
+    return torch.empty(*heads, shape.length, device=shape.device)
+
+
 @dataclass
 class Compaction:
     """Arguments of the three operators of a compaction, each made by the one before."""
@@ -251,12 +280,42 @@ def _ranks(shape: Shape) -> Case:
     )
 
 
+def _keys(
+    shape: Shape, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
+) -> Iterator[Case]:
+    num_keys, head_size = shape.num_heads_in_all * shape.length, shape.model.head_size
+    vector_bytes = head_size * shape.element_bytes
+    moments, scores = key_args(shape, key, table)
+    # Of products, half: the other is a mirror image, or zero.
+    flops = float(num_keys * head_size**2)
+    each = {
+        "vector_norms": (
+            norms_args(shape, value, table),
+            vector_bytes + 4,
+            0.0,
+            ("floor", 1 / 0.7),
+        ),
+        "key_moments": (moments, vector_bytes, flops, ("attention, all layers", 0.01)),
+        "key_scores": (scores, vector_bytes + 2 * 4, flops, ("attention, all layers", 0.01)),
+    }
+    for op, (op_args, key_bytes, op_flops, target) in each.items():
+        providers = {
+            name: lambda op=op, op_args=op_args, namespace=namespace: getattr(namespace, op)(
+                *op_args
+            )
+            for name, namespace in (("ems_vllm", ops), ("pytorch", baselines))
+        }
+        yield Case(op, "all layers", providers, num_keys * key_bytes, op_flops, target)
+
+
 def _compaction(shape: Shape) -> Iterator[Case]:
     model, heads = shape.model, shape.num_heads_in_all
     key, value = caches(shape)
     table = block_table(shape)
     yield _window(shape, key, table)
     yield _ranks(shape)
+
+    yield from _keys(shape, key, value, table)
     compaction = compaction_args(shape, key, value, table)
     entry_bytes = 2 * model.head_size * shape.element_bytes
     moved = heads * shape.budget * entry_bytes

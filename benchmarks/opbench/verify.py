@@ -19,6 +19,10 @@ def arguments(shape: Shape) -> Iterator[tuple[str, tuple]]:
     key, value = cases.caches(shape)
     table = cases.block_table(shape)
     yield "score_window", cases.window_args(shape, key, table)
+    yield "vector_norms", cases.norms_args(shape, value, table)
+    moments, scores = cases.key_args(shape, key, table)
+    yield "key_moments", moments
+    yield "key_scores", scores
     yield "rank_entries", cases.rank_args(shape)
     compaction = cases.compaction_args(shape, key, value, table)
     yield "select_entries", compaction.select

@@ -30,6 +30,21 @@ struct Simd {
 
   float (*dot)(const float* a, const float* b, int64_t length);
 
+  // out[i] += factor * in[i].
+  void (*add_scaled)(const float* in, int64_t length, float factor, float* out);
+
+  // Undoes RoPE: pairs of a key, dimension i with i + num_pairs or 2 i with 2 i + 1, are turned by
+  // the negative of their angles.
+  void (*turn_back)(const float* cos, const float* sin, int64_t num_pairs, bool is_neox,
+                    float* key);
+
+  // The length to which vectors are padded for add_products.
+  int64_t (*padded_size)(int64_t size);
+
+  // sums[i][j] += sum over vectors of x[i] * x[j], at least for all j <= i; sums [size][size] of
+  // vectors [num_vectors][size]. These are summed up first, in their order.
+  void (*add_products)(const float* vectors, int64_t num_vectors, int64_t size, float* sums);
+
   // Transposes keys [kTileKeys][head_size] to tile [head_size][kTileKeys]; 32-bit words of any
   // kind.
   void (*transpose)(const float* keys, int64_t head_size, float* tile);

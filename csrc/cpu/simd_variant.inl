@@ -57,10 +57,69 @@ float dot(const float* a, const float* b, int64_t length) {
   Vec sums = {};
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) sums += *(const Vec*)(a + i) * *(const Vec*)(b + i);
-  float sum = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) sum += sums[lane];
-  for (; i < length; ++i) sum += a[i] * b[i];
-  return sum;
+  // By halves: one lane after the other takes longer than the products.
+  float lanes[kLanes];
+  *(Vec*)lanes = sums;
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  for (; i < length; ++i) lanes[0] += a[i] * b[i];
+  return lanes[0];
+}
+
+void add_scaled(const float* in, int64_t length, float factor, float* out) {
+  for (int64_t i = 0; i < length; ++i) out[i] += factor * in[i];
+}
+
+void turn_back(const float* cos, const float* sin, int64_t num_pairs, bool is_neox, float* key) {
+  if (is_neox) {
+    float* other = key + num_pairs;
+    for (int64_t i = 0; i < num_pairs; ++i) {
+      const float first = key[i], second = other[i];
+      key[i] = first * cos[i] + second * sin[i];
+      other[i] = second * cos[i] - first * sin[i];
+    }
+    return;
+  }
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const float first = key[2 * i], second = key[2 * i + 1];
+    key[2 * i] = first * cos[i] + second * sin[i];
+    key[2 * i + 1] = second * cos[i] - first * sin[i];
+  }
+}
+
+int64_t padded_size(int64_t size) {
+  constexpr int64_t kTile = 2 * kLanes;
+  return (size + kTile - 1) / kTile * kTile;
+}
+
+// EMS_ROWS rows of the sums and two vectors of columns, held in registers.
+inline void add_products_tile(const float* rows, const float* columns, int64_t num_vectors,
+                              int64_t size, float* sums) {
+  Vec left[EMS_ROWS], right[EMS_ROWS];
+  for (int i = 0; i < EMS_ROWS; ++i) left[i] = right[i] = Vec{};
+  for (int64_t v = 0; v < num_vectors; ++v) {
+    const Vec column_left = *(const Vec*)(columns + v * size);
+    const Vec column_right = *(const Vec*)(columns + v * size + kLanes);
+    for (int i = 0; i < EMS_ROWS; ++i) {
+      left[i] += rows[v * size + i] * column_left;
+      right[i] += rows[v * size + i] * column_right;
+    }
+  }
+  for (int i = 0; i < EMS_ROWS; ++i) {
+    *(Vec*)(sums + i * size) += left[i];
+    *(Vec*)(sums + i * size + kLanes) += right[i];
+  }
+}
+
+void add_products(const float* vectors, int64_t num_vectors, int64_t size, float* sums) {
+  static_assert(2 * kLanes % EMS_ROWS == 0);
+  for (int64_t row = 0; row < size; row += EMS_ROWS) {
+    for (int64_t column = 0; column < row + EMS_ROWS; column += 2 * kLanes) {
+      add_products_tile(vectors + row, vectors + column, num_vectors, size,
+                        sums + row * size + column);
+    }
+  }
 }
 
 void transpose(const float* keys, int64_t head_size, float* tile) {
@@ -211,6 +270,10 @@ const Simd kSimd = {
     .convert_float16 = convert<Float16>,
     .convert_float8_e4m3 = convert<Float8E4M3>,
     .dot = dot,
+    .add_scaled = add_scaled,
+    .turn_back = turn_back,
+    .padded_size = padded_size,
+    .add_products = add_products,
     .transpose = transpose,
     .multiply = multiply,
     .multiply_bfloat16 = nullptr,

@@ -23,6 +23,8 @@ an operator is the function itself, and within `reference_operators()` that is w
 
 from ems_vllm.ops.assign_classes import assign_classes
 from ems_vllm.ops.head_pages import head_pages
+from ems_vllm.ops.key_moments import key_moments
+from ems_vllm.ops.key_scores import key_scores
 from ems_vllm.ops.library import OPERATORS, implemented_by, reference_operators
 from ems_vllm.ops.merge_compact import merge_compact
 from ems_vllm.ops.rank_entries import rank_entries
@@ -31,12 +33,15 @@ from ems_vllm.ops.score_queries import score_queries
 from ems_vllm.ops.score_window import score_window
 from ems_vllm.ops.select_entries import select_entries
 from ems_vllm.ops.shift_block_tables import shift_block_tables
+from ems_vllm.ops.vector_norms import vector_norms
 
 __all__ = [
     "OPERATORS",
     "assign_classes",
     "head_pages",
     "implemented_by",
+    "key_moments",
+    "key_scores",
     "merge_compact",
     "rank_entries",
     "record_queries",
@@ -45,4 +50,5 @@ __all__ = [
     "score_window",
     "select_entries",
     "shift_block_tables",
+    "vector_norms",
 ]

@@ -3,32 +3,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import product
 from typing import TYPE_CHECKING
 
 import torch
-from torch.linalg import vector_norm
 from torch.nn.functional import normalize
 
 from ems_vllm import ops
-from ems_vllm.policies.parts import Part, gather
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ems_vllm.policies.rotation import Rotation
 
-# Keys or values that are gathered at a time, with what is made of them.
+# What is made at a time of queries, or of what keys have in common.
 SLICE_BYTES = 32 << 20
 
-# Below any mean square of real logits, and any length of real keys.
+# Below any mean square of real logits.
 _EPS = 1e-12
-
-_ALL = slice(None)
 
 
 @dataclass(frozen=True)
@@ -242,13 +237,7 @@ class CompactionContext:
         # As stored, in float32, and once more where products are made.
         row_bytes = window * num_heads * head_size * (self.query_ring.itemsize + 2 * 4)
         at_once = max(1, SLICE_BYTES // row_bytes)
-        # Several layers where there are few rows: a GPU would wait for launches, one by one.
-        of_rows = max(1, min(at_once, self.num_rows))
-        of_layers = at_once // of_rows
-        for layer, row in product(
-            range(0, self.num_layers, of_layers), range(0, self.num_rows, of_rows)
-        ):
-            layers, rows = slice(layer, layer + of_layers), slice(row, row + of_rows)
+        for layers, rows in slices(range(self.num_layers), self.num_rows, at_once):
             queries = self.query_ring[layers, self.ring_rows[rows].long()].float()
             # No product: a slot that records nothing may hold anything, NaN included.
             queries = queries.masked_fill_(~is_recorded[rows], 0.0)
@@ -261,8 +250,7 @@ class CompactionContext:
         """Euclidean norms of the entries' keys, as stored.
 
         Returns:
-            [num_layers, num_rows, num_kv_heads, max_entries], float32; anything beyond a row's
-            entries.
+            [num_layers, num_rows, num_kv_heads, max_entries], float32; 0 beyond a row's entries.
         """
         return self._norms(self.key_cache)
 
@@ -271,83 +259,27 @@ class CompactionContext:
         return self._norms(self.value_cache)
 
     def _norms(self, cache: Tensor) -> Tensor:
-        found = self.new_entries()
-        for part in self.parts(cache):
-            for entries, vectors in part:
-                found[part.layers, part.rows, :, entries] = vector_norm(vectors, dim=-1)
-        return found[..., : self.max_entries]
+        norms = self.new_scores()
+        ops.vector_norms(cache, self.block_table, self.num_entries, norms)
+        return norms
 
-    def key_distinctness(self) -> Tensor:
-        """How little an entry's key resembles the other keys of its kv_head.
 
-        Paper: Park et al. 2025, KeyDiff, arXiv:2504.15364: the cosine of a key with the mean of all
-        keys' directions says how redundant it is. Here it is 1 minus that, so that it is positive.
+def slices(layers: range, num_rows: int, at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Layers and rows, so many pairs at a time.
 
-        Returns:
-            [num_layers, num_rows, num_kv_heads, max_entries], float32, in [0, 2]; anything beyond
-            a row's entries.
-        """
-        cache, cosines = self.key_cache, self.new_entries()
-        for part in self.parts(cache):
-            part = part.made_into(partial(self.clear_gaps, part.rows))
-            # A row vector each: products of many columns with one are slow on a CPU.
-            shape = (*part.shape, self.num_kv_heads, 1, cache.shape[-1])
-            mean = torch.zeros(shape, device=self.device)
-            for _, keys in part:
-                mean += _reciprocals(keys) @ keys
-            mean = normalize(mean, dim=-1)
-            for entries, keys in part:
-                cosine = (mean @ keys.mT).mul_(_reciprocals(keys)).squeeze(-2)
-                cosines[part.layers, part.rows, :, entries] = cosine
-        return cosines.neg_().add_(1).clamp_(min=0)[..., : self.max_entries]
+    Several layers where there are few rows: a GPU would wait for launches, one by one.
 
-    def new_entries(self) -> Tensor:
-        """Like new_scores, in whole columns: what parts are written to."""
-        shape = (self.num_layers, self.num_rows, self.num_kv_heads)
-        return torch.empty((*shape, self.num_columns * self.block_size), device=self.device)
-
-    @property
-    def num_columns(self) -> int:
-        """Columns that hold entries to choose from, in the longest row."""
-        return -(-self.max_entries // self.block_size)
-
-    def parts(
-        self, cache: Tensor, *, layers: slice = _ALL, num_floats: int = 2, pair_bytes: int = 0
-    ) -> Iterator[Part]:
-        """All entries' keys or values, as many at a time as `SLICE_BYTES` allow.
-
-        Args:
-            cache: key_cache or value_cache.
-            layers: Of these.
-            num_floats: Float32 tensors of the same shape that are there beside a part's vectors:
-                those that the caller holds while the next are made, and what it makes of them.
-            pair_bytes: What else the caller needs for each layer and row.
-        """
-        block_bytes = math.prod(cache.shape[2:]) * (cache.itemsize + 4 * (1 + num_floats))
-        max_pairs = max(1, SLICE_BYTES // (pair_bytes + self.num_columns * block_bytes))
-        num_columns = min(self.num_columns, max(1, (SLICE_BYTES - pair_bytes) // block_bytes))
-        num_rows = min(self.num_rows, max_pairs)
-        first, last, _ = layers.indices(self.num_layers)
-        size = self.block_size
-        entries = list(_steps(0, self.num_columns * size, num_columns * size))
-        for some_layers in _steps(first, last, max_pairs // num_rows):
-            for rows in _steps(0, self.num_rows, num_rows):
-                vectors_of = partial(self._vectors, cache[some_layers], rows)
-                yield Part(some_layers, rows, entries, vectors_of)
-
-    def _vectors(self, cache: Tensor, rows: slice, entries: slice) -> Tensor:
-        size = self.block_size
-        return gather(cache, self.block_table[rows, entries.start // size : entries.stop // size])
-
-    def clear_gaps(self, rows: slice, entries: slice, vectors: Tensor) -> Tensor:
-        """`vectors` of a part, in place, with 0 where a row has no such entry."""
-        # A row by itself is as long as the longest.
-        if self.num_rows == 1 and self.max_entries == self.num_columns * self.block_size:
-            return vectors
-        at = torch.arange(entries.start, entries.stop, device=self.device)
-        is_gap = at >= self.num_entries[rows, None]
-        # No product: a slot that holds no entry may hold anything, NaN included.
-        return vectors.masked_fill_(is_gap[:, None, :, None], 0.0)
+    Args:
+        layers: Consecutive ones.
+        at_once: Pairs of a layer and a row, at least 1.
+    """
+    of_rows = max(1, min(at_once, num_rows))
+    of_layers = at_once // of_rows
+    for layer, row in product(layers[::of_layers], range(0, num_rows, of_rows)):
+        yield (
+            slice(layer, min(layer + of_layers, layers.stop)),
+            slice(row, min(row + of_rows, num_rows)),
+        )
 
 
 def _key_of_one(queries: Tensor, scale: float) -> Tensor:
@@ -363,14 +295,3 @@ def _key_of_one(queries: Tensor, scale: float) -> Tensor:
     logits = (queries @ direction[..., None]).squeeze(-1) * scale
     length = logits.sum(-1) / logits.square().sum(-1).clamp(min=_EPS)
     return direction * length[..., None]
-
-
-def _reciprocals(vectors: Tensor) -> Tensor:
-    """[..., 1, num_vectors]: 1 over the lengths of [..., num_vectors, head_size]; finite."""
-    return vector_norm(vectors, dim=-1).clamp_(min=_EPS).reciprocal_()[..., None, :]
-
-
-def _steps(start: int, stop: int, step: int) -> Iterator[slice]:
-    """From start to stop, the last one shorter."""
-    for at in range(start, stop, step):
-        yield slice(at, min(at + step, stop))

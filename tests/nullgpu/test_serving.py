@@ -25,6 +25,10 @@ MOST_EXTRA_PER_COMPACTION = 260
 COMPACTION_KERNELS = {
     "ems::score_window_lse_kernel": 1,
     "ems::score_window_kernel": 1,
+    "ems::vector_norms_kernel": 1,
+    "ems::key_moments_kernel": 1,
+    "ems::key_moments_sum_kernel": 1,
+    "ems::key_scores_kernel": 1,
     "ems::rank_entries_kernel": 3,
     "ems::select_entries_kernel": 1,
     "ems::centre_norms_kernel": 1,

@@ -137,6 +137,9 @@ VARIANT_TESTS = [
     "test_assign_classes.py::test_dtype_and_layout",
     "test_assign_classes.py::test_ties_go_to_the_lower_rank",
     "test_merge_compact.py::test_dtype_and_layout",
+    "test_key_moments.py::test_dtype_and_layout",
+    "test_key_scores.py::test_dtype_and_layout",
+    "test_vector_norms.py::test_dtype_and_layout",
 ]
 
 

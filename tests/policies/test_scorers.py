@@ -16,7 +16,7 @@ from policies.contexts import (
 from torch.nn.functional import cosine_similarity
 
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.policies.leverage import key_leverage
+from ems_vllm.policies.key_scores import key_scores
 
 FACTORS = (0.0, 0.9, 0.99, 1.0, 1.01, 1.1, 2.0)
 ROWS = (
@@ -114,7 +114,7 @@ def test_ems_by_quantiles_keeps_what_each_order_claims_first(local_by):
         mean = units.mean(0) / units.mean(0).norm()
         stands_out = in_deviations((1 - units @ mean) * norms, num_sinks)
         if context.is_untouched[row]:
-            leverage = key_leverage(context)[layer, row, head, :num_entries]
+            leverage = key_scores(context).leverage[layer, row, head, :num_entries]
             stands_out += 0.7 * in_deviations(leverage, num_sinks)
         orders = (
             (forward_maximum(recent * norms, 3), 0.5, 3),

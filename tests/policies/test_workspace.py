@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ems_vllm import ops
 from ems_vllm.config import load_config, recipes
-from ems_vllm.policies import context as context_module
 from ems_vllm.policies.context import CompactionContext
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
@@ -180,15 +179,3 @@ def test_a_layer_beyond_the_workspace_stays_within_what_is_set_aside(policy):
     assert policy.max_entries(WORKSPACE, 8) < num_entries
     context = meta_context(1, 1, num_entries, num_entries // 2, head_size=16)
     assert WORKSPACE < peak(policy, context) <= policy.workspace_bytes(num_entries, 8)
-
-
-def test_norms_of_slices_are_the_norms(monkeypatch):
-    generator = torch.Generator().manual_seed(0)
-    cache = torch.randn(3, 40, 2, BLOCK_SIZE, 8, generator=generator)
-    table = torch.randperm(40, generator=generator).int()[:36].view(2, 18)
-    context = meta_context(3, 2, 18 * BLOCK_SIZE, BLOCK_SIZE)
-    context = CompactionContext(**{**vars(context), "key_cache": cache, "block_table": table})
-    expected = cache[:, table.long()].transpose(2, 3).flatten(3, 4).norm(dim=-1)
-    for slice_bytes in (1, 20_000, 1 << 20):
-        monkeypatch.setattr(context_module, "SLICE_BYTES", slice_bytes)
-        torch.testing.assert_close(context.key_norms(), expected)

@@ -90,6 +90,15 @@ EMS_DEVICE void load_matrices(uint32_t (&out)[4], const void* shared_row) {
                : "memory");
 }
 
+// The same, each matrix transposed: a lane receives rows 2 * (l % 4) and the next, column l / 4.
+EMS_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* shared_row) {
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared_row));
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(address)
+               : "memory");
+}
+
 // c += a b of 16x16 times 16x8 on tensor cores, float32 sums; fragments as PTX lays them out.
 template <typename T>
 EMS_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {

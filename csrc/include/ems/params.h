@@ -3,13 +3,13 @@
 
 #include <cstdint>
 
+#include "ems/dtype.h"
 #include "ems/paged_kv.h"
+#include "ems/rotation.h"
 
 // Arguments of every operator, checked and without torch types. What they mean is documented at the
 // public function of the same name in ems_vllm/ops/__init__.py.
 namespace ems {
-
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat8E4M3 };
 
 struct ScoreQueriesParams {
   DType dtype;        // of query
@@ -162,6 +162,52 @@ struct HeadPagesParams {
   int64_t num_out_columns;
   int64_t out_row_stride;
   int32_t* out_seq_lens;  // [num_rows * num_kv_heads] int32
+};
+
+struct VectorNormsParams {
+  DType dtype;  // of the cache
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  PagedTensor cache;       // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;  // [num_rows, num_columns] int32
+  const int32_t* num_entries;  // [num_rows] int32
+  HeadRows<float> norms;       // [num_layers, num_rows, num_kv_heads, max_entries] float32
+};
+
+struct KeyMomentsParams {
+  DType dtype;  // of the cache
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  PagedTensor key_cache;   // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;  // [num_rows, num_columns] int32
+  const int32_t* num_entries;  // [num_rows] int32
+  KeyRotation rotation;        // of all layers
+  HeadRows<float> directions;  // [num_layers, num_rows, num_kv_heads, head_size] float32
+  HeadRows<float> means;       // like directions; its data is nullable
+  // [num_layers, num_rows, num_kv_heads, head_size, head_size] float32; nullable as means are
+  HeadRows<float> products;
+};
+
+struct KeyScoresParams {
+  DType dtype;  // of the cache
+  int64_t num_layers;
+  int64_t num_rows;
+  int64_t num_kv_heads;
+  int64_t head_size;
+  PagedTensor key_cache;   // [num_layers, num_blocks, num_kv_heads, block_size, head_size] dtype
+  BlockTable block_table;  // [num_rows, num_columns] int32
+  const int32_t* num_entries;        // [num_rows] int32
+  KeyRotation rotation;              // of all layers
+  HeadRows<const float> directions;  // [num_layers, num_rows, num_kv_heads, head_size] float32
+  HeadRows<float> distinctness;      // [num_layers, num_rows, num_kv_heads, max_entries] float32
+  HeadRows<const float> means;       // like directions; its data is nullable
+  // [num_layers, num_rows, num_kv_heads, head_size, head_size] float32; nullable as means are
+  HeadRows<const float> whitening;
+  HeadRows<float> leverage;  // like distinctness; nullable as means are
 };
 
 }  // namespace ems

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
-from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -23,10 +22,6 @@ class KnormScorer(Scorer):
     order as the paper's negated norm, and positive, as a weight in a merge must be. Needs no
     queries, so a hit in the prefix cache changes nothing.
     """
-
-    @property
-    def scratch_bytes(self) -> int:
-        return SLICE_BYTES
 
     def score(self, context: CompactionContext) -> Scores:
         weights = context.key_norms().add_(_EPS).reciprocal_()

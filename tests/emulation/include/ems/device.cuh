@@ -128,6 +128,24 @@ inline void load_matrices(uint32_t (&out)[4], const void* shared_row) {
   sync_warp();
 }
 
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* shared_row) {
+  emulator::require(reinterpret_cast<uintptr_t>(shared_row) % 16 == 0, "a matrix is not aligned");
+  auto& warp = emulator::warp();
+  const int lane = thread_index() % kWarpSize;
+  warp.exchange[lane] = reinterpret_cast<uint64_t>(shared_row);
+  sync_warp();
+  for (int i = 0; i < 4; ++i) {
+    uint16_t pair[2];
+    for (int k = 0; k < 2; ++k) {
+      const int row = 2 * (lane % 4) + k;
+      const auto* elements = reinterpret_cast<const uint16_t*>(warp.exchange[8 * i + row]);
+      pair[k] = elements[lane / 4];
+    }
+    std::memcpy(&out[i], pair, 4);
+  }
+  sync_warp();
+}
+
 template <typename T>
 float half_of(uint32_t pair, int which) {
   return to_float(T{static_cast<uint16_t>(pair >> (16 * which))});
