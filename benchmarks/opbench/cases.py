@@ -94,14 +94,6 @@ def window_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple:
     return ring, rows, window, length, key, table, length, length, shape.scale, scores, None, peaks
 
 
-def rank_args(shape: Shape) -> tuple:
-    """Of the second of several orders: weights are not 0."""
-    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
-    scores, weights = (torch.rand(*heads, shape.length, device=shape.device) for _ in range(2))
-    counts = filled(shape, shape.length), filled(shape, NUM_PROTECTED)
-    return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
-
-
 @dataclass
 class Compaction:
     """Arguments of the three operators of a compaction, each made by the one before."""
@@ -141,6 +133,14 @@ def compaction_args(
     ops.select_entries(*args.select)
     ops.assign_classes(*args.assign)
     return args
+
+
+def rank_args(shape: Shape) -> tuple:
+    """Of the second of several orders: weights are not 0."""
+    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
+    scores, weights = (torch.rand(*heads, shape.length, device=shape.device) for _ in range(2))
+    counts = filled(shape, shape.length), filled(shape, NUM_PROTECTED)
+    return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
 
 
 def record_args(shape: Shape, num_tokens: int) -> tuple:
@@ -216,29 +216,13 @@ def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:
     )
 
 
-def _ranks(shape: Shape) -> Case:
-    args = rank_args(shape)
-    return Case(
-        "rank_entries",
-        "one order, all layers",
-        {
-            "ems_vllm": lambda: ops.rank_entries(*args),
-            "pytorch": lambda: baselines.rank_entries(*args),
-        },
-        # Scores are read, weights are read and written.
-        3.0 * 4 * args[0].numel(),
-        0.0,
-        ("attention, all layers", 0.002),
-    )
-
-
 def _compaction(shape: Shape) -> Iterator[Case]:
     model, heads = shape.model, shape.num_heads_in_all
     key, value = caches(shape)
     table = block_table(shape)
     yield _window(shape, key, table)
-    yield _ranks(shape)
     compaction = compaction_args(shape, key, value, table)
+    yield _ranks(shape)
     entry_bytes = 2 * model.head_size * shape.element_bytes
     moved = heads * shape.budget * entry_bytes
     select_bytes = heads * 4.0 * (shape.length + 2 * shape.budget)
@@ -267,6 +251,22 @@ def _compaction(shape: Shape) -> Iterator[Case]:
         select_bytes + 3.0 * moved,
         assign_flops,
         ("attention, all layers", 0.03),
+    )
+
+
+def _ranks(shape: Shape) -> Case:
+    args = rank_args(shape)
+    return Case(
+        "rank_entries",
+        "one order, all layers",
+        {
+            "ems_vllm": lambda: ops.rank_entries(*args),
+            "pytorch": lambda: baselines.rank_entries(*args),
+        },
+        # Scores are read, weights are read and written.
+        3.0 * 4 * args[0].numel(),
+        0.0,
+        ("attention, all layers", 0.002),
     )
 
 

@@ -19,8 +19,8 @@ def arguments(shape: Shape) -> Iterator[tuple[str, tuple]]:
     key, value = cases.caches(shape)
     table = cases.block_table(shape)
     yield "score_window", cases.window_args(shape, key, table)
-    yield "rank_entries", cases.rank_args(shape)
     compaction = cases.compaction_args(shape, key, value, table)
+    yield "rank_entries", cases.rank_args(shape)
     yield "select_entries", compaction.select
     yield "assign_classes", compaction.assign
     yield "merge_compact", compaction.merge

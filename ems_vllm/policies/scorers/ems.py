@@ -139,11 +139,9 @@ class EMSScorer(Scorer):
         """One at a time, because each is as large as all scores; `recent` is overwritten."""
         # Without the rest that is left of two numbers like 0.7 and 0.3.
         global_share = round(1 - self.local_share - self.key_share, 9)
-        # Anything where there is no entry, which no order reads.
-        norms = context.value_norms()
+        norms = context.value_norms().masked_fill_(~context.is_entry, 0.0)
         if self.local_share:
-            local = recent.mul_(norms).masked_fill_(~context.is_entry, 0.0)
-            local = pool(local, context.is_entry, self.kernel_size, self.pooling)
+            local = pool(recent.mul_(norms), context.is_entry, self.kernel_size, self.pooling)
             yield Order(local, self.local_share, self.local_first)
             del local
         if global_share:
@@ -155,15 +153,15 @@ class EMSScorer(Scorer):
 
     def _keys(self, context: CompactionContext, norms: Tensor) -> Tensor:
         """What keys say of entries; `norms` are overwritten."""
-        keys = norms.mul_(context.key_distinctness())
+        keys = norms.mul_(context.key_distinctness()).masked_fill_(~context.is_entry, 0.0)
         if self.leverage_weight:
             keys.div_(deviation(keys, context.is_eligible))
-            leverage = key_leverage(context)
+            leverage = key_leverage(context).masked_fill_(~context.is_entry, 0.0)
             # Positions that are not known leave RoPE in the keys, which then says more than they.
             leverage.masked_fill_(~context.is_untouched[:, None, None], 0.0)
             weight = self.leverage_weight / deviation(leverage, context.is_eligible)
             keys.addcmul_(leverage, weight)
-        return keys.masked_fill_(~context.is_entry, 0.0)
+        return keys
 
 
 def _mean_ratio(window: Tensor, carry: Tensor) -> Tensor:
