@@ -107,14 +107,6 @@ def window_args(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> tuple:
     return ring, rows, window, length, key, table, length, length, shape.scale, scores, None, peaks
 
 
-def rank_args(shape: Shape) -> tuple:
-    """Of the second of several orders: weights are not 0."""
-    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
-    scores, weights = (torch.rand(*heads, shape.length, device=shape.device) for _ in range(2))
-    counts = filled(shape, shape.length), filled(shape, NUM_PROTECTED)
-    return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
-
-
 def norms_args(shape: Shape, cache: torch.Tensor, table: torch.Tensor) -> tuple:
     return cache, table, filled(shape, shape.length), _per_entry(shape)
 
@@ -183,6 +175,14 @@ def compaction_args(
     ops.select_entries(*args.select)
     ops.assign_classes(*args.assign)
     return args
+
+
+def rank_args(shape: Shape) -> tuple:
+    """Of the second of several orders: weights are not 0."""
+    heads = (shape.model.num_layers, shape.num_rows, shape.model.num_kv_heads)
+    scores, weights = (torch.rand(*heads, shape.length, device=shape.device) for _ in range(2))
+    counts = filled(shape, shape.length), filled(shape, NUM_PROTECTED)
+    return scores, *counts, None, LOCAL_SHARE, LOCAL_FIRST, weights
 
 
 def record_args(shape: Shape, num_tokens: int) -> tuple:
@@ -264,22 +264,6 @@ def _window(shape: Shape, key: torch.Tensor, table: torch.Tensor) -> Case:
     )
 
 
-def _ranks(shape: Shape) -> Case:
-    args = rank_args(shape)
-    return Case(
-        "rank_entries",
-        "one order, all layers",
-        {
-            "ems_vllm": lambda: ops.rank_entries(*args),
-            "pytorch": lambda: baselines.rank_entries(*args),
-        },
-        # Scores are read, weights are read and written.
-        3.0 * 4 * args[0].numel(),
-        0.0,
-        ("attention, all layers", 0.002),
-    )
-
-
 def _keys(
     shape: Shape, key: torch.Tensor, value: torch.Tensor, table: torch.Tensor
 ) -> Iterator[Case]:
@@ -313,10 +297,9 @@ def _compaction(shape: Shape) -> Iterator[Case]:
     key, value = caches(shape)
     table = block_table(shape)
     yield _window(shape, key, table)
-    yield _ranks(shape)
-
     yield from _keys(shape, key, value, table)
     compaction = compaction_args(shape, key, value, table)
+    yield _ranks(shape)
     entry_bytes = 2 * model.head_size * shape.element_bytes
     moved = heads * shape.budget * entry_bytes
     select_bytes = heads * 4.0 * (shape.length + 2 * shape.budget)
@@ -345,6 +328,22 @@ def _compaction(shape: Shape) -> Iterator[Case]:
         select_bytes + 3.0 * moved,
         assign_flops,
         ("attention, all layers", 0.03),
+    )
+
+
+def _ranks(shape: Shape) -> Case:
+    args = rank_args(shape)
+    return Case(
+        "rank_entries",
+        "one order, all layers",
+        {
+            "ems_vllm": lambda: ops.rank_entries(*args),
+            "pytorch": lambda: baselines.rank_entries(*args),
+        },
+        # Scores are read, weights are read and written.
+        3.0 * 4 * args[0].numel(),
+        0.0,
+        ("attention, all layers", 0.002),
     )
 
 

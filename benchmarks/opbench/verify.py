@@ -23,8 +23,8 @@ def arguments(shape: Shape) -> Iterator[tuple[str, tuple]]:
     moments, scores = cases.key_args(shape, key, table)
     yield "key_moments", moments
     yield "key_scores", scores
-    yield "rank_entries", cases.rank_args(shape)
     compaction = cases.compaction_args(shape, key, value, table)
+    yield "rank_entries", cases.rank_args(shape)
     yield "select_entries", compaction.select
     yield "assign_classes", compaction.assign
     yield "merge_compact", compaction.merge

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// One item per layer, row and kv_head. A radix sort from the lowest digit up: a comparison would
-// cost more than the three passes, and what is equal stays in the order of its entries.
+// One item per layer, row and kv_head. A radix sort from the lowest digit up takes three passes
+// whatever the scores are, and leaves equal ones in the order of their entries.
 
 #include <algorithm>
 #include <array>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "cpu/index_checks.h"
 #include "cpu/parallel.h"
@@ -29,12 +30,13 @@ void check_indices(const RankEntriesParams& p) {
   }
 }
 
-// Of the pass that takes it for the next place of a key.
+// Where the next key with the same digit goes.
 int32_t& place_of(Places& places, uint64_t key, int pass) {
   return places[key >> (32 + pass * kDigitBits) & (places.size() - 1)];
 }
 
-void rank_head(const RankEntriesParams& p, const Item& item) {
+// weight_of: [max_entries], by rank.
+void rank_head(const RankEntriesParams& p, const Item& item, const float* weight_of) {
   const float* scores = p.scores.at(item.layer, item.row, item.head);
   float* weights = p.weights.at(item.layer, item.row, item.head);
   const Candidates candidates(p, item);
@@ -62,7 +64,7 @@ void rank_head(const RankEntriesParams& p, const Item& item) {
   for (int32_t i = 0; i < num_entries; ++i) {
     const int32_t rank = place_of(places[kNumPasses - 1], from[i], kNumPasses - 1)++;
     float& weight = weights[entry_of(from[i])];
-    weight = competes(from[i]) ? std::max(weight, weight_of_rank(p, rank)) : 1.0f;
+    weight = competes(from[i]) ? std::max(weight, weight_of[rank]) : 1.0f;
   }
   std::fill(weights + num_entries, weights + p.weights.length, 0.0f);
 }
@@ -71,7 +73,9 @@ void rank_head(const RankEntriesParams& p, const Item& item) {
 
 void rank_entries(const RankEntriesParams& p) {
   check_indices(p);
-  parallel_heads(p, [&](const Item& item) { rank_head(p, item); });
+  std::vector<float> weight_of(p.scores.length);
+  for (int64_t rank = 0; rank < p.scores.length; ++rank) weight_of[rank] = weight_of_rank(p, rank);
+  parallel_heads(p, [&](const Item& item) { rank_head(p, item, weight_of.data()); });
 }
 
 }  // namespace ems::cpu

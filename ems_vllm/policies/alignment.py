@@ -46,7 +46,8 @@ def by_quantile(orders: Iterable[Order], context: CompactionContext) -> Tensor:
     A row's result does not depend on how much longer another row of the batch is.
 
     Args:
-        orders: Each is dropped before the next is asked for. Entries that are eligible compete.
+        orders: At least one; each is dropped before the next is asked for.
+        context: Its eligible entries compete for the budget.
 
     Returns:
         Like Order.scores: 1 / (1 + claim) for entries that compete, 1 for others, 0 where there is

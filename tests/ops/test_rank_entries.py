@@ -81,6 +81,17 @@ def test_long_row():
     check(make_args([(2500, 4)], num_values=3, protected_part=0.1, num_layers=1, num_kv_heads=1))
 
 
+def test_more_than_the_scratch_memory_holds():
+    """On a GPU 32 MiB, 16 bytes for each of max_entries: 100 kv_heads at a time."""
+    num_entries = torch.arange(130, dtype=torch.int32) % 7
+    scores, weights = (torch.rand(1, 130, 1, 20_000) for _ in range(2))
+    expected = weights.clone()
+    args = scores, num_entries, num_entries // 3, None, 0.5, 2
+    ops.rank_entries(*args, weights)
+    ops.rank_entries.reference(*args, expected)
+    assert_bitwise(weights, expected)
+
+
 @pytest.mark.large
 @pytest.mark.parametrize("num_values", [0, 100])
 def test_very_long_row(num_values):

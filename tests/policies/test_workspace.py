@@ -123,10 +123,12 @@ def policies() -> list[Any]:
     ]
     names = recipes.names() + [f"{x['recipe']}-{x['scorer']['pooling']}" for x in poolings]
     settings = [{"recipe": recipe} for recipe in recipes.names()] + poolings
-    # Merging holds most.
+    # Merging holds most, and would hide what scoring does.
     merging = {"merger": {"name": "ems", "max_candidates_per_center": 16}}
+    names.append("ems-not merged")
+    settings.append({"recipe": "ems", "merger": {"name": "none"}})
     return [
-        pytest.param(Policy.from_config(load_config({**item, **merging})), id=name)
+        pytest.param(Policy.from_config(load_config(merging | item)), id=name)
         for item, name in zip(settings, names, strict=True)
     ]
 
