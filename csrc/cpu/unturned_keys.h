@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/row_vectors.h"
 #include "cpu/simd.h"
 #include "dispatch.h"
 #include "ems/items.h"
@@ -16,13 +17,11 @@ template <typename T, typename PARAMS>
 class UnturnedKeys {
  public:
   UnturnedKeys(const PARAMS& p, const Item& item)
-      : p_(p), item_(item), angles_(2 * p.rotation.num_pairs) {}
+      : p_(p),
+        vectors_(p.key_cache, p.block_table, item, p.num_entries[item.row], p.head_size),
+        angles_(2 * p.rotation.num_pairs) {}
 
-  void load(int64_t entry, float* out) const {
-    const T* key = p_.key_cache.template entry<const T>(p_.block_table, item_.row, item_.layer,
-                                                        item_.head, entry);
-    convert(key, p_.head_size, 1.0f, out);
-  }
+  void load(int64_t entry, float* out) { convert(vectors_.at(entry), p_.head_size, 1.0f, out); }
 
   // In place, of the key at a position.
   void turn_back(int64_t position, float* key) {
@@ -38,7 +37,7 @@ class UnturnedKeys {
 
  private:
   const PARAMS& p_;
-  Item item_;
+  RowVectors<T> vectors_;
   std::vector<float> angles_;
 };
 

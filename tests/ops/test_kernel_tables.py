@@ -90,11 +90,31 @@ def merge_compact(cache_dtype, head_size):
     )
 
 
+def vector_norms(cache_dtype, head_size):
+    cache = torch.zeros(1, 2, 1, 16, head_size).to(cache_dtype)
+    ops.vector_norms(cache, ints([1]), ints(1), torch.zeros(1, 1, 1, 1))
+
+
+def key_moments(cache_dtype, head_size):
+    key_cache = torch.zeros(1, 2, 1, 16, head_size).to(cache_dtype)
+    sums = torch.zeros(1, 1, 1, head_size)
+    ops.key_moments(key_cache, ints([1]), ints(1), None, False, sums)
+
+
+def key_scores(cache_dtype, head_size):
+    key_cache = torch.zeros(1, 2, 1, 16, head_size).to(cache_dtype)
+    sums = torch.zeros(1, 1, 1, head_size)
+    ops.key_scores(key_cache, ints([1]), ints(1), None, False, sums, torch.zeros(1, 1, 1, 1))
+
+
+READ_THE_CACHE_ALONE = (assign_classes, merge_compact, vector_norms, key_moments, key_scores)
+
+
 def accepts(operator, *arguments):
     try:
         operator(*arguments)
     except RuntimeError as error:
-        if "head_size must be one of" in str(error) or "key_cache must have dtype" in str(error):
+        if "head_size must be one of" in str(error) or "cache must have dtype" in str(error):
             return False
         raise
     return True
@@ -114,7 +134,7 @@ def test_operators_that_read_queries(device, operator):
         assert accepted == (refusal is None), (query, cache, head_size, refusal)
 
 
-@pytest.mark.parametrize("operator", [assign_classes, merge_compact])
+@pytest.mark.parametrize("operator", READ_THE_CACHE_ALONE)
 def test_operators_that_read_the_cache_alone(device, operator):
     for cache, head_size in product((*CACHE_DTYPES, torch.float64), HEAD_SIZES):
         refusal = kernels.without_head_size(device, head_size) or kernels.without_cache_dtype(
