@@ -8,6 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+BUILT = sorted(ROOT.glob("build/temp.*/cuda/score_queries.o"))
+# A tile of score_queries for compute capability 9.0a, bfloat16 and head size 128: what a warp takes
+# at most. Counted with nvcc 13.0: 280, 430, 118, 222, and 321, 484, 104, 156.
+MOST = {
+    "score_queries_sm90_kernel": {
+        ("products", "fewest"): 300,
+        ("products", "most"): 460,
+        ("gather", "fewest"): 130,
+        ("gather", "most"): 240,
+    },
+    "score_queries_lse_sm90_kernel": {
+        ("products", "fewest"): 340,
+        ("products", "most"): 520,
+        ("gather", "fewest"): 120,
+        ("gather", "most"): 170,
+    },
+}
 sys.path.insert(0, str(ROOT / "csrc" / "tools"))
 
 import instruction_report  # noqa: E402
@@ -78,3 +95,28 @@ def test_no_disassembler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     with pytest.raises(instruction_report.ReportError, match=r"no cuobjdump in .*make .triton"):
         instruction_report.find_disassembler()
+
+
+@pytest.mark.skipif(not BUILT, reason="CUDA kernels have not been built here")
+def test_turns_of_score_queries_stay_short():
+    try:
+        instruction_report.find_disassembler()
+    except instruction_report.ReportError as error:
+        pytest.skip(str(error))
+    arguments = instruction_report.DEFAULT_ARGUMENTS
+    rows = instruction_report.read(BUILT[-1].parent, arguments, sources="score_queries")
+    found = {
+        name.function: {(turn.loop, turn.path): turn for turn in turns}
+        for name, kernel, turns in rows
+        if kernel.arch == "90a" and name.function in MOST
+    }
+    if not found:
+        pytest.skip("CUDA kernels have been built for other GPUs than 9.0a")
+    assert found.keys() == MOST.keys()
+    for function, turns in found.items():
+        for way, most in MOST[function].items():
+            assert turns[way].total <= most, (function, way)
+        assert turns["products", "fewest"].counts["products"] == 8
+        # All copies of a tile, so no loop within that would have to be counted more than once.
+        assert turns["gather", "fewest"].counts["global"] == 16
+    assert found["score_queries_sm90_kernel"]["products", "fewest"].counts["choice"] == 0

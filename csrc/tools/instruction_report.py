@@ -271,14 +271,15 @@ def turns(code: Sequence[Instruction]) -> list[Turn]:
 
 
 def read(
-    folder: Path, arguments: str = ""
+    folder: Path, arguments: str = "", sources: str = "*"
 ) -> Iterator[tuple[kernel_report.Name, kernel_report.Kernel, list[Turn]]]:
     """The kernels of a folder of object files and logs that multiply on tensor cores.
 
     Args:
         arguments: What their template arguments begin with.
+        sources: Pattern of the names of the files that they were compiled from.
     """
-    for log in sorted(folder.glob("*.log")):
+    for log in sorted(folder.glob(f"{sources}.log")):
         kernels = {
             (kernel.symbol, kernel.arch): kernel for kernel in kernel_report.parse(log.read_text())
         }
