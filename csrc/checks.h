@@ -44,6 +44,12 @@ class ArgumentChecks {
     if (!condition) fail(parts...);
   }
 
+  // The factor on products before a softmax.
+  float scale(double value) const {
+    require(value >= 0, "scale must be at least 0, got ", value);
+    return static_cast<float>(value);
+  }
+
   // The dtype of a float argument, which the other float arguments must share.
   DType float_dtype(const char* name, const Tensor& tensor) const {
     const std::optional<DType> dtype = dtype_of(tensor);

@@ -46,7 +46,7 @@ void score_queries(const Tensor& query, const Tensor& key_cache, const Tensor& b
   checks.require(1 <= sample_stride && sample_stride <= kMaxSampleStride,
                  "sample_stride must be in 1..", kMaxSampleStride, ", got ", sample_stride);
   p.sample_stride = sample_stride;
-  p.scale = static_cast<float>(scale);
+  p.scale = checks.scale(scale);
   p.scores = checks.scores("scores", scores, {kAny, p.num_kv_heads, p.key_cache.block_size});
   on_device(
       checks, [&] { cpu::score_queries(p); },

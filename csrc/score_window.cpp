@@ -37,7 +37,7 @@ void score_window(const Tensor& ring, const Tensor& ring_rows, const Tensor& num
   p.end_positions = checks.row_values("end_positions", end_positions, p.num_rows);
   p.live_lens = checks.row_values("live_lens", live_lens, p.num_rows);
   p.num_entries = checks.row_values("num_entries", num_entries, p.num_rows);
-  p.scale = static_cast<float>(scale);
+  p.scale = checks.scale(scale);
   if (key_scales.has_value()) {
     checks.tensor("key_scales", *key_scales, ScalarType::Float, {p.num_layers});
     p.key_scales = static_cast<const float*>(key_scales->const_data_ptr());

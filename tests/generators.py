@@ -53,9 +53,13 @@ def int_tensor(values: list[int]) -> torch.Tensor:
 
 
 def scattered_table(num_columns: list[int], width: int, num_blocks: int) -> torch.Tensor:
-    """A table [num_rows, width] that deals out distinct random blocks."""
+    """A table [num_rows, width] that deals out distinct random blocks.
+
+    Never block 0, which vLLM deals to nobody: where the CUDA kernels read something that is not
+    used, it is there, and NaN in a paged_cache.
+    """
     table = torch.full((len(num_columns), width), NO_BLOCK, dtype=torch.int32)
-    blocks = torch.randperm(num_blocks, dtype=torch.int32)
+    blocks = torch.randperm(num_blocks - 1, dtype=torch.int32) + 1
     first = 0
     for row, count in enumerate(num_columns):
         table[row, :count] = blocks[first : first + count]

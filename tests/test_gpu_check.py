@@ -145,6 +145,9 @@ def test_what_stages_wrote_is_summed_up(tmp_path):
     lines = [line, {**line, "of_target": 0.9}, {**line, "of_target": None}, {**line, "length": 4}]
     (tmp_path / "ops.json").write_text(json.dumps({"lines": lines}))
     assert details_of("bench", tmp_path) == "4 timings; at 32k, 1 of 2 targets met"
+    builds = {"shipped": [{"p50_ms": 1.5}, {"p50_ms": 9.0}], "other": None}
+    (tmp_path / "variants.json").write_text(json.dumps({"builds": builds}))
+    assert details_of("variants", tmp_path) == "shipped 1.50 ms, other failed"
     (tmp_path / "tests.xml").write_text(
         '<testsuites><testsuite tests="9" failures="1" errors="1" skipped="2"/></testsuites>'
     )

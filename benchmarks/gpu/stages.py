@@ -115,6 +115,14 @@ STAGES = (
         not_after_hang=("wgmma",),
     ),
     Stage(
+        "variants",
+        "score_queries in the builds that it may be changed to",
+        ("{python}", "benchmarks/gpu/time_variants.py", "--out", "{out}/variants.json"),
+        limit_s=80,
+        writes=("variants.json",),
+        not_after_hang=("wgmma",),
+    ),
+    Stage(
         "serving",
         "vLLM, dense, compressed and by head: same tokens, blocks freed, throughput",
         ("{python}", "benchmarks/gpu/serving.py", "--out", "{out}/serving.json"),

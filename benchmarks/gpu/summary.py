@@ -90,6 +90,15 @@ def _bench(folder: Path) -> str:
     return f"{len(lines)} timings; at 32k, {met} of {len(judged)} targets met"
 
 
+def _variants(folder: Path) -> str:
+    """Milliseconds of each build with all queries and their log-sum-exps, the first timing."""
+    builds = json.loads((folder / "variants.json").read_text())["builds"]
+    return ", ".join(
+        f"{name} {lines[0]['p50_ms']:.2f} ms" if lines else f"{name} failed"
+        for name, lines in builds.items()
+    )
+
+
 def _serving(folder: Path) -> str:
     found = json.loads((folder / "serving.json").read_text())
     if not found["complete"]:
@@ -112,5 +121,6 @@ _READERS: dict[str, Callable[[Path], str]] = {
     "tests": _tests("tests.xml"),
     "graphs": _tests("graphs.xml"),
     "bench": _bench,
+    "variants": _variants,
     "serving": _serving,
 }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cuda/item_batches.h"
 #include "cuda/kernel_dispatch.h"
 #include "ems/launch.cuh"
 #include "ems/score_window.cuh"
@@ -29,24 +30,29 @@ void score_window(const ScoreWindowParams& p, const Stream& stream) {
                            p.ring.place_stride, p.ring.head_stride);
         check_alignment<C>(kOp, "key_cache", p.key_cache);
 
-        const int64_t items = num_items(p);
-        const int64_t num_queries = items * max_window_queries(p);
         const int64_t max_keys = p.block_table.num_columns * p.key_cache.block_size;
         const int64_t num_splits =
             std::max<int64_t>((max_keys + kKeysPerSplit - 1) / kKeysPerSplit, 1);
         const int64_t query_tiles = (max_window_queries(p) + Shape::kStaying - 1) / Shape::kStaying;
-        auto* lse =
-            static_cast<float*>(stream.allocate(num_splits * num_queries * int64_t{sizeof(float)}));
-        launch(kOp, score_window_lse_kernel<T, kHeadSize, C>, {items, num_splits, query_tiles},
-               Shape::kThreads, sizeof(Shared), stream.handle, p, kKeysPerSplit, items, lse);
-        if (num_splits > 1) {
-          launch(kOp, score_window_combine_kernel,
-                 {(num_queries + kCombineThreads - 1) / kCombineThreads}, kCombineThreads, 0,
-                 stream.handle, num_queries, static_cast<int32_t>(num_splits), lse);
-        }
         const int64_t key_tiles = (p.scores.length + Shape::kStaying - 1) / Shape::kStaying;
-        launch(kOp, score_window_kernel<T, kHeadSize, C>, {items, key_tiles}, Shape::kThreads,
-               sizeof(Shared), stream.handle, p, lse);
+        const int64_t scratch_per_item =
+            num_splits * max_window_queries(p) * int64_t{sizeof(float)};
+        for_item_batches(num_items(p), scratch_per_item, 1, stream,
+                         [&](int64_t first, int64_t count, void* scratch) {
+                           const int64_t num_queries = count * max_window_queries(p);
+                           auto* lse = static_cast<float*>(scratch);
+                           launch(kOp, score_window_lse_kernel<T, kHeadSize, C>,
+                                  {count, num_splits, query_tiles}, Shape::kThreads, sizeof(Shared),
+                                  stream.handle, p, first, kKeysPerSplit, count, lse);
+                           if (num_splits > 1) {
+                             launch(kOp, score_window_combine_kernel,
+                                    {(num_queries + kCombineThreads - 1) / kCombineThreads},
+                                    kCombineThreads, 0, stream.handle, num_queries,
+                                    static_cast<int32_t>(num_splits), lse);
+                           }
+                           launch(kOp, score_window_kernel<T, kHeadSize, C>, {count, key_tiles},
+                                  Shape::kThreads, sizeof(Shared), stream.handle, p, first, lse);
+                         });
       });
 }
 

@@ -64,15 +64,15 @@ def score_queries(
         lse: [num_tokens, num_heads], float32, or None - log of the softmax denominator (natural
             log, scale included) as attention kernels return it; None computes it.
             Needed for sampled queries only.
-        scale: factor on the dot products before the softmax; the scale of a float8 cache is part
-            of it.
+        scale: factor >= 0 on the dot products before the softmax; the scale of a float8 cache is
+            part of it.
         sample_stride: 1..64.
         scores: [num_pages, num_kv_heads, block_size], float32 - higher is kept.
     Mutates:
         scores: the slots of positions 0..seq_lens[r]-1 of every row; no other slot.
     Raises:
-        RuntimeError: a shape, dtype, device or stride is not as above; on the CPU also when an
-            index or a length is out of range.
+        RuntimeError: a shape, dtype, device, stride or the scale is not as above; on the CPU also
+            when an index or a length is out of range.
     Note: no host sync; deterministic, whatever the number of threads; workspace of num_tokens *
         num_heads floats when lse is None, never a square one.
     """

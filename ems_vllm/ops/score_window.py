@@ -41,7 +41,7 @@ def score_window(
         block_table: [num_rows, num_columns], int32 - its column 0 holds entry 0.
         live_lens: [num_rows], int32 - entries the newest query sees.
         num_entries: [num_rows], int32 - entries to score, <= live_lens and <= max_entries.
-        scale: factor on the dot products before the softmax.
+        scale: factor >= 0 on the dot products before the softmax.
         scores: [num_layers, num_rows, num_kv_heads, max_entries], float32 - higher is kept.
         key_scales: [num_layers], float32, or None - what stored keys are multiplied with; 1 each
             where None.
@@ -50,8 +50,8 @@ def score_window(
     Mutates:
         scores, peaks: all of them; 0 beyond num_entries.
     Raises:
-        RuntimeError: a shape, dtype, device or stride is not as above; on the CPU also when an
-            index or a length is out of range.
+        RuntimeError: a shape, dtype, device, stride or the scale is not as above; on the CPU also
+            when an index or a length is out of range.
     Note: no host sync; deterministic, whatever the number of threads.
     """
     # In float64, whatever the inputs are.

@@ -3,7 +3,6 @@
 #include "emulator.h"
 
 #include <algorithm>
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -48,8 +47,6 @@ struct Scheduler {
   int current = 0;
   std::vector<int> ready;
   int num_at_cta_barrier = 0;
-  // Threads that wait at each numbered barrier.
-  std::array<std::vector<int>, 16> at_barrier;
   int num_idle_turns = 0;
   int num_done = 0;
   Fiber main;
@@ -93,7 +90,6 @@ void run_cta(const char* name) {
   s.warps.assign((s.num_threads + kWarpSize - 1) / kWarpSize, Warp{});
   s.ready.clear();
   s.num_at_cta_barrier = s.num_done = s.num_idle_turns = 0;
-  for (auto& waiting : s.at_barrier) waiting.clear();
   s.error = nullptr;
   for (int i = 0; i < s.num_threads; ++i) {
     s.threads[i]->state = Thread{};
@@ -133,18 +129,6 @@ void sync_warp() {
   if (++warp().num_waiting == size) {
     warp().num_waiting = 0;
     for (int i = first; i < first + size; ++i) s.ready.push_back(i);
-  }
-  s.yield();
-}
-
-void sync_some(int id, int count) {
-  Scheduler& s = scheduler;
-  s.num_idle_turns = 0;
-  auto& waiting = s.at_barrier.at(id);
-  waiting.push_back(s.current);
-  if (static_cast<int>(waiting.size()) == count) {
-    s.ready.insert(s.ready.end(), waiting.begin(), waiting.end());
-    waiting.clear();
   }
   s.yield();
 }

@@ -33,7 +33,7 @@ void reverse_kernel(const float* in, float* out, int64_t fault) {
   auto& shared = device::shared_memory<Shared>();
   const int t = device::thread_index();
   float* slot = shared.values[t];
-  device::copy_async(slot, in + 4 * t + (fault == kMisalignedCopy), true);
+  device::copy_async(slot, in + 4 * t + (fault == kMisalignedCopy));
   device::commit_copies();
   if (fault != kCopyNotWaitedFor) device::wait_for_copies<0>();
   if (fault != kNoBarrier && (fault != kBarrierPassedBy || t % 2 == 0)) device::sync_cta();

@@ -75,10 +75,11 @@ def make_case(
         dtype=dtype,
         layout=layout,
     )
-    # Rows are packed with a gap in between, and heads are a slice of a wider projection.
-    query_starts = [sum(query_lens[:row]) + row for row in range(len(rows))]
+    # Rows are packed with a gap of NaN before each, and heads are a slice of a wider projection.
+    query_starts = [sum(query_lens[:row]) + row + 1 for row in range(len(rows))]
     num_tokens = sum(query_lens) + len(rows)
     projection = torch.randn(num_tokens, (group + 2) * num_kv_heads, head_size).to(dtype)
+    projection[torch.tensor(query_starts) - 1] = float("nan")
     num_pages = len(cache.key[0]) + 3
     num_columns = [-(-length // block_size) for length in seq_lens]
     case = Case(
@@ -326,6 +327,7 @@ def test_opcheck():
             lambda c: {"lse": torch.zeros(c.query.shape[1], len(c.query))},
             r"lse must have shape \[41, 4\], got \[4, 41\]",
         ),
+        (lambda c: {"scale": -0.5}, r"scale must be at least 0, got -0\.5"),
         (lambda c: {"sample_stride": 0}, r"sample_stride must be in 1\.\.64, got 0"),
         (lambda c: {"sample_stride": 65}, r"sample_stride must be in 1\.\.64, got 65"),
     ],

@@ -80,7 +80,8 @@ def make_case(
     end_positions = [live_len + 37 * row for row, live_len in enumerate(live_lens)]
     end_positions = [max(end, n) for end, n in zip(end_positions, num_queries, strict=True)]
     num_ring_rows = len(rows) + 2
-    ring_rows = torch.randperm(num_ring_rows)[: len(rows)].tolist()
+    # Not row 0, for what scattered_table says of block 0.
+    ring_rows = (torch.randperm(num_ring_rows - 1)[: len(rows)] + 1).tolist()
     shape = (num_layers, num_ring_rows, WINDOW, group * num_kv_heads, head_size)
     ring = torch.full(shape, float("nan"), dtype=dtype)
     for ring_row, end, count in zip(ring_rows, end_positions, num_queries, strict=True):
@@ -195,6 +196,7 @@ def test_opcheck():
         ({"num_entries": [41], "max_entries": 60}, r"num_entries\[0\] must be in 0\.\.40, got 41"),
         ({"max_entries": 20}, r"num_entries\[0\] must be in 0\.\.20, got 30"),
         ({"peaks_length": 20}, r"peaks must be as long as scores \(33\), got 20"),
+        ({"scale": -0.5}, r"scale must be at least 0, got -0\.5"),
         ({"ring_rows": [3]}, r"ring_rows\[0\] must be in 0\.\.2, got 3"),
         ({"ring_rows": [0, 1]}, r"ring_rows must have shape \[1\], got \[2\]"),
         ({"ring": torch.zeros(1, 3, 8, 4, 64)}, r"key_cache must have shape \[1, \*, \*, \*, 64\]"),

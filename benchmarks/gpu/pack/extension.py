@@ -6,7 +6,8 @@ Usage: python benchmarks/gpu/pack/extension.py OUT.tar.xz --headers-of python3.1
 The operators have nothing of a Python version in them, and of torch its stable ABI alone, so any
 Python with torch builds them. The module `_C` takes headers of the Python that it is for, no torch.
 Both are built in a copy, build/gpu-prebuilt/, so that the checkout's own stay; what is there from
-the last time is not compiled again.
+the last time is not compiled again. The operators are built once more with each patch of variants/,
+for time_variants.py.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from gpu.prebuilt import DESCRIPTION, Built, digest
 ROOT = Path(__file__).resolve().parents[3]
 ARCHS = "9.0a"
 COPY = ROOT / "build" / "gpu-prebuilt"
+PATCHES = ROOT / "benchmarks" / "gpu" / "variants"
+BUILT_VARIANTS = COPY / "variants"
 _COPIED_FOLDERS = ("csrc", "ems_vllm", "configs", "models/text")
 _COPIED_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
 _ASK_PYTHON = """
@@ -73,6 +76,48 @@ def build_operators() -> Path:
     subprocess.run(command, cwd=COPY, env=env, check=True)
     (library,) = (COPY / "ems_vllm").glob("_ops*.so")
     return library
+
+
+def apply(patch: Path, root: Path) -> list[Path]:
+    """Change the files in a copy of the sources as a patch says; which they are.
+
+    Raises:
+        subprocess.CalledProcessError: the patch is for other sources.
+    """
+    # git would look for the files in the repository that a copy lies in.
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": str(root.parent)}
+    subprocess.run(["git", "apply", str(patch)], cwd=root, env=env, check=True)
+    named = subprocess.run(
+        ["git", "apply", "--numstat", str(patch)],
+        cwd=root,
+        env=env,
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    return [root / line.split("\t")[2] for line in named.stdout.splitlines()]
+
+
+def variants_are_built() -> bool:
+    """Whether libraries of just these patches are there."""
+    wanted, built = (
+        {path.name: path.read_bytes() for path in folder.glob("*.patch")}
+        for folder in (PATCHES, BUILT_VARIANTS)
+    )
+    return wanted == built
+
+
+def build_variants() -> None:
+    """A library with each patch; the sources are as before then, and newer than their objects."""
+    shutil.rmtree(BUILT_VARIANTS, ignore_errors=True)
+    BUILT_VARIANTS.mkdir()
+    for patch in sorted(PATCHES.glob("*.patch")):
+        changed = apply(patch, COPY)
+        shutil.copy2(build_operators(), BUILT_VARIANTS / f"{patch.stem}.so")
+        copy_sources()
+        for path in changed:
+            path.touch()
+        shutil.copy2(patch, BUILT_VARIANTS)
 
 
 def nvcc_version() -> str | None:
@@ -120,10 +165,11 @@ def main() -> int:
     COPY.mkdir(parents=True, exist_ok=True)
     copy_sources()
     built = Built(digest(COPY), ARCHS, suffix)
-    if options.out.is_file() and Built.read(COPY) == built:
+    if options.out.is_file() and Built.read(COPY) == built and variants_are_built():
         print("extension: as packed before")
         return 0
     (COPY / DESCRIPTION).unlink(missing_ok=True)
+    build_variants()
     files = [build_operators(), build_module(include, suffix)]
     report = [sys.executable, "csrc/tools/kernel_report.py"]
     subprocess.run(report, cwd=COPY, check=True, stdout=subprocess.DEVNULL)
@@ -133,6 +179,8 @@ def main() -> int:
             tar.add(path, path.name)
         for log in sorted(COPY.glob("build/temp.*/cuda/*.log")):
             tar.add(log, f"logs/{log.name}")
+        for library in sorted(BUILT_VARIANTS.glob("*.so")):
+            tar.add(library, f"variants/{library.name}")
     print(f"the extension for {ARCHS} and {suffix}")
     return 0
 

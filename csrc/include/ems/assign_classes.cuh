@@ -26,7 +26,13 @@ struct AssignShape {
   static constexpr int kCentres = kIsFloat ? kFloatCentres : kHalfCentres;
 };
 
-// Inverse norms of a centre; kNoMembers in place of the key's when it takes none.
+// What is looked up of a centre; the inverse of its key's norm is kNoMembers when it takes none.
+struct Centre {
+  int64_t key_offset;
+  int64_t value_offset;
+  float key_inverse;
+  float value_inverse;
+};
 constexpr float kNoMembers = -1.0f;
 
 template <typename T, int HEAD_SIZE>
@@ -42,6 +48,7 @@ struct AssignShared {
   int64_t centre_value_offsets[3][Shape::kCentres];
   float key_inverses[3][Shape::kCentres];
   float value_inverses[3][Shape::kCentres];
+  bool is_member[Shape::kMembers];
   int32_t has_members;
 };
 
@@ -105,23 +112,27 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
   for (int i = thread; i < Shape::kMembers; i += Shape::kThreads) {
     const int64_t member = first_member + i;
     const int32_t entry = member < p.merge_idx.length ? merged[member] : -1;
-    shared.member_key_offsets[i] = entry < 0 ? -1 : keys.offset(entry);
-    shared.member_value_offsets[i] = entry < 0 ? -1 : values.offset(entry);
+    shared.is_member[i] = entry >= 0;
+    shared.member_key_offsets[i] = entry < 0 ? 0 : keys.offset(entry);
+    shared.member_value_offsets[i] = entry < 0 ? 0 : values.offset(entry);
     if (entry >= 0) device::max_shared(&shared.has_members, 1);
   }
   device::sync_cta();
   const int32_t num_tiles = shared.has_members == 0 ? 0 : (num_centres + kCentres - 1) / kCentres;
 
-  const auto prepare = [&](int32_t tile) {
-    const int slot = tile % 3;
-    for (int i = thread; i < kCentres; i += Shape::kThreads) {
-      const int32_t rank = tile * kCentres + i;
-      const bool exists = rank < num_centres;
-      shared.centre_key_offsets[slot][i] = exists ? keys.offset(kept[rank]) : -1;
-      shared.centre_value_offsets[slot][i] = exists ? values.offset(kept[rank]) : -1;
-      shared.key_inverses[slot][i] = exists ? key_inverses[rank] : kNoMembers;
-      shared.value_inverses[slot][i] = exists ? value_inverses[rank] : 0.0f;
-    }
+  static_assert(kCentres <= Shape::kThreads);
+  const auto look_up = [&](int32_t tile) -> Centre {
+    const int32_t rank = tile * kCentres + thread;
+    if (thread >= kCentres || rank >= num_centres) return {0, 0, kNoMembers, 0.0f};
+    return {keys.offset(kept[rank]), values.offset(kept[rank]), key_inverses[rank],
+            value_inverses[rank]};
+  };
+  const auto store = [&](int32_t tile, const Centre& centre) {
+    if (thread >= kCentres) return;
+    shared.centre_key_offsets[tile % 3][thread] = centre.key_offset;
+    shared.centre_value_offsets[tile % 3][thread] = centre.value_offset;
+    shared.key_inverses[tile % 3][thread] = centre.key_inverse;
+    shared.value_inverses[tile % 3][thread] = centre.value_inverse;
   };
   const auto fetch = [&](int32_t tile) {
     shared.centre_keys[tile % 2].template gather<Shape::kThreads>(
@@ -131,8 +142,8 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
     device::commit_copies();
   };
   if (num_tiles > 0) {
-    prepare(0);
-    if (num_tiles > 1) prepare(1);
+    store(0, look_up(0));
+    store(1, look_up(1));
     device::sync_cta();
     shared.member_keys.template gather<Shape::kThreads>(static_cast<const C*>(p.key_cache.data),
                                                         shared.member_key_offsets);
@@ -151,13 +162,15 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
     device::wait_for_copies<0>();
     device::sync_cta();
     if (tile + 1 < num_tiles) fetch(tile + 1);
-    if (tile + 2 < num_tiles) prepare(tile + 2);
+    const Centre looked_up = look_up(tile + 2);
     if (tile == 0) {
       left_keys.load(shared.member_keys, warp * 16);
       left_values.load(shared.member_values, warp * 16);
     }
     left_keys.multiply(shared.centre_keys[tile % 2], &key_products);
     left_values.multiply(shared.centre_values[tile % 2], &value_products);
+    // Not before the products, which it would wait in front of.
+    store(tile + 2, looked_up);
 #pragma unroll
     for (int j = 0; j < kCentres / 8; ++j) {
 #pragma unroll
@@ -191,7 +204,7 @@ assign_classes_kernel(AssignClassesParams p, int64_t first_item, const float* in
   }
   for (int i = 0; i < 16; ++i) {
     const int row = warp * 16 + i;
-    const bool is_member = num_tiles > 0 && shared.member_key_offsets[row] >= 0;
+    const bool is_member = num_tiles > 0 && shared.is_member[row];
     float inverse = 0;
     if (is_member) {
       inverse = inverse_norm_by_warp<T, HEAD_SIZE>(shared.member_keys.row(row)) *

@@ -18,13 +18,13 @@
 // float8.
 //
 // A QUERIES type gives, for one kv_head of one row:
-//     int32_t size()                       queries, some of which may not exist
+//     int32_t size()                       queries, of which the first and last may not exist
 //     Query at(int32_t)                    one of them; visible is ascending or descending
 //     int32_t first_seeing(int32_t key)    a query before which none sees the key
 namespace ems {
 
 struct Query {
-  int64_t offset;     // of its vector, in elements; negative when there is no such query
+  int64_t offset;     // of its vector, in elements; not used when there is no such query
   int32_t visible;    // keys it sees; 0 when there is no such query
   int64_t lse_index;  // of its log-sum-exp
 };
@@ -89,12 +89,33 @@ struct PagedKeys {
   int64_t row;
   int64_t head;
 
-  EMS_DEVICE int64_t offset(int64_t entry) const {
-    return layer * cache.layer_stride +
-           table.at(row, entry / cache.block_size) * cache.block_stride + head * cache.head_stride +
-           entry % cache.block_size * cache.slot_stride;
+  // Divides in 32 bits: the loops ask for an entry per row of a tile.
+  EMS_DEVICE int64_t offset(int32_t entry) const {
+    const auto block_size = static_cast<uint32_t>(cache.block_size);
+    const uint32_t column = static_cast<uint32_t>(entry) / block_size;
+    const int64_t slot = static_cast<uint32_t>(entry) - column * block_size;
+    return layer * cache.layer_stride + table.at(row, column) * cache.block_stride +
+           head * cache.head_stride + slot * cache.slot_stride;
   }
 };
+
+// What is looked up of a query that streams past.
+struct StreamingQuery {
+  int64_t offset;
+  int32_t visible;
+  float lse;
+};
+
+// Of query `index`; one that does not exist sees no key, whatever vector stands for it. The lse is
+// as it was given, since the first use of a value that is loaded waits for it.
+template <typename QUERIES>
+EMS_DEVICE StreamingQuery streaming_query(const QUERIES& queries, int32_t index, const float* lse) {
+  if (index < queries.size()) {
+    const Query query = queries.at(index);
+    if (query.visible > 0) return {query.offset, query.visible, lse[query.lse_index]};
+  }
+  return {0, 0, INFINITY};
+}
 
 // Two tiles: one is multiplied while the next arrives. What is known of a tile's vectors is
 // prepared one tile earlier still, hence three.
@@ -123,23 +144,23 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
   const int thread = device::thread_index();
   const int lane = thread % device::kWarpSize;
   const int warp = thread / device::kWarpSize;
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = scale_to_log2(scale);
   const int32_t last_key =
       first_key + Shape::kStaying < num_keys ? first_key + Shape::kStaying : num_keys;
 
   const int32_t start = queries.first_seeing(first_key) / kStreaming;
   const int32_t end = (queries.size() + kStreaming - 1) / kStreaming;
 
-  const auto prepare = [&](int32_t tile) {
-    const int slot = tile % 3;
-    for (int i = thread; i < kStreaming; i += Shape::kThreads) {
-      const int32_t index = tile * kStreaming + i;
-      const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
-      shared.streaming_offsets[slot][i] = query.offset;
-      shared.visible[slot][i] = query.visible;
-      // exp2(x - inf) = 0: a query that does not exist pays no attention.
-      shared.lse[slot][i] = query.visible > 0 ? lse[query.lse_index] * kLog2E : INFINITY;
-    }
+  static_assert(kStreaming <= Shape::kThreads);
+  const auto look_up = [&](int32_t tile) -> StreamingQuery {
+    if (thread >= kStreaming) return {};
+    return streaming_query(queries, tile * kStreaming + thread, lse);
+  };
+  const auto store = [&](int32_t tile, const StreamingQuery& query) {
+    if (thread >= kStreaming) return;
+    shared.streaming_offsets[tile % 3][thread] = query.offset;
+    shared.visible[tile % 3][thread] = query.visible;
+    shared.lse[tile % 3][thread] = query.lse * kLog2E;
   };
   const auto fetch = [&](int32_t tile) {
     shared.streaming[tile % 2].template gather<Shape::kThreads>(query_data,
@@ -150,10 +171,10 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
   if (start < end) {
     for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
       const int32_t key = first_key + i;
-      shared.staying_offsets[i] = key < num_keys ? keys.offset(key) : -1;
+      shared.staying_offsets[i] = key < num_keys ? keys.offset(key) : 0;
     }
-    prepare(start);
-    if (start + 1 < end) prepare(start + 1);
+    store(start, look_up(start));
+    store(start + 1, look_up(start + 1));
     device::sync_cta();
     shared.staying.template gather<Shape::kThreads>(static_cast<const C*>(keys.cache.data),
                                                     shared.staying_offsets);
@@ -168,14 +189,22 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
     // The tile is here for all, and nobody still reads what is overwritten next.
     device::sync_cta();
     if (tile + 1 < end) fetch(tile + 1);
-    if (tile + 2 < end) prepare(tile + 2);
+    const StreamingQuery looked_up = look_up(tile + 2);
     if (tile == start) staying.load(shared.staying, warp * 16 * Shape::kStayingTiles);
     staying.multiply(shared.streaming[tile % 2], &products);
+    // Not before the products, which it would wait in front of.
+    store(tile + 2, looked_up);
 
     const int slot = tile % 3;
     // Queries come in order of what they see; a tile whose least sees all keys needs no mask.
     const int32_t ends[2] = {shared.visible[slot][0], shared.visible[slot][kStreaming - 1]};
-    const bool is_masked = ends[0] < last_key || ends[1] < last_key;
+    if (ends[0] < last_key || ends[1] < last_key) {
+      products.hide([&](int i, int half, int column) {
+        const int32_t key =
+            first_key + (warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4;
+        return key >= shared.visible[slot][column];
+      });
+    }
 #pragma unroll
     for (int j = 0; j < kStreaming / 8; ++j) {
       const int column = 8 * j + 2 * (lane % 4);
@@ -186,15 +215,8 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
         const float* values = products.values[i][j];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float even = device::exp2_fast(values[2 * half] * scale_log2 - lse_even);
-          float odd = device::exp2_fast(values[2 * half + 1] * scale_log2 - lse_odd);
-          if (is_masked) {
-            const int32_t key =
-                first_key + (warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4;
-            if (key >= shared.visible[slot][column]) even = 0;
-            if (key >= shared.visible[slot][column + 1]) odd = 0;
-          }
-          received[i][half].add(even, odd);
+          received[i][half].add(device::exp2_fast(values[2 * half] * scale_log2 - lse_even),
+                                device::exp2_fast(values[2 * half + 1] * scale_log2 - lse_odd));
         }
       }
     }
@@ -224,14 +246,14 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   const int thread = device::thread_index();
   const int lane = thread % device::kWarpSize;
   const int warp = thread / device::kWarpSize;
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = scale_to_log2(scale);
 
   if (thread < 2) shared.bounds[thread] = thread == 0 ? 0x7fffffff : 0;
   device::sync_cta();
   for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
     const int32_t index = first_query + i;
-    const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
-    shared.staying_offsets[i] = query.offset;
+    const Query query = index < queries.size() ? queries.at(index) : Query{0, 0, 0};
+    shared.staying_offsets[i] = query.visible > 0 ? query.offset : 0;
     shared.staying_visible[i] = query.visible;
     if (query.visible > 0) {
       device::min_shared(&shared.bounds[0], query.visible);
@@ -243,11 +265,13 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   const int32_t stop = shared.bounds[1] < end_key ? shared.bounds[1] : end_key;
 
   const int32_t num_tiles = stop > first_key ? (stop - first_key + kStreaming - 1) / kStreaming : 0;
-  const auto prepare = [&](int32_t tile) {
-    for (int i = thread; i < kStreaming; i += Shape::kThreads) {
-      const int32_t key = first_key + tile * kStreaming + i;
-      shared.streaming_offsets[tile % 3][i] = key < stop ? keys.offset(key) : -1;
-    }
+  static_assert(kStreaming <= Shape::kThreads);
+  const auto look_up = [&](int32_t tile) -> int64_t {
+    const int32_t key = first_key + tile * kStreaming + thread;
+    return thread < kStreaming && key < stop ? keys.offset(key) : 0;
+  };
+  const auto store = [&](int32_t tile, int64_t offset) {
+    if (thread < kStreaming) shared.streaming_offsets[tile % 3][thread] = offset;
   };
   const auto fetch = [&](int32_t tile) {
     shared.streaming[tile % 2].template gather<Shape::kThreads>(
@@ -255,21 +279,23 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
     device::commit_copies();
   };
   if (num_tiles > 0) {
-    prepare(0);
-    if (num_tiles > 1) prepare(1);
+    store(0, look_up(0));
+    store(1, look_up(1));
     device::sync_cta();
     shared.staying.template gather<Shape::kThreads>(query_data, shared.staying_offsets);
     fetch(0);
   }
 
   LaneSoftmax softmax[Shape::kStayingTiles][2];
-  int32_t visible[Shape::kStayingTiles][2];
+  // The keys before this one are seen by the rows of this lane.
+  int32_t seen[Shape::kStayingTiles][2];
 #pragma unroll
   for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      visible[i][half] =
+      const int32_t visible =
           shared.staying_visible[(warp * Shape::kStayingTiles + i) * 16 + 8 * half + lane / 4];
+      seen[i][half] = visible < stop ? visible : stop;
     }
   }
   LeftRows<T, HEAD_SIZE, Shape::kStayingTiles> staying;
@@ -278,27 +304,21 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
     device::wait_for_copies<0>();
     device::sync_cta();
     if (tile + 1 < num_tiles) fetch(tile + 1);
-    if (tile + 2 < num_tiles) prepare(tile + 2);
+    const int64_t looked_up = look_up(tile + 2);
     if (tile == 0) staying.load(shared.staying, warp * 16 * Shape::kStayingTiles);
     staying.multiply(shared.streaming[tile % 2], &products);
+    store(tile + 2, looked_up);
 
     const int32_t tile_key = first_key + tile * kStreaming;
-    const int32_t tile_end = tile_key + kStreaming < stop ? tile_key + kStreaming : stop;
-    const bool is_masked = min_visible < tile_key + kStreaming || tile_end < tile_key + kStreaming;
+    if (min_visible < tile_key + kStreaming || stop < tile_key + kStreaming) {
+      products.hide(
+          [&](int i, int half, int column) { return tile_key + column >= seen[i][half]; });
+    }
 #pragma unroll
     for (int i = 0; i < Shape::kStayingTiles; ++i) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float logits[kStreaming / 4];
-        const int32_t num_seen =
-            (visible[i][half] < tile_end ? visible[i][half] : tile_end) - tile_key;
-#pragma unroll
-        for (int j = 0; j < kStreaming / 4; ++j) {
-          logits[j] = products.values[i][j / 2][2 * half + j % 2] * scale_log2;
-          const int column = j / 2 * 8 + 2 * (lane % 4) + j % 2;
-          if (is_masked && column >= num_seen) logits[j] = -INFINITY;
-        }
-        softmax[i][half].update(logits);
+        softmax[i][half].update(products.values[i], half, scale_log2);
       }
     }
   }

@@ -21,9 +21,6 @@ struct SumShape {
   static constexpr int kStreaming = HEAD_SIZE > 128 ? 64 : 128;
   // The two groups may be a tile apart, and one is on its way.
   static constexpr int kStages = 3;
-  // Of 64K registers; three equal groups would have 168 each.
-  static constexpr int kProducerRegisters = 88;
-  static constexpr int kConsumerRegisters = 208;
 };
 
 // Vectors as group_multiply reads them: pieces of 64 elements, each [NUM_ROWS][64] with swizzled
@@ -35,15 +32,41 @@ struct alignas(1024) SwizzledTile {
 
   T elements[kPieces * NUM_ROWS * 64];
 
-  template <int NUM_THREADS>
-  EMS_DEVICE void gather(const T* base, const int64_t* offsets, int thread) {
-#pragma unroll 4
-    for (int i = thread; i < NUM_ROWS * kChunks; i += NUM_THREADS) {
-      const int row = i / kChunks;
-      const int chunk = i % kChunks;
-      const int64_t offset = offsets[row];
-      T* to = elements + (chunk / 8 * NUM_ROWS + row) * 64 + ((chunk % 8) ^ (row % 8)) * 8;
-      device::copy_async(to, base + (offset < 0 ? 0 : offset + chunk * 8), offset >= 0);
+  // Starts copying row r from base + offsets[r], as Tile::gather does, for WARP_ROWS rows from
+  // first_row on, a multiple of 8; by a warp.
+  template <int WARP_ROWS>
+  EMS_DEVICE void gather(const T* base, const int64_t* offsets, int first_row) {
+    constexpr int kRest = kChunks % 8;
+    gather_pieces<WARP_ROWS, 0, kChunks / 8, 8>(base, offsets, first_row);
+    if constexpr (kRest > 0) {
+      gather_pieces<WARP_ROWS, kChunks / 8, 1, kRest>(base, offsets, first_row);
+    }
+  }
+
+ private:
+  // CHUNKS chunks of each of some pieces: a lane copies one chunk of every row that it comes to, so
+  // that of all addresses only the row's has to be computed.
+  template <int WARP_ROWS, int FIRST_PIECE, int NUM_PIECES, int CHUNKS>
+  EMS_DEVICE void gather_pieces(const T* base, const int64_t* offsets, int first_row) {
+    constexpr int kRowsPerStep = device::kWarpSize / CHUNKS;
+    constexpr int kSteps = WARP_ROWS / kRowsPerStep;
+    static_assert(WARP_ROWS % kRowsPerStep == 0);
+    const unsigned lane = static_cast<unsigned>(device::thread_index()) % device::kWarpSize;
+    const unsigned chunk = lane % CHUNKS;
+    int64_t row_offsets[kSteps];
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      row_offsets[k] = offsets[first_row + k * kRowsPerStep + lane / CHUNKS];
+    }
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k) {
+      const unsigned row = k * kRowsPerStep + lane / CHUNKS;
+      const T* from = base + row_offsets[k] + FIRST_PIECE * 64 + chunk * 8;
+      T* to = elements + (FIRST_PIECE * NUM_ROWS + first_row + row) * 64 + (chunk ^ row % 8) * 8;
+#pragma unroll
+      for (int piece = 0; piece < NUM_PIECES; ++piece) {
+        device::copy_async(to + piece * NUM_ROWS * 64, from + piece * 64);
+      }
     }
   }
 };
@@ -77,9 +100,10 @@ struct Stage {
   }
 };
 
-// All threads: gathers the staying vectors and prepares the barriers. Ends with a barrier.
-template <typename T, int HEAD_SIZE>
-EMS_DEVICE void start(SumShared<T, HEAD_SIZE>& shared, const T* staying_data) {
+// All threads: gathers the staying vectors, of type C, and prepares the barriers. Ends with a
+// barrier.
+template <typename T, int HEAD_SIZE, typename C>
+EMS_DEVICE void start(SumShared<T, HEAD_SIZE>& shared, const C* staying_data) {
   using Shape = SumShape<HEAD_SIZE>;
   if (device::thread_index() == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
@@ -94,25 +118,28 @@ EMS_DEVICE void start(SumShared<T, HEAD_SIZE>& shared, const T* staying_data) {
   device::sync_cta();
 }
 
-// The gathering group: PREPARE(tile) -> VECTOR of this thread, computed one tile ahead because it
-// waits for memory; STORE(stage, vector) puts it into shared memory.
-template <typename T, int HEAD_SIZE, typename PREPARE, typename STORE>
+// The gathering group. LOOK_UP(index) tells what there is to know of streaming vector `index`; it
+// is called one tile ahead, because it waits for memory. STORE(stage, row, looked up) puts it into
+// shared memory. A warp gathers the rows that it has looked up, so that it waits for no other.
+template <typename T, int HEAD_SIZE, typename LOOK_UP, typename STORE>
 EMS_DEVICE void produce(SumShared<T, HEAD_SIZE>& shared, const T* streaming_data, int32_t num_tiles,
-                        const PREPARE& prepare, const STORE& store) {
+                        const LOOK_UP& look_up, const STORE& store) {
   using Shape = SumShape<HEAD_SIZE>;
-  constexpr int kBarrierId = 1;
-  const int thread = device::thread_index() % device::kGroupSize;
+  constexpr int kRows = Shape::kStreaming * device::kWarpSize / device::kGroupSize;
+  const int lane = device::thread_index() % device::kWarpSize;
+  const int first_row = device::thread_index() / device::kWarpSize * kRows;
+  const int row = first_row + lane % kRows;
   Stage stage, previous;
-  auto next = prepare(0);
+  auto next = look_up(row);
   for (int32_t tile = 0; tile < num_tiles; ++tile) {
-    const auto vector = next;
-    if (tile + 1 < num_tiles) next = prepare(tile + 1);
+    const auto looked_up = next;
+    next = look_up((tile + 1) * Shape::kStreaming + row);
     // Fresh barriers count as having completed the phase before their first.
     shared.empty[stage.index].wait(stage.parity ^ 1);
-    store(stage.index, vector);
-    device::sync_some(kBarrierId, device::kGroupSize);
-    shared.streaming[stage.index].template gather<device::kGroupSize>(
-        streaming_data, shared.streaming_offsets[stage.index], thread);
+    if (lane < kRows) store(stage.index, row, looked_up);
+    device::sync_warp();
+    shared.streaming[stage.index].template gather<kRows>(
+        streaming_data, shared.streaming_offsets[stage.index], first_row);
     device::commit_copies();
     if (tile > 0) {
       device::wait_for_copies<1>();
@@ -129,7 +156,8 @@ EMS_DEVICE void produce(SumShared<T, HEAD_SIZE>& shared, const T* streaming_data
   }
 }
 
-// A multiplying group: READ(tile, stage, products) uses the products of a tile.
+// A multiplying group: READ(tile, stage, products) uses the products of a tile, and may change
+// them.
 template <typename T, int HEAD_SIZE, typename READ>
 EMS_DEVICE void consume(SumShared<T, HEAD_SIZE>& shared, int32_t num_tiles, const READ& read) {
   using Shape = SumShape<HEAD_SIZE>;
@@ -149,11 +177,13 @@ EMS_DEVICE void consume(SumShared<T, HEAD_SIZE>& shared, int32_t num_tiles, cons
     shared.full[stage.index].wait(stage.parity);
     device::pin(products.values[0]);
     device::begin_group_products();
+    const uint64_t columns = device::describe_columns(shared.streaming[stage.index].elements);
 #pragma unroll
     for (int k = 0; k < kSteps; ++k) {
-      const uint64_t columns = device::describe_columns(
-          shared.streaming[stage.index].elements + k / 4 * kStreaming * 64, k % 4 * 16);
-      device::group_multiply<T, kStreaming>(products.values[0], staying[k], columns, k > 0);
+      constexpr int kPieceBytes = kStreaming * 64 * sizeof(T);
+      const int num_bytes = k / 4 * kPieceBytes + k % 4 * 16 * static_cast<int>(sizeof(T));
+      device::group_multiply<T, kStreaming>(products.values[0], staying[k],
+                                            device::advance_columns(columns, num_bytes), k > 0);
     }
     device::commit_group_products();
     device::wait_for_group_products<0>();
@@ -165,7 +195,7 @@ EMS_DEVICE void consume(SumShared<T, HEAD_SIZE>& shared, int32_t num_tiles, cons
 }
 
 // As ems::add_attention.
-template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
+template <typename T, int HEAD_SIZE, typename C, typename QUERIES, typename OUT>
 EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
                               int32_t first_key, int32_t num_keys, float scale, const float* lse,
                               const OUT& out) {
@@ -179,57 +209,47 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
 
   for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
     const int32_t key = first_key + i;
-    shared.staying_offsets[i] = key < num_keys ? keys.offset(key) : -1;
+    shared.staying_offsets[i] = key < num_keys ? keys.offset(key) : 0;
   }
   device::sync_cta();
-  start(shared, static_cast<const T*>(keys.cache.data));
+  start(shared, static_cast<const C*>(keys.cache.data));
 
   if (thread < device::kGroupSize) {
-    device::give_registers<Shape::kProducerRegisters>();
-    struct Prepared {
-      int64_t offset;
-      int32_t visible;
-      float lse;
-    };
     produce(
         shared, query_data, num_tiles,
-        [&](int32_t tile) -> Prepared {
-          const int32_t index = (first_tile + tile) * kStreaming + thread;
-          if (thread >= kStreaming || index >= queries.size()) return {-1, 0, INFINITY};
-          const Query query = queries.at(index);
-          if (query.visible == 0) return {-1, 0, INFINITY};
-          return {query.offset, query.visible, lse[query.lse_index] * kLog2E};
+        [&](int32_t index) {
+          return streaming_query(queries, first_tile * kStreaming + index, lse);
         },
-        [&](int stage, const Prepared& vector) {
-          if (thread >= kStreaming) return;
-          shared.streaming_offsets[stage][thread] = vector.offset;
-          shared.visible[stage][thread] = vector.visible;
-          shared.lse[stage][thread] = vector.lse;
+        [&](int stage, int row, const StreamingQuery& query) {
+          shared.streaming_offsets[stage][row] = query.offset;
+          shared.visible[stage][row] = query.visible;
+          shared.lse[stage][row] = query.lse * kLog2E;
         });
     return;
   }
 
-  device::take_registers<Shape::kConsumerRegisters>();
   const int lane = thread % device::kWarpSize;
   const int warp = (thread - device::kGroupSize) / device::kWarpSize;
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = scale_to_log2(scale);
   const int32_t last_key =
       first_key + Shape::kStaying < num_keys ? first_key + Shape::kStaying : num_keys;
   const int32_t own_keys[2] = {first_key + warp * 16 + lane / 4,
                                first_key + warp * 16 + lane / 4 + 8};
   float mass[2] = {};
-  consume(shared, num_tiles, [&](int32_t, int stage, const Products<1, kStreaming>& products) {
+  consume(shared, num_tiles, [&](int32_t, int stage, Products<1, kStreaming>& products) {
     const int32_t ends[2] = {shared.visible[stage][0], shared.visible[stage][kStreaming - 1]};
-    const bool is_masked = ends[0] < last_key || ends[1] < last_key;
+    if (ends[0] < last_key || ends[1] < last_key) {
+      products.hide([&](int, int half, int column) {
+        return own_keys[half] >= shared.visible[stage][column];
+      });
+    }
 #pragma unroll
     for (int j = 0; j < kStreaming / 8; ++j) {
       const int column = 8 * j + 2 * (lane % 4);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         const float lse_log2 = shared.lse[stage][column + k % 2];
-        float attention = device::exp2_fast(products.values[0][j][k] * scale_log2 - lse_log2);
-        if (is_masked && own_keys[k / 2] >= shared.visible[stage][column + k % 2]) attention = 0;
-        mass[k / 2] += attention;
+        mass[k / 2] += device::exp2_fast(products.values[0][j][k] * scale_log2 - lse_log2);
       }
     }
   });
@@ -255,8 +275,8 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   device::sync_cta();
   for (int i = thread; i < Shape::kStaying; i += Shape::kThreads) {
     const int32_t index = first_query + i;
-    const Query query = index < queries.size() ? queries.at(index) : Query{-1, 0, 0};
-    shared.staying_offsets[i] = query.offset;
+    const Query query = index < queries.size() ? queries.at(index) : Query{0, 0, 0};
+    shared.staying_offsets[i] = query.visible > 0 ? query.offset : 0;
     shared.staying_visible[i] = query.visible;
     if (query.visible > 0) {
       device::min_shared(&shared.bounds[0], query.visible);
@@ -270,45 +290,28 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   start(shared, query_data);
 
   if (thread < device::kGroupSize) {
-    device::give_registers<Shape::kProducerRegisters>();
     produce(
         shared, static_cast<const T*>(keys.cache.data), num_tiles,
-        [&](int32_t tile) -> int64_t {
-          const int32_t key = tile * kStreaming + thread;
-          return thread < kStreaming && key < stop ? keys.offset(key) : -1;
-        },
-        [&](int stage, int64_t offset) {
-          if (thread < kStreaming) shared.streaming_offsets[stage][thread] = offset;
-        });
+        [&](int32_t key) { return key < stop ? keys.offset(key) : 0; },
+        [&](int stage, int row, int64_t offset) { shared.streaming_offsets[stage][row] = offset; });
     return;
   }
 
-  device::take_registers<Shape::kConsumerRegisters>();
   const int lane = thread % device::kWarpSize;
   const int warp = (thread - device::kGroupSize) / device::kWarpSize;
   const int own_rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
-  const float scale_log2 = scale * kLog2E;
+  const float scale_log2 = scale_to_log2(scale);
+  const int32_t seen[2] = {shared.staying_visible[own_rows[0]],
+                           shared.staying_visible[own_rows[1]]};
   LaneSoftmax softmax[2];
-  consume(shared, num_tiles, [&](int32_t tile, int, const Products<1, kStreaming>& products) {
+  consume(shared, num_tiles, [&](int32_t tile, int, Products<1, kStreaming>& products) {
     const int32_t tile_key = tile * kStreaming;
-    const bool is_masked = min_visible < tile_key + kStreaming;
+    if (min_visible < tile_key + kStreaming) {
+      products.hide([&](int, int half, int column) { return tile_key + column >= seen[half]; });
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int32_t num_seen = shared.staying_visible[own_rows[half]] - tile_key;
-      // In parts, because all logits at once do not fit the registers beside the products.
-      constexpr int kPart = 8;
-#pragma unroll
-      for (int start = 0; start < kStreaming / 4; start += kPart) {
-        float logits[kPart];
-#pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          const int j = start + i;
-          logits[i] = products.values[0][j / 2][2 * half + j % 2] * scale_log2;
-          const int column = j / 2 * 8 + 2 * (lane % 4) + j % 2;
-          if (is_masked && column >= num_seen) logits[i] = -INFINITY;
-        }
-        softmax[half].update(logits);
-      }
+      softmax[half].update(products.values[0], half, scale_log2);
     }
   });
 #pragma unroll

@@ -64,13 +64,11 @@ EMS_DEVICE float exp2_fast(float x) {
 
 EMS_DEVICE float log2_accurate(float x) { return log2f(x); }
 
-// Copies 16 bytes to shared memory in the background; zeros where there is no source.
-EMS_DEVICE void copy_async(void* shared, const void* global, bool has_source) {
+// Copies 16 bytes to shared memory in the background. A size that is known only at run time, for
+// zeros where there is nothing to copy, would take twice as many instructions.
+EMS_DEVICE void copy_async(void* shared, const void* global) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  const int num_bytes = has_source ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(global),
-               "r"(num_bytes)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
 }
 // Copies since the last commit form a group.
 EMS_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }

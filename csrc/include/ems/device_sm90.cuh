@@ -54,24 +54,9 @@ struct Barrier {
   }
 };
 
-// A barrier of the first `count` threads that use this id (1..15; 0 is sync_cta's).
-EMS_DEVICE void sync_some(int id, int count) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(count) : "memory");
-}
-
 // Makes this thread's writes to shared memory visible to products of groups, which read it by
 // another path.
 EMS_DEVICE void publish_to_groups() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// Moves registers between the groups of a CTA; by all warps of a group.
-template <int COUNT>
-EMS_DEVICE void take_registers() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
-template <int COUNT>
-EMS_DEVICE void give_registers() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT));
-}
 
 EMS_DEVICE void begin_group_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 EMS_DEVICE void commit_group_products() {
@@ -92,16 +77,22 @@ EMS_DEVICE void pin(float (&values)[N][4]) {
   }
 }
 
-// Describes 16 columns of a tile [rows][64] of 16-bit elements in shared memory, 128 bytes a row,
-// whose 16-byte chunks are permuted within eight rows (chunk c of row r stands at c ^ (r % 8)), and
-// that begins at a multiple of 1024 bytes.
-EMS_DEVICE uint64_t describe_columns(const void* tile, int first_column) {
+// Describes the first 16 columns of a tile [rows][64] of 16-bit elements in shared memory, 128
+// bytes a row, whose 16-byte chunks are permuted within eight rows (chunk c of row r stands at c ^
+// (r % 8)), and that begins at a multiple of 1024 bytes.
+EMS_DEVICE uint64_t describe_columns(const void* tile) {
   constexpr uint64_t kSwizzle128 = uint64_t{1} << 62;
   constexpr uint64_t kEightRows = uint64_t{1024 >> 4} << 32;
   // Not used with this swizzle.
   constexpr uint64_t kLeading = uint64_t{1} << 16;
-  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile)) + first_column * 2;
+  const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(tile));
   return kSwizzle128 | kEightRows | kLeading | (address & 0x3ffff) >> 4;
+}
+// The same so many bytes further: 32 for the next 16 columns, or as many as another tile is away.
+// Of the 64 bits, addresses are in the lower 32 and do not carry.
+EMS_DEVICE uint64_t advance_columns(uint64_t columns, int num_bytes) {
+  constexpr uint64_t kUpper = uint64_t{0xffffffff} << 32;
+  return (columns & kUpper) | (static_cast<uint32_t>(columns) + (num_bytes >> 4));
 }
 
 #define EMS_ACC4(c, i) "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])

@@ -10,23 +10,38 @@ namespace ems {
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
 
+// The factor from products to logits in units of log 2, for a scale >= 0. Never 0, which would make
+// NaN of the -inf that hides a product; what the least makes of any product is as good as 0.
+EMS_DEVICE float scale_to_log2(float scale) {
+  constexpr float kSmallest = 1e-35f;
+  return fmaxf(scale * kLog2E, kSmallest);
+}
+
 // The softmax denominator of one row as one lane sees it. Each of the four lanes that share the row
 // keeps a maximum and a sum of its own columns; they meet at the end, not at every tile.
 struct LaneSoftmax {
   float maximum = -INFINITY;
   float sum = 0;
 
-  // Takes in logits in units of log 2; -inf for a hidden one.
+  // Takes in the products of the row that this lane has, [j][2 * half] and [j][2 * half + 1], -inf
+  // for a hidden one. scale_log2 > 0 makes logits of them, in units of log 2; as it keeps their
+  // order, only the largest is multiplied on its own.
   template <int N>
-  EMS_DEVICE void update(const float (&logits)[N]) {
-    float new_maximum = maximum;
+  EMS_DEVICE void update(const float (&products)[N][4], int half, float scale_log2) {
+    float largest = -INFINITY;
 #pragma unroll
-    for (int j = 0; j < N; ++j) new_maximum = logits[j] > new_maximum ? logits[j] : new_maximum;
+    for (int j = 0; j < N; ++j) {
+      largest = fmaxf(largest, fmaxf(products[j][2 * half], products[j][2 * half + 1]));
+    }
+    const float new_maximum = fmaxf(maximum, largest * scale_log2);
     // A lane that has seen nothing yet subtracts 0, not -inf.
     const float reference = new_maximum == -INFINITY ? 0.0f : new_maximum;
     sum *= device::exp2_fast(maximum - reference);
 #pragma unroll
-    for (int j = 0; j < N; ++j) sum += device::exp2_fast(logits[j] - reference);
+    for (int j = 0; j < N; ++j) {
+      sum += device::exp2_fast(products[j][2 * half] * scale_log2 - reference);
+      sum += device::exp2_fast(products[j][2 * half + 1] * scale_log2 - reference);
+    }
     maximum = new_maximum;
   }
 

@@ -31,7 +31,8 @@ class ChunkQueries {
   EMS_DEVICE int32_t size() const { return size_; }
 
   EMS_DEVICE Query at(int32_t index) const {
-    const int32_t stratum = index / group_;
+    // Unsigned, which divides in half as many instructions.
+    const int32_t stratum = static_cast<uint32_t>(index) / static_cast<uint32_t>(group_);
     const int32_t position = sampled_position(first_stratum_ + stratum, stride_);
     const int32_t query = position - first_position_;
     // Of the first and the last stratum a chunk may not have the position that is used.
@@ -153,7 +154,7 @@ score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
 #endif
 }
 
-template <typename T, int HEAD_SIZE>
+template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL(sm90::SumShape<HEAD_SIZE>::kThreads, 1)
 score_queries_sm90_kernel(ScoreQueriesParams p, const float* lse) {
 #if EMS_IS_SM90A
@@ -164,9 +165,9 @@ score_queries_sm90_kernel(ScoreQueriesParams p, const float* lse) {
   const int32_t num_keys = p.seq_lens[row];
   if (first_key >= num_keys) return;
   const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
-  sm90::add_attention<T, HEAD_SIZE>(ChunkQueries(p, row, kv_head),
-                                    static_cast<const T*>(p.query.data), keys, first_key, num_keys,
-                                    p.scale, lse, AddToScore{p, row, kv_head});
+  sm90::add_attention<T, HEAD_SIZE, C>(ChunkQueries(p, row, kv_head),
+                                       static_cast<const T*>(p.query.data), keys, first_key,
+                                       num_keys, p.scale, lse, AddToScore{p, row, kv_head});
 #else
   device::trap();
 #endif

@@ -58,13 +58,13 @@ EMS_DEVICE float window_scale(const ScoreWindowParams& p, int64_t layer) {
   return p.key_scales == nullptr ? p.scale : p.scale * p.key_scales[layer];
 }
 
-// CTA (x, split, tile): item x, one part of its keys, one tile of its queries.
-// partial: [num_splits, num_items * max_window_queries], float32.
+// CTA (x, split, tile): item first_item + x, one part of its keys, one tile of its queries.
+// partial: [num_splits, num_items * max_window_queries], float32, of the items of this launch.
 template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
-score_window_lse_kernel(ScoreWindowParams p, int32_t keys_per_split, int64_t num_items,
-                        float* partial) {
-  const Item item = item_at(p, device::cta_x());
+score_window_lse_kernel(ScoreWindowParams p, int64_t first_item, int32_t keys_per_split,
+                        int64_t num_items, float* partial) {
+  const Item item = item_at(p, first_item + device::cta_x());
   const WindowQueries queries(p, item, device::cta_x());
   const int32_t first_query =
       static_cast<int32_t>(device::cta_z()) * SumShape<T, HEAD_SIZE>::kStaying;
@@ -111,12 +111,13 @@ EMS_DEVICE void clear_beyond(int32_t num_entries, int32_t first_key, int64_t len
   }
 }
 
-// CTA (x, tile): item x, one tile of its keys. Also clears what lies beyond the entries.
+// CTA (x, tile): item first_item + x, one tile of its keys. Also clears what lies beyond the
+// entries. lse: [num_items * max_window_queries], of the items of this launch.
 template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
-score_window_kernel(ScoreWindowParams p, const float* lse) {
+score_window_kernel(ScoreWindowParams p, int64_t first_item, const float* lse) {
   constexpr int32_t kStaying = SumShape<T, HEAD_SIZE>::kStaying;
-  const Item item = item_at(p, device::cta_x());
+  const Item item = item_at(p, first_item + device::cta_x());
   const WindowQueries queries(p, item, device::cta_x());
   const int32_t first_key = static_cast<int32_t>(device::cta_y()) * kStaying;
   const int32_t num_entries = p.num_entries[item.row];

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "ems/device.cuh"
@@ -23,17 +24,29 @@ struct alignas(16) Tile {
 
   EMS_DEVICE const T* row(int row) const { return elements + row * kStride; }
 
-  // Starts copying row r from base + offsets[r]; a negative offset gives a row of zeros. By all
-  // NUM_THREADS threads of the CTA; consecutive ones copy consecutive chunks.
+  // Starts copying row r from base + offsets[r]. Rows stay apart in products, so a row that does
+  // not exist may be a copy of any, whose products are not used. By all NUM_THREADS threads of the
+  // CTA; consecutive ones copy consecutive chunks. Offsets are read before the first copy, because
+  // the compiler moves no load across one and they would be waited for in turns.
   template <int NUM_THREADS>
   EMS_DEVICE void gather(const T* base, const int64_t* offsets) {
+    constexpr unsigned kCopies = NUM_ROWS * kChunks;
+    constexpr unsigned kPerThread = (kCopies + NUM_THREADS - 1) / NUM_THREADS;
+    const auto thread = static_cast<unsigned>(device::thread_index());
+    int64_t row_offsets[kPerThread];
 #pragma unroll
-    for (int i = device::thread_index(); i < NUM_ROWS * kChunks; i += NUM_THREADS) {
-      const int row = i / kChunks;
-      const int element = i % kChunks * kElementsPerChunk;
-      const int64_t offset = offsets[row];
-      device::copy_async(elements + row * kStride + element,
-                         base + (offset < 0 ? 0 : offset + element), offset >= 0);
+    for (unsigned k = 0; k < kPerThread; ++k) {
+      const unsigned i = k * NUM_THREADS + thread;
+      row_offsets[k] = i < kCopies ? offsets[i / kChunks] : 0;
+    }
+#pragma unroll
+    for (unsigned k = 0; k < kPerThread; ++k) {
+      const unsigned i = k * NUM_THREADS + thread;
+      const unsigned element = i % kChunks * kElementsPerChunk;
+      if (i < kCopies) {
+        device::copy_async(elements + i / kChunks * kStride + element,
+                           base + row_offsets[k] + element);
+      }
     }
   }
 
@@ -45,20 +58,22 @@ struct alignas(16) Tile {
   // registers that the products use; half as many bytes arrive as for T, and other CTAs run.
   template <int NUM_THREADS>
   EMS_DEVICE void gather(const Float8E4M3* base, const int64_t* offsets) {
-    constexpr int kPerRow = HEAD_SIZE / 16;
-    constexpr int kPerThread = (NUM_ROWS * kPerRow + NUM_THREADS - 1) / NUM_THREADS;
+    constexpr unsigned kPerRow = HEAD_SIZE / 16;
+    constexpr unsigned kLoads = NUM_ROWS * kPerRow;
+    constexpr unsigned kPerThread = (kLoads + NUM_THREADS - 1) / NUM_THREADS;
+    const auto thread = static_cast<unsigned>(device::thread_index());
     Vector16 packed[kPerThread];
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      const int i = k * NUM_THREADS + device::thread_index();
-      const int64_t offset = i < NUM_ROWS * kPerRow ? offsets[i / kPerRow] : -1;
-      packed[k] = offset < 0 ? Vector16{}
-                             : *reinterpret_cast<const Vector16*>(base + offset + i % kPerRow * 16);
+    for (unsigned k = 0; k < kPerThread; ++k) {
+      const unsigned i = k * NUM_THREADS + thread;
+      if (i >= kLoads) continue;
+      packed[k] =
+          *reinterpret_cast<const Vector16*>(base + offsets[i / kPerRow] + i % kPerRow * 16);
     }
 #pragma unroll
-    for (int k = 0; k < kPerThread; ++k) {
-      const int i = k * NUM_THREADS + device::thread_index();
-      if (i >= NUM_ROWS * kPerRow) continue;
+    for (unsigned k = 0; k < kPerThread; ++k) {
+      const unsigned i = k * NUM_THREADS + thread;
+      if (i >= kLoads) continue;
       Vector16 wide[2];
       device::widen_vector<T>(packed[k], wide);
       auto* out = reinterpret_cast<Vector16*>(elements + i / kPerRow * kStride + i % kPerRow * 16);
@@ -82,6 +97,23 @@ struct Products {
       for (int j = 0; j < NUM_RIGHT / 8; ++j) {
 #pragma unroll
         for (int k = 0; k < 4; ++k) values[i][j][k] = 0.0f;
+      }
+    }
+  }
+
+  // Makes -inf of the products for which is_hidden(i, half, right row) holds, whatever they are; of
+  // left row 16 * i + 8 * half + l / 4.
+  template <typename F>
+  EMS_DEVICE void hide(const F& is_hidden) {
+    const int lane = device::thread_index() % device::kWarpSize;
+#pragma unroll
+    for (int i = 0; i < LEFT_TILES; ++i) {
+#pragma unroll
+      for (int j = 0; j < NUM_RIGHT / 8; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          if (is_hidden(i, k / 2, 8 * j + 2 * (lane % 4) + k % 2)) values[i][j][k] = -INFINITY;
+        }
       }
     }
   }

@@ -68,8 +68,6 @@ Cta& cta();
 
 void sync_cta();
 void sync_warp();
-// Meets `count` threads at one of the numbered barriers.
-void sync_some(int id, int count);
 // Lets another thread run, for one that waits in a loop.
 void give_way();
 

@@ -89,11 +89,11 @@ inline float exp2_fast(float x) { return std::exp2(x); }
 inline float log2_accurate(float x) { return std::log2(x); }
 
 // The copy happens when it is waited for, not before.
-inline void copy_async(void* shared, const void* global, bool has_source) {
+inline void copy_async(void* shared, const void* global) {
   emulator::require(reinterpret_cast<uintptr_t>(shared) % 16 == 0 &&
                         reinterpret_cast<uintptr_t>(global) % 16 == 0,
                     "an asynchronous copy is not aligned");
-  emulator::thread().copies.push_back({shared, has_source ? global : nullptr});
+  emulator::thread().copies.push_back({shared, global});
 }
 inline void commit_copies() {
   auto& thread = emulator::thread();
@@ -104,13 +104,7 @@ template <int NUM_PENDING>
 void wait_for_copies() {
   auto& groups = emulator::thread().groups;
   while (groups.size() > NUM_PENDING) {
-    for (const auto& [to, from] : groups.front()) {
-      if (from == nullptr) {
-        std::memset(to, 0, 16);
-      } else {
-        std::memcpy(to, from, 16);
-      }
-    }
+    for (const auto& [to, from] : groups.front()) std::memcpy(to, from, 16);
     groups.pop_front();
   }
 }

@@ -39,12 +39,7 @@ struct Barrier {
   }
 };
 
-inline void sync_some(int id, int count) { emulator::sync_some(id, count); }
 inline void publish_to_groups() {}
-template <int COUNT>
-void take_registers() {}
-template <int COUNT>
-void give_registers() {}
 inline void begin_group_products() {}
 
 inline void commit_group_products() {
@@ -65,11 +60,13 @@ void wait_for_group_products() {
 template <int N>
 void pin(float (&)[N][4]) {}
 
-inline uint64_t describe_columns(const void* tile, int first_column) {
+// A tile's address and, in its lowest bits, that of the columns within a row.
+inline uint64_t describe_columns(const void* tile) {
   const auto address = reinterpret_cast<uint64_t>(tile);
   emulator::require(address % 1024 == 0, "a swizzled tile is not aligned");
-  return address << 8 | static_cast<uint64_t>(first_column);
+  return address;
 }
+inline uint64_t advance_columns(uint64_t columns, int num_bytes) { return columns + num_bytes; }
 
 template <typename T, int N>
 void run_group_product(emulator::GroupProduct& product) {
@@ -77,8 +74,10 @@ void run_group_product(emulator::GroupProduct& product) {
   const int lane = thread_index() % kWarpSize;
   for (int i = 0; i < 4; ++i) warp.left[lane][i] = product.left[i];
   sync_warp();
-  const auto* tile = reinterpret_cast<const T*>(product.right >> 8);
-  const int first_column = static_cast<int>(product.right & 0xff);
+  const uint64_t first_byte = product.right % 1024;
+  emulator::require(first_byte % 32 == 0 && first_byte < 128, "columns beyond a swizzled tile");
+  const auto* tile = reinterpret_cast<const T*>(product.right - first_byte);
+  const int first_column = static_cast<int>(first_byte / sizeof(T));
   for (int j = 0; j < N / 8; ++j) {
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i / 2 * 8;
