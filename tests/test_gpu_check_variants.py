@@ -2,12 +2,14 @@
 """Builds of score_queries that are timed beside the shipped one."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from gpu import prebuilt
 from gpu.pack import extension
 
 import ems_vllm
@@ -39,6 +41,32 @@ def test_libraries_of_other_patches_are_built_again(tmp_path, monkeypatch):
     assert not extension.variants_are_built()
     (tmp_path / "BUILT_VARIANTS" / "a.patch").write_text("new")
     assert extension.variants_are_built()
+
+
+def test_a_library_is_built_with_each_patch_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(extension, "COPY", tmp_path / "copy")
+    monkeypatch.setattr(extension, "BUILT_VARIANTS", tmp_path / "copy" / "variants")
+
+    def build_operators():
+        library = tmp_path / "library.so"
+        library.write_text(prebuilt.digest(extension.COPY))
+        return library
+
+    monkeypatch.setattr(extension, "build_operators", build_operators)
+    extension.COPY.mkdir()
+    extension.copy_sources()
+    before = prebuilt.digest(extension.COPY)
+    extension.build_variants()
+    assert extension.variants_are_built()
+    libraries = sorted(extension.BUILT_VARIANTS.glob("*.so"))
+    assert [path.stem for path in libraries] == [path.stem for path in PATCHES]
+    assert len({before, *(path.read_text() for path in libraries)}) == len(PATCHES) + 1
+    # What the shipped library is built from then, and not taken for what was compiled last.
+    assert prebuilt.digest(extension.COPY) == before
+    for patch in PATCHES:
+        for name in re.findall(r"^\+\+\+ b/(\S+)", patch.read_text(), re.M):
+            changed = (extension.COPY / name).stat().st_mtime
+            assert changed > (ROOT / name).stat().st_mtime
 
 
 @pytest.mark.slow
