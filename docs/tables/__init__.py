@@ -101,6 +101,15 @@ _DEALINGS = {
     "by head, 30 levels": "a level for each of the 30 layers",
     "by head, blocks of 4": "3 levels, blocks of 4 entries instead of 16",
 }
+_SAMPLES = {
+    "last 256 (default)": "**the last 256, each (default)**",
+    "last 256, one in 4": "the last 256, one in 4",
+    "all": "all, each",
+    "all, one in 4": "**all, one in 4 (default of `all`)**",
+    "all, one in 16": "all, one in 16",
+    "all, one in 64": "all, one in 64",
+}
+_SAMPLING = "lab-smollm2-sampling.json"
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
     "ems, not merged": "no merging",
@@ -284,6 +293,29 @@ TABLES: dict[str, Callable[[], str]] = {
     "all-queries": partial(change, _SMOLLM2, "lab-smollm2-all-queries.json"),
     "all-queries-4k": partial(
         change, _SMOLLM2_4K, "lab-smollm2-4k-all-queries.json", ("first", "later")
+    ),
+    "sampling": partial(
+        ablation,
+        _SAMPLES,
+        [
+            Column(_SAMPLING, budget, group)
+            for budget, groups in (
+                ("0.06", ("last", "first", "later", "continuation")),
+                ("0.125", ("later", "continuation")),
+                ("0.25", ("last", "first", "later", "continuation")),
+            )
+            for group in groups
+        ],
+    ),
+    "sampling-all": partial(
+        change, _SAMPLING, _SAMPLING, variant="all, one in 4", old_variant="all"
+    ),
+    "sampling-last": partial(
+        change,
+        _SAMPLING,
+        _SAMPLING,
+        variant="last 256, one in 4",
+        old_variant="last 256 (default)",
     ),
     "mergers": partial(ablation, _MERGERS, _by_merger("lab-smollm2-mergers.json")),
     "merge-weights": partial(
