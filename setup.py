@@ -53,6 +53,7 @@ OPS_SOURCES = [
     "csrc/cpu/simd_avx2.cpp",
     "csrc/cpu/simd_avx512.cpp",
     "csrc/cpu/simd_avx512_bf16.cpp",
+    "csrc/cpu/simd_amx.cpp",
     "csrc/cpu/simd_portable.cpp",
 ]
 # Only where there is nvcc.

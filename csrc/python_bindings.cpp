@@ -160,7 +160,7 @@ py::dict build_info() {
 #endif
   info["torch_target"] = EMS_TORCH_TARGET;
 #if EMS_X86_VARIANTS
-  info["cpu_variants"] = py::make_tuple("avx512_bf16", "avx512", "avx2", "portable");
+  info["cpu_variants"] = py::make_tuple("amx", "avx512_bf16", "avx512", "avx2", "portable");
 #else
   info["cpu_variants"] = py::make_tuple("portable");
 #endif

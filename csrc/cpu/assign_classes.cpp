@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 
-// One item per layer, row and kv_head: unit vectors of the entries to merge against tiles of unit
-// vectors of the centres, once for keys and once for values, and the best product so far.
+// One item per layer, row and kv_head: the entries to merge against tiles of the centres, once for
+// keys and once for values, and the best redundancy so far. Products are of vectors as they are and
+// divided by norms afterwards, so that those of bfloat16 need no conversion.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -15,36 +17,46 @@
 namespace ems::cpu {
 namespace {
 
-// A zero vector stays zero: its cosine with anything is 0.
-void normalize(float* vector, int64_t length) {
-  const float norm = std::sqrt(simd().dot(vector, vector, length));
-  if (norm == 0) return;
-  for (int64_t d = 0; d < length; ++d) vector[d] /= norm;
-}
-
+// The keys or the values of one head as factors, and their inverse norms.
 template <typename T>
-class HeadUnits {
+class HeadVectors {
  public:
-  HeadUnits(const AssignClassesParams& p, const PagedTensor& cache, const Item& item)
-      : p_(p), cache_(cache), item_(item) {}
+  HeadVectors(const AssignClassesParams& p, const PagedTensor& cache, const Item& item)
+      : p_(p), cache_(cache), item_(item), factors_(p.head_size), floats_(p.head_size) {}
 
-  void load(int64_t entry, float* out) const {
+  const Factors<T, T>& factors() const { return factors_; }
+  int64_t num_words() const { return factors_.num_words(); }
+
+  // Returns the inverse norm; 0 of a zero vector, whose cosine with anything is 0.
+  float load(int64_t entry, float* out) {
     const T* vector =
         cache_.entry<const T>(p_.block_table, item_.row, item_.layer, item_.head, entry);
-    convert(vector, p_.head_size, 1.0f, out);
-    normalize(out, p_.head_size);
-  }
-
-  std::vector<float> load_all(const int32_t* entries, int64_t count) const {
-    std::vector<float> units(count * p_.head_size);
-    for (int64_t i = 0; i < count; ++i) load(entries[i], units.data() + i * p_.head_size);
-    return units;
+    factors_.load(vector, out);
+    convert(vector, p_.head_size, 1.0f, floats_.data());
+    const float norm = std::sqrt(simd().dot(floats_.data(), floats_.data(), p_.head_size));
+    return norm == 0 ? 0.0f : 1.0f / norm;
   }
 
  private:
   const AssignClassesParams& p_;
   const PagedTensor& cache_;
   Item item_;
+  Factors<T, T> factors_;
+  Floats floats_;
+};
+
+// Vectors of the entries to merge, and their inverse norms.
+template <typename T>
+struct Members {
+  Floats rows;
+  Floats by_norm;
+
+  Members(HeadVectors<T>& vectors, const std::vector<int32_t>& entries)
+      : rows(entries.size() * vectors.num_words()), by_norm(entries.size()) {
+    for (size_t i = 0; i < entries.size(); ++i) {
+      by_norm[i] = vectors.load(entries[i], rows.data() + i * vectors.num_words());
+    }
+  }
 };
 
 template <typename T>
@@ -66,38 +78,55 @@ void assign_head(const AssignClassesParams& p, const Item& item) {
   const int64_t num_members = static_cast<int64_t>(members.size());
   if (num_members == 0) return;
 
-  const HeadUnits<T> key_units(p, p.key_cache, item);
-  const HeadUnits<T> value_units(p, p.value_cache, item);
-  const std::vector<float> member_keys = key_units.load_all(members.data(), num_members);
-  const std::vector<float> member_values = value_units.load_all(members.data(), num_members);
-  std::vector<float> best(num_members, -1.0f);
+  HeadVectors<T> key_vectors(p, p.key_cache, item);
+  HeadVectors<T> value_vectors(p, p.value_cache, item);
+  const Members<T> member_keys(key_vectors, members);
+  const Members<T> member_values(value_vectors, members);
+  Floats best(num_members, -1.0f);
   std::vector<int32_t> best_rank(num_members, zero_class);
-  std::vector<float> maxima(kChunkRows);
+  Floats maxima(kChunkRows);
 
-  KeyTiles keys(p.head_size), values(p.head_size);
+  KeyTiles keys(key_vectors.factors()), values(value_vectors.factors());
+  Floats by_norms(KeyTiles::kMaxKeys);
   for (int64_t first = 0; first < p.budgets[row]; first += KeyTiles::kMaxKeys) {
     const int64_t count = std::min(KeyTiles::kMaxKeys, p.budgets[row] - first);
-    keys.pack(first, count, [&](int64_t rank, float* out) { key_units.load(kept[rank], out); });
-    values.pack(first, count, [&](int64_t rank, float* out) { value_units.load(kept[rank], out); });
+    std::fill(by_norms.begin(), by_norms.end(), 0.0f);
+    keys.pack(first, count, [&](int64_t rank, float* out) {
+      by_norms[rank - first] = key_vectors.load(kept[rank], out);
+    });
+    values.pack(first, count, [&](int64_t rank, float* out) {
+      by_norms[rank - first] *= value_vectors.load(kept[rank], out);
+    });
     for (int64_t member = 0; member < num_members; member += kChunkRows) {
       const int64_t num_rows = std::min(kChunkRows, num_members - member);
       for (int64_t start = 0; start < count; start += kTileKeys) {
-        const int64_t offset = member * p.head_size;
-        float* products = keys.multiply(start, member_keys.data() + offset, num_rows);
-        const float* value_cos = values.multiply(start, member_values.data() + offset, num_rows);
-        simd().redundancy(products, value_cos, num_rows, maxima.data());
+        const int64_t offset = member * key_vectors.num_words();
+        float* products = keys.multiply(start, member_keys.rows.data() + offset, num_rows);
+        const float* of_values =
+            values.multiply(start, member_values.rows.data() + offset, num_rows);
+        simd().redundancy(products, of_values, member_keys.by_norm.data() + member,
+                          member_values.by_norm.data() + member, by_norms.data() + start, num_rows,
+                          maxima.data());
         const int64_t num_centres = std::min(kTileKeys, count - start);
         for (int64_t i = 0; i < num_rows; ++i) {
-          // Most tiles hold nothing better. The maximum may come from a centre that takes no
-          // members; then the scan finds what the others offer.
+          // Most tiles hold nothing better.
           if (maxima[i] <= best[member + i]) continue;
+          const float* redundancies = products + i * kTileKeys;
+          const auto take = [&](int64_t j) {
+            best[member + i] = redundancies[j];
+            best_rank[member + i] = static_cast<int32_t>(first + start + j);
+          };
+          const auto takes_members = [&](int64_t j) {
+            return kept[first + start + j] >= p.num_protected[row];
+          };
+          const int64_t largest =
+              std::find(redundancies, redundancies + num_centres, maxima[i]) - redundancies;
+          if (largest < num_centres && takes_members(largest)) {
+            take(largest);
+            continue;
+          }
           for (int64_t j = 0; j < num_centres; ++j) {
-            const float redundancy = products[i * kTileKeys + j];
-            const int64_t rank = first + start + j;
-            if (redundancy > best[member + i] && kept[rank] >= p.num_protected[row]) {
-              best[member + i] = redundancy;
-              best_rank[member + i] = static_cast<int32_t>(rank);
-            }
+            if (redundancies[j] > best[member + i] && takes_members(j)) take(j);
           }
         }
       }

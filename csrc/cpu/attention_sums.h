@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/factors.h"
 #include "cpu/simd.h"
 
@@ -12,7 +13,7 @@
 // softmax denominator, and the attention each key receives in sum.
 namespace ems::cpu {
 
-// Queries are handled in chunks whose logits stay in the first-level cache.
+// Rows are handled in chunks whose products stay in the first-level cache.
 constexpr int64_t kChunkRows = 32;
 
 // Up to kMaxTiles tiles of consecutive keys, transposed.
@@ -23,22 +24,18 @@ class KeyTiles {
   static constexpr int64_t kMaxTiles = 4;
   static constexpr int64_t kMaxKeys = kMaxTiles * kTileKeys;
 
-  explicit KeyTiles(int64_t head_size)
-      : head_size_(head_size),
-        rows_(kTileKeys * head_size),
-        tiles_(kMaxKeys * head_size),
-        logits_(kChunkRows * kTileKeys),
+  // Keys and rows are as these factors load them.
+  template <typename T, typename C>
+  explicit KeyTiles(const Factors<T, C>& factors)
+      : num_words_(factors.num_words()),
+        in_pairs_(factors.in_pairs()),
+        rows_(kTileKeys * num_words_),
+        tiles_(kMaxKeys * num_words_),
+        products_(kChunkRows * kTileKeys),
         visible_(kChunkRows) {}
 
-  // Keys and rows as these factors load them.
-  template <typename T, typename C>
-  explicit KeyTiles(const Factors<T, C>& factors) : KeyTiles(factors.num_words()) {
-    in_pairs_ = factors.in_pairs();
-    scale_ = factors.scale();
-  }
-
-  // Loads keys first..first+count-1; load(key, out) writes one as floats. Keys that fill up the
-  // last tile are zero.
+  // Loads keys first..first+count-1; load(key, out) writes one. Keys that fill up the last tile are
+  // zero.
   template <typename F>
   void pack(int64_t first, int64_t count, const F& load) {
     first_ = first;
@@ -46,10 +43,10 @@ class KeyTiles {
     for (int64_t start = 0; start < count; start += kTileKeys) {
       const int64_t end = std::min(start + kTileKeys, count);
       for (int64_t key = start; key < end; ++key) {
-        load(first + key, rows_.data() + (key - start) * head_size_);
+        load(first + key, rows_.data() + (key - start) * num_words_);
       }
-      std::fill(rows_.begin() + (end - start) * head_size_, rows_.end(), 0.0f);
-      simd().transpose(rows_.data(), head_size_, tiles_.data() + start * head_size_);
+      std::fill(rows_.begin() + (end - start) * num_words_, rows_.end(), 0.0f);
+      simd().transpose(rows_.data(), num_words_, tiles_.data() + start * num_words_);
     }
   }
 
@@ -59,35 +56,39 @@ class KeyTiles {
   // Products of up to kChunkRows rows with the keys of the tile that starts at key `start` (a
   // multiple of kTileKeys, counted from first()); [num_rows][kTileKeys].
   float* multiply(int64_t start, const float* rows, int64_t num_rows) {
-    const float* tile = tiles_.data() + start * head_size_;
+    const float* tile = tiles_.data() + start * num_words_;
     if (in_pairs_) {
-      simd().multiply_bfloat16(rows, num_rows, head_size_, tile, scale_, logits_.data());
+      simd().multiply_bfloat16(rows, num_rows, num_words_, tile, products_.data());
     } else {
-      simd().multiply(rows, num_rows, head_size_, tile, logits_.data());
+      simd().multiply(rows, num_rows, num_words_, tile, products_.data());
     }
-    return logits_.data();
+    return products_.data();
   }
 
   // Takes these keys into the softmax of the rows. Row i sees keys 0..visible[i]-1.
-  void update_softmax(const float* rows, const int64_t* visible, int64_t num_rows,
+  void update_softmax(const float* rows, float scale, const int64_t* visible, int64_t num_rows,
                       SoftmaxState* states) {
-    for_tiles(rows, visible, num_rows, [&](int64_t, int64_t row, int64_t count, float* logits) {
-      simd().update_softmax(logits, visible_.data(), count, states + row);
+    for_tiles(rows, visible, num_rows, [&](int64_t, int64_t row, int64_t count, float* products) {
+      simd().update_softmax(products, at_least_smallest(scale), visible_.data(), count,
+                            states + row);
     });
   }
 
   // received[j] += attention that the rows pay to key first() + j, and peaks[j], which may be null,
   // is at least what each pays; both have kMaxKeys elements.
-  void add_attention(const float* rows, const int64_t* visible, const float* lse, int64_t num_rows,
-                     float* received, float* peaks = nullptr) {
-    for_tiles(rows, visible, num_rows,
-              [&](int64_t start, int64_t row, int64_t count, float* logits) {
-                simd().add_attention(logits, visible_.data(), lse + row, count, received + start,
-                                     peaks == nullptr ? nullptr : peaks + start);
-              });
+  void add_attention(const float* rows, float scale, const int64_t* visible, const float* lse,
+                     int64_t num_rows, float* received, float* peaks = nullptr) {
+    for_tiles(
+        rows, visible, num_rows, [&](int64_t start, int64_t row, int64_t count, float* products) {
+          simd().add_attention(products, at_least_smallest(scale), visible_.data(), lse + row,
+                               count, received + start, peaks == nullptr ? nullptr : peaks + start);
+        });
   }
 
  private:
+  // Of a scale of 0, which would make NaN of the -inf that hides a product.
+  static float at_least_smallest(float scale) { return std::max(scale, 1e-35f); }
+
   template <typename F>
   void for_tiles(const float* rows, const int64_t* visible, int64_t num_rows, const F& f) {
     for (int64_t row = 0; row < num_rows; row += kChunkRows) {
@@ -99,19 +100,18 @@ class KeyTiles {
           most = std::max(most, visible_[i]);
         }
         if (most == 0) break;
-        f(start, row, num_chunk, multiply(start, rows + row * head_size_, num_chunk));
+        f(start, row, num_chunk, multiply(start, rows + row * num_words_, num_chunk));
       }
     }
   }
 
-  int64_t head_size_;  // words of a vector
-  bool in_pairs_ = false;
-  float scale_ = 1.0f;
+  int64_t num_words_;  // of a vector
+  bool in_pairs_;
   int64_t first_ = 0;
   int64_t count_ = 0;
-  std::vector<float> rows_;
-  std::vector<float> tiles_;
-  std::vector<float> logits_;
+  Floats rows_;
+  Floats tiles_;
+  Floats products_;
   std::vector<int64_t> visible_;
 };
 

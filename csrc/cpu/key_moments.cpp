@@ -29,8 +29,8 @@ void moments_of_head(const KeyMomentsParams& p, const Item& item) {
   std::fill(directions, directions + size, 0.0f);
 
   const int64_t padded = simd().padded_size(size);
-  std::vector<float> origin(size), sums(size), of_chunk(size);
-  std::vector<float> chunk(kChunkKeys * padded), products(with_products ? padded * padded : 0);
+  Floats origin(size), sums(size), of_chunk(size);
+  Floats chunk(kChunkKeys * padded), products(with_products ? padded * padded : 0);
   if (num_entries > 0) {
     const int64_t entry = std::min(kOriginEntry, num_entries - 1);
     keys.load(entry, origin.data());

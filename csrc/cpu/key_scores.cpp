@@ -23,7 +23,7 @@ class Whitening {
       : size_(size),
         tiles_((size + kTileKeys - 1) / kTileKeys * kTileKeys * size),
         products_(kChunkKeys * kTileKeys) {
-    std::vector<float> rows(kTileKeys * size);
+    Floats rows(kTileKeys * size);
     for (int64_t start = 0; start < size; start += kTileKeys) {
       std::fill(rows.begin(), rows.end(), 0.0f);
       for (int64_t row = start; row < std::min(start + kTileKeys, size); ++row) {
@@ -47,8 +47,8 @@ class Whitening {
 
  private:
   int64_t size_;
-  std::vector<float> tiles_;
-  std::vector<float> products_;
+  Floats tiles_;
+  Floats products_;
 };
 
 template <typename T>
@@ -65,7 +65,7 @@ void score_head(const KeyScoresParams& p, const Item& item) {
                       with_leverage ? size : 0);
 
   const float of_directions = std::sqrt(simd().dot(directions, directions, size));
-  std::vector<float> chunk(kChunkKeys * size);
+  Floats chunk(kChunkKeys * size);
   for (int64_t first = 0; first < num_entries; first += kChunkKeys) {
     const int64_t count = std::min(kChunkKeys, num_entries - first);
     for (int64_t i = 0; i < count; ++i) {

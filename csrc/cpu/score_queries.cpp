@@ -66,7 +66,7 @@ class QueryRows {
  public:
   QueryRows(const ScoreQueriesParams& p, const Samples& samples, int64_t row, int64_t head)
       : p_(p),
-        factors_(p.head_size, p.scale),
+        factors_(p.head_size),
         samples_(samples[row]),
         head_(head),
         group_(p.num_heads / p.num_kv_heads),
@@ -83,7 +83,7 @@ class QueryRows {
     for (int64_t i = 0; i < num_rows_; ++i) {
       const int64_t query = samples_[first + i / group_];
       const T* vector = p_.query.at<const T>(start_ + query, query_head(i));
-      factors_.load_query(vector, rows_.data() + i * num_words);
+      factors_.load(vector, rows_.data() + i * num_words);
       visible_[i] = first_position_ + query + 1;
     }
   }
@@ -117,9 +117,9 @@ class QueryRows {
   int64_t start_;
   int64_t first_position_;
   int64_t num_rows_ = 0;
-  std::vector<float> rows_;
+  Floats rows_;
   std::vector<int64_t> visible_;
-  std::vector<float> lse_;
+  Floats lse_;
 };
 
 template <typename T, typename C>
@@ -127,7 +127,7 @@ void pack_keys(const ScoreQueriesParams& p, const Factors<T, C>& factors, const 
                int64_t first, int64_t count, KeyTiles* keys) {
   keys->pack(first, count, [&](int64_t key, float* out) {
     const C* vector = p.key_cache.entry<const C>(p.block_table, item.row, 0, item.head, key);
-    factors.load_key(vector, out);
+    factors.load(vector, out);
   });
 }
 
@@ -158,7 +158,8 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
     for (int64_t first = 0; first < num_keys; first += KeyTiles::kMaxKeys) {
       pack_keys(p, queries.factors(), item, first, std::min(KeyTiles::kMaxKeys, num_keys - first),
                 &keys);
-      keys.update_softmax(queries.rows(), queries.visible(), queries.num_rows(), states.data());
+      keys.update_softmax(queries.rows(), p.scale, queries.visible(), queries.num_rows(),
+                          states.data());
     }
     simd().finish_softmax(states.data(), queries.num_rows(), queries.lse());
     queries.store_lse(item.first, lse);
@@ -168,7 +169,6 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
 template <typename T, typename C>
 void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
-  const int64_t queries_per_chunk = std::max<int64_t>(kChunkRows / group, 1);
   std::vector<Span> items;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
@@ -183,7 +183,7 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
     const int64_t num_queries = static_cast<int64_t>(sampled.size());
     const int64_t seq_len = p.seq_lens[item.row];
     const int64_t count = std::min(KeyTiles::kMaxKeys, seq_len - item.first);
-    std::vector<float> received(KeyTiles::kMaxKeys, 0.0f);
+    Floats received(KeyTiles::kMaxKeys, 0.0f);
     // Queries before the first key see none of these keys.
     const int64_t first_position = seq_len - p.query_lens[item.row];
     const int64_t first_query =
@@ -193,11 +193,12 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
       QueryRows<T, C> queries(p, samples, item.row, item.head);
       KeyTiles keys(queries.factors());
       pack_keys(p, queries.factors(), item, item.first, count, &keys);
-      for (int64_t query = first_query; query < num_queries; query += queries_per_chunk) {
-        queries.load(query, std::min(queries_per_chunk, num_queries - query));
+      // As many as are whole chunks of rows, whatever the group.
+      for (int64_t query = first_query; query < num_queries; query += kChunkRows) {
+        queries.load(query, std::min(kChunkRows, num_queries - query));
         queries.load_lse(query, lse);
-        keys.add_attention(queries.rows(), queries.visible(), queries.lse(), queries.num_rows(),
-                           received.data());
+        keys.add_attention(queries.rows(), p.scale, queries.visible(), queries.lse(),
+                           queries.num_rows(), received.data());
       }
     }
     for (int64_t j = 0; j < count; ++j) {
@@ -219,7 +220,7 @@ void score_queries(const ScoreQueriesParams& params) {
     using T = decltype(element);
     using C = decltype(cached);
     ScoreQueriesParams p = params;
-    std::vector<float> lse;
+    Floats lse;
     if (p.lse == nullptr) {
       lse.resize(p.num_tokens * p.num_heads);
       p.lse_token_stride = p.num_heads;

@@ -44,14 +44,14 @@ void score_head(const ScoreWindowParams& p, const Item& item) {
   if (num_rows == 0 || num_entries == 0) return;
 
   const float scale = p.key_scales == nullptr ? p.scale : p.scale * p.key_scales[layer];
-  const Factors<T, C> factors(p.head_size, scale);
-  std::vector<float> rows(num_rows * factors.num_words());
+  const Factors<T, C> factors(p.head_size);
+  Floats rows(num_rows * factors.num_words());
   std::vector<int64_t> visible(num_rows);
   for (int64_t i = 0; i < num_rows; ++i) {
     const int64_t age = i / group;
     const int64_t place = (p.end_positions[row] - 1 - age) % p.ring.window;
     const T* query = p.ring.at<const T>(layer, p.ring_rows[row], place, head * group + i % group);
-    factors.load_query(query, rows.data() + i * factors.num_words());
+    factors.load(query, rows.data() + i * factors.num_words());
     visible[i] = p.live_lens[row] - age;
   }
 
@@ -59,7 +59,7 @@ void score_head(const ScoreWindowParams& p, const Item& item) {
   const auto pack = [&](int64_t first, int64_t end) {
     keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* out) {
       const C* vector = p.key_cache.entry<const C>(p.block_table, row, layer, head, key);
-      factors.load_key(vector, out);
+      factors.load(vector, out);
     });
   };
 
@@ -67,18 +67,18 @@ void score_head(const ScoreWindowParams& p, const Item& item) {
   simd().init_softmax(states.data(), num_rows);
   for (int64_t first = 0; first < p.live_lens[row]; first += KeyTiles::kMaxKeys) {
     pack(first, p.live_lens[row]);
-    keys.update_softmax(rows.data(), visible.data(), num_rows, states.data());
+    keys.update_softmax(rows.data(), scale, visible.data(), num_rows, states.data());
   }
-  std::vector<float> lse(num_rows);
+  Floats lse(num_rows);
   simd().finish_softmax(states.data(), num_rows, lse.data());
 
-  std::vector<float> received(KeyTiles::kMaxKeys);
-  std::vector<float> most(peaks == nullptr ? 0 : KeyTiles::kMaxKeys);
+  Floats received(KeyTiles::kMaxKeys);
+  Floats most(peaks == nullptr ? 0 : KeyTiles::kMaxKeys);
   for (int64_t first = 0; first < num_entries; first += KeyTiles::kMaxKeys) {
     pack(first, num_entries);
     std::fill(received.begin(), received.end(), 0.0f);
     std::fill(most.begin(), most.end(), 0.0f);
-    keys.add_attention(rows.data(), visible.data(), lse.data(), num_rows, received.data(),
+    keys.add_attention(rows.data(), scale, visible.data(), lse.data(), num_rows, received.data(),
                        peaks == nullptr ? nullptr : most.data());
     for (int64_t j = 0; j < keys.count(); ++j) {
       scores[first + j] = received[j] / static_cast<float>(group);

@@ -54,28 +54,32 @@ struct Simd {
   void (*multiply)(const float* rows, int64_t num_rows, int64_t head_size, const float* tile,
                    float* products);
 
-  // The same, times scale, of words that hold two bfloat16 each, rows [num_rows][num_words] and
-  // tile [num_words][kTileKeys]; sums are float32. Null where the processor has no instruction for
-  // it.
+  // The same of words that hold two bfloat16 each, rows [num_rows][num_words] and tile
+  // [num_words][kTileKeys]; sums are float32. Null where the processor has no instruction for it.
   void (*multiply_bfloat16)(const float* rows, int64_t num_rows, int64_t num_words,
-                            const float* tile, float scale, float* products);
+                            const float* tile, float* products);
 
-  // Take the first visible[i] logits of row i (all, or none, when it is beyond the tile) into the
-  // state of its softmax. Overwrites hidden logits.
+  // Take the first visible[i] products of row i (all, or none, when it is beyond the tile) into the
+  // state of its softmax; scale > 0 makes logits of them. Overwrites hidden products.
   void (*init_softmax)(SoftmaxState* states, int64_t num_rows);
-  void (*update_softmax)(float* logits, const int64_t* visible, int64_t num_rows,
+  void (*update_softmax)(float* products, float scale, const int64_t* visible, int64_t num_rows,
                          SoftmaxState* states);
   // lse[i] = log of the sum of exponentials; -inf for a row that saw nothing.
   void (*finish_softmax)(const SoftmaxState* states, int64_t num_rows, float* lse);
 
-  // received[j] += sum over rows of exp(logit[i][j] - lse[i]), over the first visible[i] keys of
-  // row i; peaks[j], which may be null, becomes at least each of them. Overwrites hidden logits.
-  void (*add_attention)(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-                        float* received, float* peaks);
+  // received[j] += sum over rows of exp(scale * products[i][j] - lse[i]), over the first visible[i]
+  // keys of row i; peaks[j], which may be null, becomes at least each of them; scale > 0.
+  // Overwrites hidden products.
+  void (*add_attention)(float* products, float scale, const int64_t* visible, const float* lse,
+                        int64_t num_rows, float* received, float* peaks);
 
-  // key_cos[i][j] = max(key_cos[i][j], 0) * max(value_cos[i][j], 0) for [num_rows][kTileKeys], and
-  // the largest of each row.
-  void (*redundancy)(float* key_cos, const float* value_cos, int64_t num_rows, float* maxima);
+  // Redundancies of [num_rows][kTileKeys] in the place of the products of their keys, and the
+  // largest of each row: max(keys[i][j], 0) * max(values[i][j], 0), divided by the norms of all
+  // four vectors. by_key_norm and by_value_norm have the inverse of each row's, by_norms
+  // [kTileKeys] that of both of a column.
+  void (*redundancy)(float* keys, const float* values, const float* by_key_norm,
+                     const float* by_value_norm, const float* by_norms, int64_t num_rows,
+                     float* maxima);
 };
 
 // The best variant this processor runs, or the one named by EMS_CPU_VARIANT. Fixed at first use.

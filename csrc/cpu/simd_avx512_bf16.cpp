@@ -27,7 +27,7 @@ inline __m512bh everywhere(const float* at) {
 }
 
 template <int NUM_ROWS>
-inline void multiply_tile(const float* rows, int64_t num_words, const float* tile, float scale,
+inline void multiply_tile(const float* rows, int64_t num_words, const float* tile,
                           float* products) {
   __m512 left[NUM_ROWS], right[NUM_ROWS];
   for (int i = 0; i < NUM_ROWS; ++i) left[i] = right[i] = _mm512_setzero_ps();
@@ -41,28 +41,27 @@ inline void multiply_tile(const float* rows, int64_t num_words, const float* til
     }
   }
   for (int i = 0; i < NUM_ROWS; ++i) {
-    _mm512_storeu_ps(products + i * kTileKeys, _mm512_mul_ps(left[i], _mm512_set1_ps(scale)));
-    _mm512_storeu_ps(products + i * kTileKeys + kLanes,
-                     _mm512_mul_ps(right[i], _mm512_set1_ps(scale)));
+    _mm512_storeu_ps(products + i * kTileKeys, left[i]);
+    _mm512_storeu_ps(products + i * kTileKeys + kLanes, right[i]);
   }
 }
 
 template <int NUM_ROWS>
-inline void multiply_rows(const float* rows, int64_t num_words, const float* tile, float scale,
+inline void multiply_rows(const float* rows, int64_t num_words, const float* tile,
                           float* products) {
   for (int64_t key = 0; key < kTileKeys; key += 2 * kLanes) {
-    multiply_tile<NUM_ROWS>(rows, num_words, tile + key, scale, products + key);
+    multiply_tile<NUM_ROWS>(rows, num_words, tile + key, products + key);
   }
 }
 
 void multiply_bfloat16(const float* rows, int64_t num_rows, int64_t num_words, const float* tile,
-                       float scale, float* products) {
+                       float* products) {
   int64_t i = 0;
   for (; i + kRows <= num_rows; i += kRows) {
-    multiply_rows<kRows>(rows + i * num_words, num_words, tile, scale, products + i * kTileKeys);
+    multiply_rows<kRows>(rows + i * num_words, num_words, tile, products + i * kTileKeys);
   }
   for (; i < num_rows; ++i) {
-    multiply_rows<1>(rows + i * num_words, num_words, tile, scale, products + i * kTileKeys);
+    multiply_rows<1>(rows + i * num_words, num_words, tile, products + i * kTileKeys);
   }
 }
 

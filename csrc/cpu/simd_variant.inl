@@ -175,8 +175,8 @@ void multiply(const float* rows, int64_t num_rows, int64_t head_size, const floa
   }
 }
 
-void hide(float* logits, int64_t visible) {
-  for (int64_t key = visible; key < kTileKeys; ++key) logits[key] = kHidden;
+void hide(float* products, int64_t visible) {
+  for (int64_t key = visible; key < kTileKeys; ++key) products[key] = kHidden;
 }
 
 void init_softmax(SoftmaxState* states, int64_t num_rows) {
@@ -188,16 +188,18 @@ void init_softmax(SoftmaxState* states, int64_t num_rows) {
   }
 }
 
-void update_softmax(float* logits, const int64_t* visible, int64_t num_rows, SoftmaxState* states) {
-  for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
+void update_softmax(float* products, float scale, const int64_t* visible, int64_t num_rows,
+                    SoftmaxState* states) {
+  for (int64_t i = 0; i < num_rows; ++i, products += kTileKeys) {
     if (visible[i] <= 0) continue;
-    hide(logits, visible[i]);
-    const Vec* row = (const Vec*)logits;
+    hide(products, visible[i]);
+    const Vec* row = (const Vec*)products;
     const Vec old_max = *(const Vec*)states[i].max;
-    Vec max = old_max;
-    for (int64_t v = 0; v < kVectors; ++v) max = maximum(max, row[v]);
+    Vec largest = row[0];
+    for (int64_t v = 1; v < kVectors; ++v) largest = maximum(largest, row[v]);
+    const Vec max = maximum(old_max, largest * scale);
     Vec sum = *(const Vec*)states[i].sum * exp(old_max - max);
-    for (int64_t v = 0; v < kVectors; ++v) sum += exp(row[v] - max);
+    for (int64_t v = 0; v < kVectors; ++v) sum += exp(row[v] * scale - max);
     *(Vec*)states[i].max = max;
     *(Vec*)states[i].sum = sum;
   }
@@ -217,15 +219,15 @@ void finish_softmax(const SoftmaxState* states, int64_t num_rows, float* lse) {
 }
 
 template <bool PEAKS>
-void add_attention_of(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-                      float* received, float* peaks) {
+void add_attention_of(float* products, float scale, const int64_t* visible, const float* lse,
+                      int64_t num_rows, float* received, float* peaks) {
   Vec sums[kVectors] = {};
   Vec most[PEAKS ? kVectors : 1] = {};
-  for (int64_t i = 0; i < num_rows; ++i, logits += kTileKeys) {
+  for (int64_t i = 0; i < num_rows; ++i, products += kTileKeys) {
     if (visible[i] <= 0) continue;
-    hide(logits, visible[i]);
+    hide(products, visible[i]);
     for (int64_t v = 0; v < kVectors; ++v) {
-      const Vec attention = exp(((const Vec*)logits)[v] - lse[i]);
+      const Vec attention = exp(((const Vec*)products)[v] * scale - lse[i]);
       sums[v] += attention;
       if constexpr (PEAKS) most[v] = maximum(most[v], attention);
     }
@@ -236,22 +238,26 @@ void add_attention_of(float* logits, const int64_t* visible, const float* lse, i
   }
 }
 
-void add_attention(float* logits, const int64_t* visible, const float* lse, int64_t num_rows,
-                   float* received, float* peaks) {
+void add_attention(float* products, float scale, const int64_t* visible, const float* lse,
+                   int64_t num_rows, float* received, float* peaks) {
   if (peaks == nullptr) {
-    add_attention_of<false>(logits, visible, lse, num_rows, received, peaks);
+    add_attention_of<false>(products, scale, visible, lse, num_rows, received, peaks);
   } else {
-    add_attention_of<true>(logits, visible, lse, num_rows, received, peaks);
+    add_attention_of<true>(products, scale, visible, lse, num_rows, received, peaks);
   }
 }
 
-void redundancy(float* key_cos, const float* value_cos, int64_t num_rows, float* maxima) {
-  for (int64_t i = 0; i < num_rows; ++i, key_cos += kTileKeys, value_cos += kTileKeys) {
+void redundancy(float* keys, const float* values, const float* by_key_norm,
+                const float* by_value_norm, const float* by_norms, int64_t num_rows,
+                float* maxima) {
+  for (int64_t i = 0; i < num_rows; ++i, keys += kTileKeys, values += kTileKeys) {
     Vec most = {};
     for (int64_t v = 0; v < kVectors; ++v) {
-      Vec& key = ((Vec*)key_cos)[v];
-      key = maximum(key, Vec{}) * maximum(((const Vec*)value_cos)[v], Vec{});
-      most = maximum(most, key);
+      // A row's own norms first, so that large vectors do not overflow.
+      const Vec key = maximum(((const Vec*)keys)[v] * by_key_norm[i], Vec{});
+      const Vec value = maximum(((const Vec*)values)[v] * by_value_norm[i], Vec{});
+      ((Vec*)keys)[v] = key * value * ((const Vec*)by_norms)[v];
+      most = maximum(most, ((const Vec*)keys)[v]);
     }
     maxima[i] = 0;
     for (int64_t lane = 0; lane < kLanes; ++lane) {

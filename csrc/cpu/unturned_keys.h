@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "cpu/aligned.h"
 #include "cpu/row_vectors.h"
 #include "cpu/simd.h"
 #include "dispatch.h"
@@ -38,7 +39,7 @@ class UnturnedKeys {
  private:
   const PARAMS& p_;
   RowVectors<T> vectors_;
-  std::vector<float> angles_;
+  Floats angles_;
 };
 
 }  // namespace ems::cpu

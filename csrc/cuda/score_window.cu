@@ -45,7 +45,7 @@ void score_window(const ScoreWindowParams& p, const Stream& stream) {
                                   {count, num_splits, query_tiles}, Shape::kThreads, sizeof(Shared),
                                   stream.handle, p, first, kKeysPerSplit, count, lse);
                            if (num_splits > 1) {
-                             launch(kOp, score_window_combine_kernel,
+                             launch(kOp, combine_lse_kernel,
                                     {(num_queries + kCombineThreads - 1) / kCombineThreads},
                                     kCombineThreads, 0, stream.handle, num_queries,
                                     static_cast<int32_t>(num_splits), lse);

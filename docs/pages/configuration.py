@@ -163,8 +163,8 @@ _REST = [
     "",
     "* `EMS_CPU_PLATFORM`: `0` never offers the CPU platform to vLLM, `1` always does; unset, it "
     "is offered where torch has no accelerator build.",
-    "* `EMS_CPU_VARIANT`: `avx512_bf16`, `avx512`, `avx2` or `portable` forces the instruction set "
-    "of the CPU kernels; unset, the best one that the processor has.",
+    "* `EMS_CPU_VARIANT`: `amx`, `avx512_bf16`, `avx512`, `avx2` or `portable` forces the "
+    "instruction set of the CPU kernels; unset, the best one that the processor has.",
     "* `VLLM_PLUGINS`: vLLM's list of plugins to load; where it is set, it must name `ems_vllm`.",
     "",
 ]

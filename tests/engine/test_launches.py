@@ -41,7 +41,7 @@ COMPACTING = {
 
 
 class CallCounter:
-    """Stands for the compiled library, and counts."""
+    """Stands for the compiled library, and counts, of score_queries also the tokens."""
 
     def __init__(self) -> None:
         self.calls: Counter[str] = Counter()
@@ -51,6 +51,8 @@ class CallCounter:
 
         def run(*args: Any, **kwargs: Any) -> None:
             self.calls[name] += 1
+            if name == "score_queries":
+                self.calls["scored tokens"] += len(args[0])
             operator(*args, **kwargs)
 
         return run
@@ -82,6 +84,8 @@ def test_only_chunks_with_queries_that_score_are_scored(run):
     num_before = 0 if global_queries == "all" else num_chunks - 1
     expected = [0] * num_before + [NUM_LAYERS] * (num_chunks - num_before)
     assert scored == expected + [0] * (len(steps) - num_chunks)
+    num_scored = PROMPT_LEN if global_queries == "all" else global_queries
+    assert sum(step["scored tokens"] for step in steps) == NUM_LAYERS * num_scored
 
 
 def test_a_decoding_step_calls_one_operator_a_layer_and_one_for_all(run):

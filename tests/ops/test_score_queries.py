@@ -141,6 +141,14 @@ def test_long_row():
     check(make_case([(1000, 1000, 0), (700, 300, 400)], group=4))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [2048, 2050, 3333])
+def test_few_queries_of_many_keys(length, dtype):
+    """A GPU shares the keys of each query out to several CTAs, of which not all rows fill each."""
+    rows = [(length, 9, 0), (70, 30, 40), (length - 200, 1, 0), (0, 0, 0)]
+    check(make_case(rows, num_kv_heads=1, group=3, dtype=dtype))
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data())
 def test_any_batch(data):

@@ -262,10 +262,11 @@ EMS_DEVICE void add_attention(const QUERIES& queries, const T* query_data, const
   }
 }
 
-// As ems::compute_lse, over all keys that the queries see.
+// As ems::compute_lse.
 template <typename T, int HEAD_SIZE, typename QUERIES, typename OUT>
 EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const PagedKeys& keys,
-                            int32_t first_query, float scale, const OUT& out) {
+                            int32_t first_query, int32_t first_key, int32_t end_key, float scale,
+                            const OUT& out) {
   using Shape = SumShape<HEAD_SIZE>;
   constexpr int kStreaming = Shape::kStreaming;
   auto& shared = device::shared_memory<SumShared<T, HEAD_SIZE>, kSharedBytesSm90>();
@@ -285,14 +286,17 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   }
   device::sync_cta();
   const int32_t min_visible = shared.bounds[0];
-  const int32_t stop = shared.bounds[1];
-  const int32_t num_tiles = (stop + kStreaming - 1) / kStreaming;
+  const int32_t stop = shared.bounds[1] < end_key ? shared.bounds[1] : end_key;
+  const int32_t num_tiles = stop > first_key ? (stop - first_key + kStreaming - 1) / kStreaming : 0;
   start(shared, query_data);
 
   if (thread < device::kGroupSize) {
     produce(
         shared, static_cast<const T*>(keys.cache.data), num_tiles,
-        [&](int32_t key) { return key < stop ? keys.offset(key) : 0; },
+        [&](int32_t index) {
+          const int32_t key = first_key + index;
+          return key < stop ? keys.offset(key) : 0;
+        },
         [&](int stage, int row, int64_t offset) { shared.streaming_offsets[stage][row] = offset; });
     return;
   }
@@ -301,12 +305,15 @@ EMS_DEVICE void compute_lse(const QUERIES& queries, const T* query_data, const P
   const int warp = (thread - device::kGroupSize) / device::kWarpSize;
   const int own_rows[2] = {warp * 16 + lane / 4, warp * 16 + lane / 4 + 8};
   const float scale_log2 = scale_to_log2(scale);
-  const int32_t seen[2] = {shared.staying_visible[own_rows[0]],
-                           shared.staying_visible[own_rows[1]]};
+  int32_t seen[2];
+  for (int half = 0; half < 2; ++half) {
+    const int32_t visible = shared.staying_visible[own_rows[half]];
+    seen[half] = visible < stop ? visible : stop;
+  }
   LaneSoftmax softmax[2];
   consume(shared, num_tiles, [&](int32_t tile, int, Products<1, kStreaming>& products) {
-    const int32_t tile_key = tile * kStreaming;
-    if (min_visible < tile_key + kStreaming) {
+    const int32_t tile_key = first_key + tile * kStreaming;
+    if (min_visible < tile_key + kStreaming || stop < tile_key + kStreaming) {
       products.hide([&](int, int half, int column) { return tile_key + column >= seen[half]; });
     }
 #pragma unroll

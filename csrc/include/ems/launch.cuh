@@ -33,6 +33,15 @@ inline int compute_capability() {
   return 10 * major + minor;
 }
 
+// Of the current device.
+inline int multiprocessor_count() {
+  int device = 0, count = 0;
+  check_cuda(cudaGetDevice(&device), "current device");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+             "multiprocessors");
+  return count;
+}
+
 // Lets a kernel have more shared memory than it gets unasked.
 inline void allow_shared_bytes(const char* name, const void* kernel, int64_t num_bytes) {
   const cudaError_t status = cudaFuncSetAttribute(

@@ -87,6 +87,20 @@ EMS_DEVICE void for_own_tile(const ScoreQueriesParams& p, int64_t cta, int64_t k
   }
 }
 
+// Keys first..end-1, part `part` of num_parts of the keys of a row, in whole tiles of TILE_SIZE.
+struct KeyRange {
+  int32_t first;
+  int32_t end;
+};
+
+template <int TILE_SIZE>
+EMS_DEVICE KeyRange key_range(int32_t num_keys, int32_t part, int32_t num_parts) {
+  const int32_t num_tiles = (num_keys + TILE_SIZE - 1) / TILE_SIZE;
+  const int32_t size = (num_tiles + num_parts - 1) / num_parts * TILE_SIZE;
+  const int32_t end = (part + 1) * size;
+  return {part * size, end < num_keys ? end : num_keys};
+}
+
 // Adds what a key received to its score, or replaces it.
 struct AddToScore {
   const ScoreQueriesParams& p;
@@ -101,17 +115,22 @@ struct AddToScore {
   }
 };
 
-// CTA (x, kv_head): one tile of queries.
+// CTA (x, kv_head, part): one tile of queries, against one part of the keys that its row has.
+// partial: [num_parts, num_tokens, num_heads], float32.
 template <typename T, int HEAD_SIZE, typename C>
 EMS_KERNEL((SumShape<T, HEAD_SIZE>::kThreads), (SumShape<T, HEAD_SIZE>::kMinCtas))
-score_queries_lse_kernel(ScoreQueriesParams p, float* lse) {
+score_queries_lse_kernel(ScoreQueriesParams p, int32_t num_parts, float* partial) {
+  using Shape = SumShape<T, HEAD_SIZE>;
   const int64_t kv_head = device::cta_y();
-  for_own_tile<SumShape<T, HEAD_SIZE>::kStaying>(
+  const auto part = static_cast<int32_t>(device::cta_z());
+  float* lse = partial + part * p.num_tokens * p.num_heads;
+  for_own_tile<Shape::kStaying>(
       p, device::cta_x(), kv_head,
       [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
         const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+        const KeyRange range = key_range<Shape::kStreaming>(p.seq_lens[row], part, num_parts);
         compute_lse<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.query.data), keys,
-                                     first_query, 0, p.seq_lens[row], p.scale,
+                                     first_query, range.first, range.end, p.scale,
                                      [&](int64_t index, float value) { lse[index] = value; });
       });
 }
@@ -138,15 +157,19 @@ score_queries_kernel(ScoreQueriesParams p, const float* lse) {
 // that is run by mistake would succeed and leave old scores in place.
 template <typename T, int HEAD_SIZE>
 EMS_KERNEL(sm90::SumShape<HEAD_SIZE>::kThreads, 1)
-score_queries_lse_sm90_kernel(ScoreQueriesParams p, float* lse) {
+score_queries_lse_sm90_kernel(ScoreQueriesParams p, int32_t num_parts, float* partial) {
 #if EMS_IS_SM90A
+  using Shape = sm90::SumShape<HEAD_SIZE>;
   const int64_t kv_head = device::cta_y();
-  for_own_tile<sm90::SumShape<HEAD_SIZE>::kStaying>(
+  const auto part = static_cast<int32_t>(device::cta_z());
+  float* lse = partial + part * p.num_tokens * p.num_heads;
+  for_own_tile<Shape::kStaying>(
       p, device::cta_x(), kv_head,
       [&](int64_t row, const ChunkQueries& queries, int32_t first_query) {
         const PagedKeys keys{p.key_cache, p.block_table, 0, row, kv_head};
+        const KeyRange range = key_range<Shape::kStreaming>(p.seq_lens[row], part, num_parts);
         sm90::compute_lse<T, HEAD_SIZE>(queries, static_cast<const T*>(p.query.data), keys,
-                                        first_query, p.scale,
+                                        first_query, range.first, range.end, p.scale,
                                         [&](int64_t index, float value) { lse[index] = value; });
       });
 #else

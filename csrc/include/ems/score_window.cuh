@@ -2,6 +2,7 @@
 #pragma once
 
 #include "ems/attention_sums.cuh"
+#include "ems/combine_lse.cuh"
 #include "ems/items.h"
 #include "ems/params.h"
 
@@ -78,27 +79,6 @@ score_window_lse_kernel(ScoreWindowParams p, int64_t first_item, int32_t keys_pe
   compute_lse<T, HEAD_SIZE, C>(queries, static_cast<const T*>(p.ring.data), keys, first_query,
                                first_key, end_key, window_scale(p, item.layer),
                                [&](int64_t index, float value) { out[index] = value; });
-}
-
-constexpr int kCombineThreads = 256;
-
-// Thread x: the log-sum-exp of one query over all parts, written to the first of them. Queries that
-// do not exist combine garbage that nobody reads.
-inline EMS_KERNEL(kCombineThreads, 1)
-    score_window_combine_kernel(int64_t num_queries, int32_t num_splits, float* partial) {
-  const int64_t index = device::cta_x() * kCombineThreads + device::thread_index();
-  if (index >= num_queries) return;
-  float maximum = -INFINITY;
-  for (int32_t split = 0; split < num_splits; ++split) {
-    const float value = partial[split * num_queries + index];
-    maximum = value > maximum ? value : maximum;
-  }
-  float sum = 0;
-  for (int32_t split = 0; split < num_splits; ++split) {
-    const float value = partial[split * num_queries + index];
-    if (value > -INFINITY) sum += device::exp2_fast((value - maximum) * kLog2E);
-  }
-  partial[index] = maximum + device::log2_accurate(sum) * kLn2;
 }
 
 // What beyond its entries lies of keys first_key..first_key+NUM_KEYS-1.

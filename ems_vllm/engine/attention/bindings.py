@@ -125,7 +125,7 @@ class QueryObserver:
         if chunks is not None and self._scores is not None:
             key_cache, _ = split_kv(kv_cache, self._num_kv_heads)
             ops.score_queries(
-                query if lse is None else query[: lse.shape[0]],
+                query[chunks.tokens],
                 key_cache,
                 chunks.block_table,
                 chunks.query_starts,
@@ -133,7 +133,7 @@ class QueryObserver:
                 chunks.seq_lens,
                 chunks.accumulate_lens,
                 chunks.score_table,
-                lse,
+                None if lse is None else lse[chunks.tokens],
                 self._scale * self._layer_scales[self._index].key,
                 self._sample_stride,
                 self._scores,

@@ -20,8 +20,10 @@ class PromptChunks:
     """Prompt chunks whose queries are accumulated; arguments of ops.score_queries by name.
 
     Attributes:
+        tokens: Those of the batch from the first query that scores to the last; kernels get no
+            others, since the number of tokens is all that they know before they run.
         block_table: [num_chunks, num_columns], int32 - live columns of each.
-        query_starts: [num_chunks], int32 - the first query of each that scores, in the batch.
+        query_starts: [num_chunks], int32 - the first query of each that scores, in `tokens`.
         query_lens: [num_chunks], int32 - its queries.
         seq_lens: [num_chunks], int32 - entries that its last query sees.
         accumulate_lens: [num_chunks], int32 - leading entries that have a score to add to; those
@@ -29,6 +31,7 @@ class PromptChunks:
         score_table: [num_chunks, num_columns], int32 - score pages of the columns.
     """
 
+    tokens: slice
     block_table: torch.Tensor
     query_starts: torch.Tensor
     query_lens: torch.Tensor
@@ -56,11 +59,15 @@ def prompt_chunks(
     """
     if not chunks:
         return None
+    query_lens = [chunk.seq_len - chunk.first_query for chunk in chunks]
+    first = min(query_starts)
+    end = max(start + length for start, length in zip(query_starts, query_lens, strict=True))
     live_lens = [chunk.seq_len - chunk.first_column * block_size for chunk in chunks]
     return PromptChunks(
+        tokens=slice(first, end),
         block_table=pad_rows([chunk.block_ids for chunk in chunks], device),
-        query_starts=to_device(query_starts, device),
-        query_lens=to_device([chunk.seq_len - chunk.first_query for chunk in chunks], device),
+        query_starts=to_device([start - first for start in query_starts], device),
+        query_lens=to_device(query_lens, device),
         seq_lens=to_device(live_lens, device),
         accumulate_lens=to_device([chunk.num_accumulated for chunk in chunks], device),
         score_table=pad_rows([score_pages(c.score_pages, c.block_ids) for c in chunks], device),

@@ -11,6 +11,9 @@ namespace ems {
 
 inline int compute_capability() { return emulator::compute_capability(); }
 
+// As an H100 has; what work is shared out over them may depend on it, but no result.
+inline int multiprocessor_count() { return 132; }
+
 struct Grid {
   int64_t x;
   int64_t y = 1;
