@@ -63,17 +63,16 @@ def score_queries_args(
     with_lse: bool = True,
     num_queries: int | None = None,
 ) -> tuple:
-    model, num_tokens = shape.model, shape.num_rows * shape.length
-    query = _random(shape, num_tokens, model.num_heads, model.head_size)
+    model, num_scoring = shape.model, _num_scoring(shape, num_queries)
+    # No others, as in serving (engine/group/prompt_chunks.py).
+    query = _random(shape, shape.num_rows * num_scoring, model.num_heads, model.head_size)
     num_blocks = shape.num_rows * shape.num_columns
     key = _random(shape, num_blocks, model.num_kv_heads, BLOCK_SIZE, model.head_size)
     table = block_table(shape)
-    num_scoring = _num_scoring(shape, num_queries)
-    ends = torch.arange(1, shape.num_rows + 1, device=shape.device, dtype=torch.int32)
-    starts = ends * shape.length - num_scoring
+    starts = torch.arange(shape.num_rows, device=shape.device, dtype=torch.int32) * num_scoring
     # About what random keys give.
-    seen = torch.arange(1, shape.length + 1, device=shape.device).repeat(shape.num_rows)
-    lse = (seen.log() + 0.5)[:, None].repeat(1, model.num_heads)
+    seen = torch.arange(1, shape.length + 1, device=shape.device)[-num_scoring:]
+    lse = (seen.repeat(shape.num_rows).log() + 0.5)[:, None].repeat(1, model.num_heads)
     scores = torch.zeros(num_blocks, model.num_kv_heads, BLOCK_SIZE, device=shape.device)
     return (
         *(query, key, table, starts, filled(shape, num_scoring), filled(shape, shape.length)),

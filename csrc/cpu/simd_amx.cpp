@@ -9,7 +9,6 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstring>
 
 #include "build_config.h"
 #include "cpu/simd.h"
@@ -25,7 +24,7 @@ namespace amx {
 namespace {
 
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileWords = 16;
+constexpr int64_t kTileWords = 16;  // of a row, and keys of a column of words
 constexpr int64_t kMaxWords = 256;
 
 // What the processor loads as the shape of its eight tiles: all are 16 rows of 64 bytes.
@@ -51,44 +50,37 @@ class Tiles {
   Tiles& operator=(const Tiles&) = delete;
 };
 
-// Two tiles of rows times two of keys, so that each that is loaded is used twice.
-inline void multiply_32(const float* rows, int64_t num_words, const float* keys, float* products) {
-  const int64_t row_bytes = num_words * sizeof(float);
+// ROW_TILES tiles of rows, 1 or 2, times two of keys, so that what is loaded is used twice.
+template <int ROW_TILES>
+inline void multiply_tiles(const float* rows, int64_t num_words, const float* keys,
+                           float* products) {
   constexpr int64_t kKeyBytes = kTileKeys * sizeof(float);
+  const int64_t row_bytes = num_words * sizeof(float);
   _tile_zero(0);
   _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  if constexpr (ROW_TILES == 2) {
+    _tile_zero(2);
+    _tile_zero(3);
+  }
   for (int64_t w = 0; w < num_words; w += kTileWords) {
     _tile_loadd(4, rows + w, row_bytes);
     _tile_loadd(6, keys + w * kTileKeys, kKeyBytes);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, keys + w * kTileKeys + 16, kKeyBytes);
+    _tile_loadd(7, keys + w * kTileKeys + kTileWords, kKeyBytes);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, rows + kTileRows * num_words + w, row_bytes);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    if constexpr (ROW_TILES == 2) {
+      _tile_loadd(5, rows + kTileRows * num_words + w, row_bytes);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
   }
   _tile_stored(0, products, kKeyBytes);
-  _tile_stored(1, products + 16, kKeyBytes);
-  _tile_stored(2, products + kTileRows * kTileKeys, kKeyBytes);
-  _tile_stored(3, products + kTileRows * kTileKeys + 16, kKeyBytes);
-}
-
-inline void multiply_16(const float* rows, int64_t num_words, const float* keys, float* products) {
-  const int64_t row_bytes = num_words * sizeof(float);
-  constexpr int64_t kKeyBytes = kTileKeys * sizeof(float);
-  _tile_zero(0);
-  _tile_zero(1);
-  for (int64_t w = 0; w < num_words; w += kTileWords) {
-    _tile_loadd(4, rows + w, row_bytes);
-    _tile_loadd(6, keys + w * kTileKeys, kKeyBytes);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, keys + w * kTileKeys + 16, kKeyBytes);
-    _tile_dpbf16ps(1, 4, 7);
+  _tile_stored(1, products + kTileWords, kKeyBytes);
+  if constexpr (ROW_TILES == 2) {
+    float* second = products + kTileRows * kTileKeys;
+    _tile_stored(2, second, kKeyBytes);
+    _tile_stored(3, second + kTileWords, kKeyBytes);
   }
-  _tile_stored(0, products, kKeyBytes);
-  _tile_stored(1, products + 16, kKeyBytes);
 }
 
 void multiply_bfloat16(const float* rows, int64_t num_rows, int64_t num_words, const float* tile,
@@ -98,34 +90,32 @@ void multiply_bfloat16(const float* rows, int64_t num_rows, int64_t num_words, c
     avx512_bf16::variant().multiply_bfloat16(rows, num_rows, num_words, tile, products);
     return;
   }
-  static_assert(kTileKeys % 32 == 0);
   const int64_t num_whole = num_rows / kTileRows * kTileRows;
   const int64_t num_rest = num_rows - num_whole;
+  // Rows that do not fill a tile, filled up.
   alignas(64) float rest[kTileRows * kMaxWords];
-  alignas(64) float products_of_rest[kTileRows * kTileKeys];
+  alignas(64) float of_rest[kTileRows * kTileKeys];
   if (num_rest > 0) {
-    std::memcpy(rest, rows + num_whole * num_words, num_rest * num_words * sizeof(float));
-    std::memset(rest + num_rest * num_words, 0, (kTileRows - num_rest) * num_words * sizeof(float));
+    const float* first = rows + num_whole * num_words;
+    std::fill(std::copy_n(first, num_rest * num_words, rest), rest + kTileRows * num_words, 0.0f);
   }
   {
     const Tiles tiles;
-    for (int64_t key = 0; key < kTileKeys; key += 32) {
+    static_assert(kTileKeys % (2 * kTileWords) == 0);
+    for (int64_t key = 0; key < kTileKeys; key += 2 * kTileWords) {
       int64_t row = 0;
-      for (; row + 32 <= num_whole; row += 32) {
-        multiply_32(rows + row * num_words, num_words, tile + key,
-                    products + row * kTileKeys + key);
+      for (; row + 2 * kTileRows <= num_whole; row += 2 * kTileRows) {
+        multiply_tiles<2>(rows + row * num_words, num_words, tile + key,
+                          products + row * kTileKeys + key);
       }
       if (row < num_whole) {
-        multiply_16(rows + row * num_words, num_words, tile + key,
-                    products + row * kTileKeys + key);
+        multiply_tiles<1>(rows + row * num_words, num_words, tile + key,
+                          products + row * kTileKeys + key);
       }
-      if (num_rest > 0) multiply_16(rest, num_words, tile + key, products_of_rest + key);
+      if (num_rest > 0) multiply_tiles<1>(rest, num_words, tile + key, of_rest + key);
     }
   }
-  if (num_rest > 0) {
-    std::memcpy(products + num_whole * kTileKeys, products_of_rest,
-                num_rest * kTileKeys * sizeof(float));
-  }
+  std::copy_n(of_rest, num_rest * kTileKeys, products + num_whole * kTileKeys);
 }
 
 }  // namespace

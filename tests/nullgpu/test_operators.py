@@ -96,6 +96,16 @@ def test_an_operator_launches_little_and_waits_for_nothing(head_size):
         assert {event.stream for event in events} == {0}, name
 
 
+@pytest.mark.parametrize(("num_queries", "is_shared"), [(16, True), (None, False)])
+def test_keys_of_few_queries_are_shared_out(num_queries, is_shared):
+    """So that the pass over queries has more CTAs than tiles of queries."""
+    shape = Shape(Model("small", 1, 8, 2, 64), 8192, 1, 512, torch.bfloat16, torch.device("cuda"))
+    args = cases.score_queries_args(shape, 1, False, num_queries)
+    names = [event.name for event in launches_of("score_queries", args)]
+    assert ("ems::combine_lse_kernel" in names) == is_shared
+    assert len(names) == 2 + is_shared
+
+
 @pytest.mark.parametrize("name", CAPTURED_BY_DECODING)
 def test_what_a_decoding_graph_holds_allocates_nothing(name):
     (args,) = (args for found, args in arguments(128) if found == name)

@@ -17,6 +17,8 @@ inline int compute_capability() {
   return 10 * properties.major + properties.minor;
 }
 
+inline int multiprocessor_count() { return nullgpu::attribute(cudaDevAttrMultiProcessorCount); }
+
 struct Grid {
   int64_t x;
   int64_t y = 1;
