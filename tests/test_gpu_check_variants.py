@@ -83,9 +83,10 @@ def test_builds_are_timed_and_one_that_does_not_load_is_told(tmp_path):
     assert list(builds) == ["shipped", "same", "torn"]
     assert builds["torn"] is None
     for name in ("shipped", "same"):
-        assert [(line["sample_stride"], line["lse_given"]) for line in builds[name]] == [
-            (1, True),
-            (4, True),
-            (1, False),
-        ]
+        timed = {
+            (line["global_queries"], line["sample_stride"], line["lse_given"])
+            for line in builds[name]
+        }
+        # The settings' defaults, and where the kernel itself takes longest.
+        assert {(256, 1, True), (256, 1, False), (None, 4, True), (None, 1, True)} <= timed
         assert all(line["p50_ms"] > 0 for line in builds[name])

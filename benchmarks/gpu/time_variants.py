@@ -34,8 +34,8 @@ from ems_vllm.ops import library
 ROOT = Path(__file__).resolve().parents[2]
 BUILT = ROOT / "build" / "gpu-extension" / "variants"
 SHIPPED = "shipped"
-# (sample_stride, whether the log-sum-exps are given)
-TIMED = ((1, True), (4, True), (1, False))
+# (global_queries, None for all; sample_stride; whether the log-sum-exps are given)
+TIMED = ((None, 1, True), (None, 4, True), (256, 1, True), (None, 1, False), (256, 1, False))
 SECONDS = 0.2
 LIMIT_S = 25
 
@@ -60,10 +60,11 @@ def measure(path: Path, device: torch.device, length: int) -> list[dict[str, Any
     timer = Timer(device, SECONDS)
     shape = Shape(LLAMA_8B, length, 1, cases.budget_of(length), dtype, device)
     found = []
-    for stride, with_lse in TIMED:
-        args = cases.score_queries_args(shape, stride, with_lse)
+    for num_queries, stride, with_lse in TIMED:
+        args = cases.score_queries_args(shape, stride, with_lse, num_queries)
         times = timer(lambda args=args: ops.score_queries(*args))
-        found.append({"sample_stride": stride, "lse_given": with_lse, **asdict(times)})
+        of = {"global_queries": num_queries, "sample_stride": stride, "lse_given": with_lse}
+        found.append({**of, **asdict(times)})
     return found
 
 
@@ -95,12 +96,16 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=32 << 10)
     options = parser.parse_args()
     found: dict[str, list[dict[str, Any]] | None] = {}
-    print(f"{'build':16} {'stride':>6} {'lse':8} {'p50 ms':>8}")
+    print(f"{'build':16} {'queries':>7} {'stride':>6} {'lse':8} {'p50 ms':>8}")
     for name, path in libraries(options.built):
         found[name] = measure_apart(path, torch.device(options.device), options.length)
         for line in found[name] or ():
+            queries = line["global_queries"] or "all"
             lse = "given" if line["lse_given"] else "computed"
-            print(f"{name:16} {line['sample_stride']:6} {lse:8} {line['p50_ms']:8.3f}", flush=True)
+            print(
+                f"{name:16} {queries!s:>7} {line['sample_stride']:6} {lse:8} {line['p50_ms']:8.3f}",
+                flush=True,
+            )
         if found[name] is None:
             print(f"{name:16} hung, crashed or computed something else", flush=True)
         # What is known is kept, whatever the next one does.
