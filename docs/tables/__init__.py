@@ -110,12 +110,26 @@ _SAMPLES = {
     "all, one in 64": "all, one in 64",
 }
 _SAMPLING = "lab-smollm2-sampling.json"
+_SAMPLING_4K = "lab-smollm2-4k-sampling.json"
+_SAMPLING_GEMMA = "lab-gemma3-270m-sampling.json"
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
     "ems, not merged": "no merging",
     "no mass": "values, without mass",
     "keys too, no mass": "keys and values, without mass",
 }
+
+
+def _sampled(result: str) -> list[Column]:
+    return [
+        Column(result, budget, group)
+        for budget, groups in (
+            ("0.06", ("last", "first", "later", "continuation")),
+            ("0.125", ("later", "continuation")),
+            ("0.25", ("last", "first", "later", "continuation")),
+        )
+        for group in groups
+    ]
 
 
 def _by_merger(result: str) -> list[Column]:
@@ -294,21 +308,17 @@ TABLES: dict[str, Callable[[], str]] = {
     "all-queries-4k": partial(
         change, _SMOLLM2_4K, "lab-smollm2-4k-all-queries.json", ("first", "later")
     ),
-    "sampling": partial(
-        ablation,
-        _SAMPLES,
-        [
-            Column(_SAMPLING, budget, group)
-            for budget, groups in (
-                ("0.06", ("last", "first", "later", "continuation")),
-                ("0.125", ("later", "continuation")),
-                ("0.25", ("last", "first", "later", "continuation")),
-            )
-            for group in groups
-        ],
-    ),
+    "sampling": partial(ablation, _SAMPLES, _sampled(_SAMPLING)),
+    "sampling-4k": partial(ablation, _SAMPLES, _sampled(_SAMPLING_4K)),
+    "sampling-gemma": partial(ablation, _SAMPLES, _sampled(_SAMPLING_GEMMA)),
     "sampling-all": partial(
         change, _SAMPLING, _SAMPLING, variant="all, one in 4", old_variant="all"
+    ),
+    "sampling-all-4k": partial(
+        change, _SAMPLING_4K, _SAMPLING_4K, variant="all, one in 4", old_variant="all"
+    ),
+    "sampling-all-gemma": partial(
+        change, _SAMPLING_GEMMA, _SAMPLING_GEMMA, variant="all, one in 4", old_variant="all"
     ),
     "sampling-last": partial(
         change,
