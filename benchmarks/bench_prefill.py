@@ -6,7 +6,9 @@ Usage: OMP_NUM_THREADS=1 python benchmarks/bench_prefill.py --model MODEL \\
 
 One request at a time, without prefix cache. Every engine runs in a process of its own and they take
 turns with the same prompts, so whatever else the machine does, hits all of them. CPU seconds count
-only what an engine computes; on a machine that is shared they are the ones to compare.
+only what an engine computes; on a machine that is shared they are the ones to compare. Where even
+those differ more from prompt to prompt than compression adds, what vLLM spends in scoring and
+compacting is counted within the compressed engine's own run.
 """
 
 import multiprocessing
@@ -76,12 +78,15 @@ class Time:
             computes the next step, with the compaction, before it hands out the first token.
         second: Seconds from there to the second; in vLLM it is there already.
         first_cpu, second_cpu: The same in CPU seconds.
+        added_cpu: Of both, CPU seconds in vLLM's calls of what compression adds to attention and
+            between steps.
     """
 
     first: float
     second: float
     first_cpu: float
     second_cpu: float
+    added_cpu: float
 
 
 ENGINES = (
@@ -184,19 +189,49 @@ def start_evaluation(settings: Settings, global_queries: int | str | None) -> St
     return steps
 
 
+class AddedTime:
+    """CPU seconds spent where compression hooks into vLLM's workers, in this process."""
+
+    def __init__(self) -> None:
+        from ems_vllm.engine.attention.bindings import QueryObserver
+        from ems_vllm.engine.group.compressed_group import CompressedGroup
+
+        self.seconds = 0.0
+        self._wrap(QueryObserver, "observe")
+        self._wrap(CompressedGroup, "compact")
+
+    def _wrap(self, owner: type, name: str) -> None:
+        call = getattr(owner, name)
+
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self.seconds += time.process_time() - start
+
+        setattr(owner, name, timed)
+
+
 def serve(connection: Connection, settings: Settings, engine: Engine) -> None:
     """Process prompts as they come, in a process of its own."""
+    added = AddedTime()
     steps = globals()[engine.build](settings, engine.global_queries)
     connection.send(None)
     while (prompt := connection.recv()) is not None:
+        added.seconds = 0.0
         times = [(time.perf_counter(), time.process_time())]
         for step in steps(prompt):
             step()
             times.append((time.perf_counter(), time.process_time()))
-        start, first, second = times
+        (start, start_cpu), (first, first_cpu), (second, second_cpu) = times
         connection.send(
             Time(
-                first[0] - start[0], second[0] - first[0], first[1] - start[1], second[1] - first[1]
+                first=first - start,
+                second=second - first,
+                first_cpu=first_cpu - start_cpu,
+                second_cpu=second_cpu - first_cpu,
+                added_cpu=added.seconds,
             )
         )
 
@@ -248,7 +283,10 @@ def measure(
 
 
 def summarize(engine: Engine, times: dict[str, list[Time]]) -> dict[str, Any]:
-    """Medians, and the medians of the ratios to the base, prompt by prompt."""
+    """Medians, and the medians of the ratios to the base, prompt by prompt.
+
+    `added_ratio` is what compression adds to the rest of its own run.
+    """
     mine, base = times[engine.name], times[engine.base]
     fields = [*asdict(mine[0])]
     ratios = {
@@ -257,6 +295,9 @@ def summarize(engine: Engine, times: dict[str, list[Time]]) -> dict[str, Any]:
         )
         for field in ("first", "first_cpu")
     }
+    ratios["added_ratio"] = statistics.median(
+        t.added_cpu / (t.first_cpu + t.second_cpu - t.added_cpu) for t in mine
+    )
     medians = {f: statistics.median(getattr(t, f) for t in mine) for f in fields}
     rounded = {name: round(value, 3) for name, value in {**medians, **ratios}.items()}
     every = [round(t.first_cpu, 3) for t in mine]
@@ -268,6 +309,7 @@ def show(rows: Sequence[dict[str, Any]], settings: Settings, console: Console) -
     columns = {
         "engine": "engine", "first": "first token", "first_ratio": "/ base",
         "first_cpu": "CPU", "first_cpu_ratio": "/ base", "second_cpu": "second token, CPU",
+        "added_cpu": "added", "added_ratio": "/ rest",
     }  # fmt: skip
     for label in columns.values():
         table.add_column(label, justify="right")

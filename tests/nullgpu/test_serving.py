@@ -18,9 +18,9 @@ RUNNERS = (2, 1)
 # What compression may add to a step in which every request decodes: recording the queries of each
 # layer, the metadata, and bringing ring slots and first columns to the GPU.
 MOST_EXTRA_PER_DECODE = NUM_LAYERS + 6
-# And to one that compacts: 15 launches of ours, and the policy's arithmetic is torch's, a kernel for
-# every operation, on as many layers at once as memory is meant for. EMS took 126 to 133 in all when
-# the bound was set, for one request as for two (tests/policies/test_launches.py).
+# And to one that compacts: 15 launches of ours, and the policy's arithmetic is torch's, a kernel
+# for every operation, on as many layers at once as memory is meant for. EMS took 126 to 133 in all
+# when the bound was set, for one request as for two (tests/policies/test_launches.py).
 MOST_EXTRA_PER_COMPACTION = 140
 # Each of these works on all layers, heads and requests that are due, but of EMS's orders on one.
 COMPACTION_KERNELS = {
