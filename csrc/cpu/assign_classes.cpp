@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/attention_sums.h"
@@ -27,14 +28,20 @@ class HeadVectors {
   const Factors<T, T>& factors() const { return factors_; }
   int64_t num_words() const { return factors_.num_words(); }
 
-  // Returns the inverse norm; 0 of a zero vector, whose cosine with anything is 0.
-  float load(int64_t entry, float* out) {
-    const T* vector =
-        cache_.entry<const T>(p_.block_table, item_.row, item_.layer, item_.head, entry);
-    factors_.load(vector, out);
-    convert(vector, p_.head_size, 1.0f, floats_.data());
-    const float norm = std::sqrt(simd().dot(floats_.data(), floats_.data(), p_.head_size));
-    return norm == 0 ? 0.0f : 1.0f / norm;
+  const T* at(int64_t entry) const {
+    return cache_.entry<const T>(p_.block_table, item_.row, item_.layer, item_.head, entry);
+  }
+
+  // 0 of a vector that is as good as zero, whose cosine with anything is 0.
+  float inverse_norm(const T* vector) {
+    const float* floats = floats_.data();
+    if constexpr (std::is_same_v<T, float>) {
+      floats = vector;
+    } else {
+      convert(vector, p_.head_size, 1.0f, floats_.data());
+    }
+    const float norm = std::sqrt(simd().dot(floats, floats, p_.head_size));
+    return norm > 1e-30f ? 1.0f / norm : 0.0f;
   }
 
  private:
@@ -54,7 +61,9 @@ struct Members {
   Members(HeadVectors<T>& vectors, const std::vector<int32_t>& entries)
       : rows(entries.size() * vectors.num_words()), by_norm(entries.size()) {
     for (size_t i = 0; i < entries.size(); ++i) {
-      by_norm[i] = vectors.load(entries[i], rows.data() + i * vectors.num_words());
+      const T* vector = vectors.at(entries[i]);
+      vectors.factors().load(vector, rows.data() + i * vectors.num_words());
+      by_norm[i] = vectors.inverse_norm(vector);
     }
   }
 };
@@ -90,13 +99,16 @@ void assign_head(const AssignClassesParams& p, const Item& item) {
   Floats by_norms(KeyTiles::kMaxKeys);
   for (int64_t first = 0; first < p.budgets[row]; first += KeyTiles::kMaxKeys) {
     const int64_t count = std::min(KeyTiles::kMaxKeys, p.budgets[row] - first);
-    std::fill(by_norms.begin(), by_norms.end(), 0.0f);
-    keys.pack(first, count, [&](int64_t rank, float* out) {
-      by_norms[rank - first] = key_vectors.load(kept[rank], out);
-    });
-    values.pack(first, count, [&](int64_t rank, float* out) {
-      by_norms[rank - first] *= value_vectors.load(kept[rank], out);
-    });
+    std::fill(by_norms.begin(), by_norms.begin() + count, 1.0f);
+    const auto pack = [&](HeadVectors<T>& vectors, KeyTiles* tiles) {
+      tiles->pack(first, count, [&](int64_t rank, float* scratch) {
+        const T* vector = vectors.at(kept[rank]);
+        by_norms[rank - first] *= vectors.inverse_norm(vector);
+        return vectors.factors().view(vector, scratch);
+      });
+    };
+    pack(key_vectors, &keys);
+    pack(value_vectors, &values);
     for (int64_t member = 0; member < num_members; member += kChunkRows) {
       const int64_t num_rows = std::min(kChunkRows, num_members - member);
       for (int64_t start = 0; start < count; start += kTileKeys) {

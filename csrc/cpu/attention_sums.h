@@ -29,24 +29,29 @@ class KeyTiles {
   explicit KeyTiles(const Factors<T, C>& factors)
       : num_words_(factors.num_words()),
         in_pairs_(factors.in_pairs()),
-        rows_(kTileKeys * num_words_),
+        staged_(kTileKeys * num_words_),
         tiles_(kMaxKeys * num_words_),
         products_(kChunkRows * kTileKeys),
         visible_(kChunkRows) {}
 
-  // Loads keys first..first+count-1; load(key, out) writes one. Keys that fill up the last tile are
-  // zero.
+  // Loads keys first..first+count-1. view(key, scratch) gives the words of one, which may be in the
+  // scratch. Keys that fill up the last tile are zero.
   template <typename F>
-  void pack(int64_t first, int64_t count, const F& load) {
+  void pack(int64_t first, int64_t count, const F& view) {
     first_ = first;
     count_ = count;
+    const float* keys[kTileKeys];
     for (int64_t start = 0; start < count; start += kTileKeys) {
-      const int64_t end = std::min(start + kTileKeys, count);
-      for (int64_t key = start; key < end; ++key) {
-        load(first + key, rows_.data() + (key - start) * num_words_);
+      for (int64_t key = 0; key < kTileKeys; ++key) {
+        float* scratch = staged_.data() + key * num_words_;
+        keys[key] = scratch;
+        if (start + key < count) {
+          keys[key] = view(first + start + key, scratch);
+        } else {
+          std::fill_n(scratch, num_words_, 0.0f);
+        }
       }
-      std::fill(rows_.begin() + (end - start) * num_words_, rows_.end(), 0.0f);
-      simd().transpose(rows_.data(), num_words_, tiles_.data() + start * num_words_);
+      simd().transpose(keys, num_words_, tiles_.data() + start * num_words_);
     }
   }
 
@@ -109,7 +114,7 @@ class KeyTiles {
   bool in_pairs_;
   int64_t first_ = 0;
   int64_t count_ = 0;
-  Floats rows_;
+  Floats staged_;
   Floats tiles_;
   Floats products_;
   std::vector<int64_t> visible_;

@@ -24,7 +24,16 @@ class Factors {
   // 32-bit words of a vector.
   int64_t num_words() const { return in_pairs_ ? head_size_ / 2 : head_size_; }
 
-  // Of either type.
+  // A vector of either type as words: itself where it has them already, else in scratch.
+  template <typename V>
+  const float* view(const V* vector, float* scratch) const {
+    const bool has_words = (std::is_same_v<V, float> || in_pairs_) &&
+                           reinterpret_cast<uintptr_t>(vector) % alignof(float) == 0;
+    if (has_words) return reinterpret_cast<const float*>(vector);
+    load(vector, scratch);
+    return scratch;
+  }
+
   template <typename V>
   void load(const V* vector, float* out) const {
     if (in_pairs_) {

@@ -24,12 +24,14 @@ class Whitening {
         tiles_((size + kTileKeys - 1) / kTileKeys * kTileKeys * size),
         products_(kChunkKeys * kTileKeys) {
     Floats rows(kTileKeys * size);
+    const float* each[kTileKeys];
+    for (int64_t i = 0; i < kTileKeys; ++i) each[i] = rows.data() + i * size;
     for (int64_t start = 0; start < size; start += kTileKeys) {
       std::fill(rows.begin(), rows.end(), 0.0f);
       for (int64_t row = start; row < std::min(start + kTileKeys, size); ++row) {
         std::copy_n(matrix + row * size, row + 1, rows.data() + (row - start) * size);
       }
-      simd().transpose(rows.data(), size, tiles_.data() + start * size);
+      simd().transpose(each, size, tiles_.data() + start * size);
     }
   }
 

@@ -125,9 +125,9 @@ class QueryRows {
 template <typename T, typename C>
 void pack_keys(const ScoreQueriesParams& p, const Factors<T, C>& factors, const Span& item,
                int64_t first, int64_t count, KeyTiles* keys) {
-  keys->pack(first, count, [&](int64_t key, float* out) {
+  keys->pack(first, count, [&](int64_t key, float* scratch) {
     const C* vector = p.key_cache.entry<const C>(p.block_table, item.row, 0, item.head, key);
-    factors.load(vector, out);
+    return factors.view(vector, scratch);
   });
 }
 

@@ -57,9 +57,9 @@ void score_head(const ScoreWindowParams& p, const Item& item) {
 
   KeyTiles keys(factors);
   const auto pack = [&](int64_t first, int64_t end) {
-    keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* out) {
+    keys.pack(first, std::min(KeyTiles::kMaxKeys, end - first), [&](int64_t key, float* scratch) {
       const C* vector = p.key_cache.entry<const C>(p.block_table, row, layer, head, key);
-      factors.load(vector, out);
+      return factors.view(vector, scratch);
     });
   };
 

@@ -45,9 +45,9 @@ struct Simd {
   // vectors [num_vectors][size]. These are summed up first, in their order.
   void (*add_products)(const float* vectors, int64_t num_vectors, int64_t size, float* sums);
 
-  // Transposes keys [kTileKeys][head_size] to tile [head_size][kTileKeys]; 32-bit words of any
-  // kind.
-  void (*transpose)(const float* keys, int64_t head_size, float* tile);
+  // Transposes keys [kTileKeys], pointers to [num_words] each, to tile [num_words][kTileKeys];
+  // 32-bit words of any kind.
+  void (*transpose)(const float* const* keys, int64_t num_words, float* tile);
 
   // products[i][j] = rows[i] . key j, as [num_rows][kTileKeys]. The sum runs over the head size in
   // order, wherever in the tile a key lies: equal keys give equal products.

@@ -6,6 +6,8 @@
 //   EMS_VARIANT  name of the variant's namespace
 //   EMS_LANES    floats per vector register, at most kMaxLanes
 //   EMS_ROWS     rows of a register tile; EMS_ROWS * 2 accumulators must fit the register file
+// and may define EMS_OWN_SHUFFLES to 1 and, in a namespace `shuffles` of the variant's, sum_of and
+// transpose.
 
 namespace ems::cpu {
 namespace EMS_VARIANT {
@@ -53,18 +55,38 @@ void convert(const T* in, int64_t length, float factor, float* out) {
   for (int64_t i = 0; i < length; ++i) out[i] = factor * to_float(in[i]);
 }
 
+#if EMS_OWN_SHUFFLES
+using shuffles::sum_of;
+using shuffles::transpose;
+#else
+// By halves: one lane after the other takes longer than what is summed up.
+inline float sum_of(Vec vector) {
+  float lanes[kLanes];
+  *(Vec*)lanes = vector;
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  return lanes[0];
+}
+
+void transpose(const float* const* keys, int64_t num_words, float* tile) {
+  constexpr int64_t kBlock = 16;
+  for (int64_t first = 0; first < num_words; first += kBlock) {
+    const int64_t end = first + kBlock < num_words ? first + kBlock : num_words;
+    for (int64_t key = 0; key < kTileKeys; ++key) {
+      for (int64_t w = first; w < end; ++w) tile[w * kTileKeys + key] = keys[key][w];
+    }
+  }
+}
+#endif
+
 float dot(const float* a, const float* b, int64_t length) {
   Vec sums = {};
   int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) sums += *(const Vec*)(a + i) * *(const Vec*)(b + i);
-  // By halves: one lane after the other takes longer than the products.
-  float lanes[kLanes];
-  *(Vec*)lanes = sums;
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  for (; i < length; ++i) lanes[0] += a[i] * b[i];
-  return lanes[0];
+  float sum = sum_of(sums);
+  for (; i < length; ++i) sum += a[i] * b[i];
+  return sum;
 }
 
 void add_scaled(const float* in, int64_t length, float factor, float* out) {
@@ -118,16 +140,6 @@ void add_products(const float* vectors, int64_t num_vectors, int64_t size, float
     for (int64_t column = 0; column < row + EMS_ROWS; column += 2 * kLanes) {
       add_products_tile(vectors + row, vectors + column, num_vectors, size,
                         sums + row * size + column);
-    }
-  }
-}
-
-void transpose(const float* keys, int64_t head_size, float* tile) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t d0 = 0; d0 < head_size; d0 += kBlock) {
-    const int64_t d1 = d0 + kBlock < head_size ? d0 + kBlock : head_size;
-    for (int64_t key = 0; key < kTileKeys; ++key) {
-      for (int64_t d = d0; d < d1; ++d) tile[d * kTileKeys + key] = keys[key * head_size + d];
     }
   }
 }
