@@ -77,10 +77,10 @@ class Answer:
     error: str | None = None
 
 
-def make_cases(count: int, seed: int, max_len: int = MAX_LEN) -> list[Case]:
+def make_cases(count: int, seed: int, max_len: int = MAX_LEN, shared_every: int = 5) -> list[Case]:
     """Requests of mixed lengths, the shortest and the longest among them.
 
-    Every fifth continues one of a few shared prefixes.
+    One in shared_every continues one of a few shared prefixes.
     """
     generator = random.Random(seed)
 
@@ -90,7 +90,8 @@ def make_cases(count: int, seed: int, max_len: int = MAX_LEN) -> list[Case]:
     prefixes = [tokens(max_len // 3) for _ in range(_NUM_PREFIXES)]
     cases = []
     for i in range(count):
-        shared = prefixes[i // 5 % _NUM_PREFIXES] if i % 5 == 4 else []
+        is_shared = i % shared_every == shared_every - 1
+        shared = prefixes[i // shared_every % _NUM_PREFIXES] if is_shared else []
         longest = max_len - len(shared)
         # More short ones than long ones, as the longest cost most of the time.
         place = float(i) if i < 2 else generator.random() ** 2

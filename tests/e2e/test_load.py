@@ -20,7 +20,9 @@ from ems_vllm.eval.server.process import Server
 
 NUM_CLIENTS = 24
 MAX_LEN = 800
-CASES = make_cases(NUM_CLIENTS, seed=0, max_len=MAX_LEN)
+# With few requests, and a pool that holds one of them, a prefix is rarely there when the next that
+# shares it comes: so every second shares one.
+CASES = make_cases(NUM_CLIENTS, seed=0, max_len=MAX_LEN, shared_every=2)
 JOBS = make_jobs(CASES, 2 * NUM_CLIENTS, seed=7)
 
 
