@@ -166,13 +166,26 @@ void compute_lse(const ScoreQueriesParams& p, const Samples& samples, float* lse
   });
 }
 
+// Keys of an item of the second pass, which loads every query that sees one of them: many where
+// that leaves enough items for the threads.
+int64_t keys_per_item(const ScoreQueriesParams& p) {
+  constexpr int64_t kMaxGroups = 4, kItemsPerThread = 4;
+  int64_t num_groups = 0;
+  for (int64_t row = 0; row < p.num_rows; ++row) {
+    num_groups += p.num_kv_heads * (p.seq_lens[row] / KeyTiles::kMaxKeys);
+  }
+  const int64_t fair = num_groups / (kItemsPerThread * torch::stable::get_num_threads());
+  return std::clamp<int64_t>(fair, 1, kMaxGroups) * KeyTiles::kMaxKeys;
+}
+
 template <typename T, typename C>
 void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float* lse) {
   const int64_t group = p.num_heads / p.num_kv_heads;
+  const int64_t num_item_keys = keys_per_item(p);
   std::vector<Span> items;
   for (int64_t row = 0; row < p.num_rows; ++row) {
     for (int64_t head = 0; head < p.num_kv_heads; ++head) {
-      for (int64_t first = 0; first < p.seq_lens[row]; first += KeyTiles::kMaxKeys) {
+      for (int64_t first = 0; first < p.seq_lens[row]; first += num_item_keys) {
         items.push_back({row, head, first});
       }
     }
@@ -182,23 +195,31 @@ void add_scores(const ScoreQueriesParams& p, const Samples& samples, const float
     const std::vector<int64_t>& sampled = samples[item.row];
     const int64_t num_queries = static_cast<int64_t>(sampled.size());
     const int64_t seq_len = p.seq_lens[item.row];
-    const int64_t count = std::min(KeyTiles::kMaxKeys, seq_len - item.first);
-    Floats received(KeyTiles::kMaxKeys, 0.0f);
-    // Queries before the first key see none of these keys.
+    const int64_t count = std::min(num_item_keys, seq_len - item.first);
+    Floats received(num_item_keys, 0.0f);
+    // Queries before the first key see none of these keys. In whole chunks of all queries, so that
+    // sums do not depend on how keys are divided among items.
     const int64_t first_position = seq_len - p.query_lens[item.row];
     const int64_t first_query =
-        std::lower_bound(sampled.begin(), sampled.end(), item.first - first_position) -
-        sampled.begin();
+        (std::lower_bound(sampled.begin(), sampled.end(), item.first - first_position) -
+         sampled.begin()) /
+        kChunkRows * kChunkRows;
     if (first_query < num_queries) {
       QueryRows<T, C> queries(p, samples, item.row, item.head);
-      KeyTiles keys(queries.factors());
-      pack_keys(p, queries.factors(), item, item.first, count, &keys);
+      std::vector<KeyTiles> tiles;
+      for (int64_t key = 0; key < count; key += KeyTiles::kMaxKeys) {
+        tiles.emplace_back(queries.factors());
+        pack_keys(p, queries.factors(), item, item.first + key,
+                  std::min(KeyTiles::kMaxKeys, count - key), &tiles.back());
+      }
       // As many as are whole chunks of rows, whatever the group.
       for (int64_t query = first_query; query < num_queries; query += kChunkRows) {
         queries.load(query, std::min(kChunkRows, num_queries - query));
         queries.load_lse(query, lse);
-        keys.add_attention(queries.rows(), p.scale, queries.visible(), queries.lse(),
-                           queries.num_rows(), received.data());
+        for (KeyTiles& keys : tiles) {
+          keys.add_attention(queries.rows(), p.scale, queries.visible(), queries.lse(),
+                             queries.num_rows(), received.data() + (keys.first() - item.first));
+        }
       }
     }
     for (int64_t j = 0; j < count; ++j) {

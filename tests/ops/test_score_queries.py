@@ -260,7 +260,9 @@ def test_rows_may_share_key_blocks():
 
 @pytest.mark.cpu_only
 def test_result_does_not_depend_on_the_number_of_threads():
-    case = make_case([(700, 700, 0), (129, 1, 100)], group=4, dtype=torch.bfloat16)
+    # One thread takes more keys at a time of a row as long as this.
+    rows = [(700, 700, 0), (2100, 1503, 597), (129, 1, 100)]
+    case = make_case(rows, group=4, dtype=torch.bfloat16)
     num_threads = torch.get_num_threads()
     results = []
     try:
