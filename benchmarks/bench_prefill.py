@@ -41,6 +41,7 @@ class Settings:
 
     Attributes:
         chunk: Tokens that vLLM processes in a step at most.
+        async_scheduling: Whether vLLM begins the next step before it hands out a step's tokens.
         budget: Entries kept per kv_head.
     """
 
@@ -48,6 +49,7 @@ class Settings:
     dtype: str
     prompt_len: int
     chunk: int
+    async_scheduling: bool
     budget: int
     repeats: int
     seed: int
@@ -74,9 +76,9 @@ class Time:
     """Of one prompt.
 
     Attributes:
-        first: Seconds until the first token. vLLM schedules ahead, and on the CPU it therefore
-            computes the next step, with the compaction, before it hands out the first token.
-        second: Seconds from there to the second; in vLLM it is there already.
+        first: Seconds until the first token. Where vLLM schedules ahead, on the CPU it computes the
+            next step, with the compaction, before it hands out the first token.
+        second: Seconds from there to the second, which is there already then.
         first_cpu, second_cpu: The same in CPU seconds.
         added_cpu: Of both, CPU seconds in vLLM's calls of what compression adds to attention and
             between steps.
@@ -117,6 +119,7 @@ def start_vllm(settings: Settings, global_queries: int | str | None) -> Steps:
         max_model_len=length,
         max_num_batched_tokens=settings.chunk,
         max_num_seqs=1,
+        async_scheduling=settings.async_scheduling,
         num_gpu_blocks_override=2 * -(-length // 16),
         enable_prefix_caching=False,
         **more,
@@ -323,6 +326,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="Of the model.")] = "bfloat16",
     prompt_len: Annotated[int, typer.Option(min=512)] = 3000,
     chunk: Annotated[int, typer.Option(min=16, help="max_num_batched_tokens of vLLM.")] = 2048,
+    async_scheduling: Annotated[bool, typer.Option(help="Of vLLM, as its flag.")] = True,
     budget: Annotated[int, typer.Option(min=16, help="Entries kept per kv_head.")] = 256,
     repeats: Annotated[int, typer.Option(min=1, help="Prompts that count.")] = 5,
     only: Annotated[str, typer.Option(help="Engines, by commas; all by default.")] = "",
@@ -339,7 +343,7 @@ def main(
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     names = only.split(",") if only else [engine.name for engine in ENGINES]
     engines = [engine for engine in ENGINES if engine.name in names]
-    settings = Settings(model, dtype, prompt_len, chunk, budget, repeats, seed)
+    settings = Settings(model, dtype, prompt_len, chunk, async_scheduling, budget, repeats, seed)
     # Now, because a checkout may change while this runs.
     described = {**environment.describe(), "transformers": version("transformers")}
     size = AutoConfig.from_pretrained(model).get_text_config().vocab_size

@@ -111,6 +111,7 @@ _SAMPLES = {
 }
 _SAMPLING = "lab-smollm2-sampling.json"
 _SAMPLING_4K = "lab-smollm2-4k-sampling.json"
+_SAMPLING_GEMMA = "lab-gemma3-270m-sampling.json"
 _RECOMPRESSED = {
     "ems": "**values with mass (default)**",
     "ems, not merged": "no merging",
@@ -309,11 +310,15 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "sampling": partial(ablation, _SAMPLES, _sampled(_SAMPLING)),
     "sampling-4k": partial(ablation, _SAMPLES, _sampled(_SAMPLING_4K)),
+    "sampling-gemma": partial(ablation, _SAMPLES, _sampled(_SAMPLING_GEMMA)),
     "sampling-all": partial(
         change, _SAMPLING, _SAMPLING, variant="all, one in 4", old_variant="all"
     ),
     "sampling-all-4k": partial(
         change, _SAMPLING_4K, _SAMPLING_4K, variant="all, one in 4", old_variant="all"
+    ),
+    "sampling-all-gemma": partial(
+        change, _SAMPLING_GEMMA, _SAMPLING_GEMMA, variant="all, one in 4", old_variant="all"
     ),
     "sampling-last": partial(
         change,
