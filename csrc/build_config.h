@@ -10,3 +10,10 @@
 #else
 #define EMS_X86_VARIANTS 0
 #endif
+
+// GCC knows tiles of AMX since 11, and Linux has to be asked for them.
+#if EMS_X86_VARIANTS && defined(__linux__) && __GNUC__ >= 11
+#define EMS_AMX_VARIANT 1
+#else
+#define EMS_AMX_VARIANT 0
+#endif

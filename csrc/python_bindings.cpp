@@ -159,8 +159,10 @@ py::dict build_info() {
   info["compiler"] = "gcc " __VERSION__;
 #endif
   info["torch_target"] = EMS_TORCH_TARGET;
-#if EMS_X86_VARIANTS
+#if EMS_AMX_VARIANT
   info["cpu_variants"] = py::make_tuple("amx", "avx512_bf16", "avx512", "avx2", "portable");
+#elif EMS_X86_VARIANTS
+  info["cpu_variants"] = py::make_tuple("avx512_bf16", "avx512", "avx2", "portable");
 #else
   info["cpu_variants"] = py::make_tuple("portable");
 #endif

@@ -23,6 +23,8 @@ extern const Simd kSimd;
 namespace avx512_bf16 {
 const Simd& variant();
 }
+#endif
+#if EMS_AMX_VARIANT
 namespace amx {
 bool is_permitted();
 const Simd& variant();
@@ -43,8 +45,10 @@ const Simd& choose() {
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                         __builtin_cpu_supports("f16c");
   const bool has_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#if EMS_AMX_VARIANT
   const bool has_amx = has_bf16 && __builtin_cpu_supports("amx-bf16") && amx::is_permitted();
   if (has_amx && has_avx2 && is_wanted(amx::variant())) return amx::variant();
+#endif
   if (has_bf16 && has_avx2 && is_wanted(avx512_bf16::variant())) return avx512_bf16::variant();
   if (has_avx512 && has_avx2 && is_wanted(avx512::kSimd)) return avx512::kSimd;
   if (has_avx2 && is_wanted(avx2::kSimd)) return avx2::kSimd;

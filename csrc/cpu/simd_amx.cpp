@@ -4,16 +4,17 @@
 // keys times 32 elements in one instruction. Keys lie transposed in pairs of bfloat16, which is how
 // the right factor of a tile product has to lie.
 
+#include "build_config.h"
+
+#if EMS_AMX_VARIANT
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 
-#include "build_config.h"
 #include "cpu/simd.h"
 
-#if EMS_X86_VARIANTS
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,amx-tile,amx-bf16")
 
 namespace ems::cpu {
