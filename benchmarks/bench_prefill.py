@@ -81,7 +81,7 @@ class Time:
         second: Seconds from there to the second, which is there already then.
         first_cpu, second_cpu: The same in CPU seconds.
         added_cpu: Of both, CPU seconds in vLLM's calls of what compression adds to attention and
-            between steps.
+            between steps; 0 in transformers, where they are not counted.
     """
 
     first: float

@@ -137,6 +137,7 @@ void assign_head(const AssignClassesParams& p, const Item& item) {
             take(largest);
             continue;
           }
+          // The maximum is of a centre that takes no members: what do the others offer?
           for (int64_t j = 0; j < num_centres; ++j) {
             if (redundancies[j] > best[member + i] && takes_members(j)) take(j);
           }
