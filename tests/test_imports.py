@@ -28,7 +28,16 @@ LAYERS = {
         ("plugin", "cli"),
     ),
     "ems_vllm.engine": (
-        ("cache_dtype", "kernels", "measuring", "observation", "orders", "pools", "refusal"),
+        (
+            "cache_dtype",
+            "kernels",
+            "measuring",
+            "observation",
+            "orders",
+            "pools",
+            "refusal",
+            "report",
+        ),
         ("scheduler",),
         ("kv_cache_spec",),
         ("group",),

@@ -154,10 +154,16 @@ STEPS = (
             "`recompress_interval` generated tokens, a policy chooses what stays for each kv_head "
             "and what is merged; the result is written into the last columns before the tail.",
             "Once that step's output has been processed, the columns before are free for others.",
+            "Where a coverage decides how much of a budget stays, the step's output says what did.",
             "Steps 5 to 8 repeat until the answer ends.",
         ),
         (
             "group/compactor.py",
+            "group/covering.py",
+            "worker/ranks.py",
+            "worker/kept_columns.py",
+            "worker/reporting.py",
+            "report.py",
             "group/compaction_rows.py",
             "group/compaction_context.py",
             "group/layer_stack.py",

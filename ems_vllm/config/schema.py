@@ -32,6 +32,7 @@ from ems_vllm.policies.base import (
     Scorer,
     Selector,
 )
+from ems_vllm.policies.coverage import Coverage
 from ems_vllm.registry import Registry
 
 KEY_PREFIX = "kv_compression_config."
@@ -39,6 +40,8 @@ KEY_PREFIX = "kv_compression_config."
 _LARGEST = 2**30
 # Prompt queries that score unless a server says otherwise (ours).
 _GLOBAL_QUERIES = 256
+# Entries that are kept whatever the coverage, unless a server says otherwise (ours).
+_MIN_BUDGET = 64
 # One in so many of them where all do (docs/defaults.md).
 _STRIDE_OF_ALL = 4
 
@@ -92,6 +95,12 @@ class KVCompressionConfig(BaseModel):
             `kv_ratio`; at least `budget`. None: not above the server's own size. A request that
             asks for nothing gets the server's size; where that is a `ratio` of a long prompt and
             more than `max_budget`, it stays the ceiling.
+        coverage: Keep fewer entries than the budget: as many as hold this share of the score of
+            what is compressed, in the mean of the kv_heads that share a block table, in (0, 1). The
+            budget stays the most, and admission goes by it; blocks that are not needed go back to
+            the pool. None keeps the budget.
+        min_budget: With a coverage, entries that are kept in any case, up to the budget. By
+            default 64, or the budget where that is less.
         allow_off: Whether a request may switch compression off for itself. Set it to false where
             the pool is sized for compressed requests.
         recent_window: Last tokens that stay as they are, beside the budget.
@@ -133,6 +142,8 @@ class KVCompressionConfig(BaseModel):
     budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     ratio: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
+    coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
+    min_budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     allow_off: bool = True
     recent_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
@@ -227,6 +238,7 @@ class KVCompressionConfig(BaseModel):
                 f"allocator={self.allocator.name()!r}, under which kv_heads keep different numbers "
                 "of entries: set it to 0, or choose an allocator that gives all as many."
             )
+        self._check_coverage()
         computed = _always_computed(self.model_dump(include={"budget", "recent_window"}))
         if self.global_queries != "all" and self.global_queries > computed:
             raise ConfigError(
@@ -246,6 +258,36 @@ class KVCompressionConfig(BaseModel):
                 f"allowed: it must be at most budget={self.budget}; lower it or raise budget."
             )
         return self
+
+    def _check_coverage(self) -> None:
+        if self.coverage is None:
+            if self.min_budget is not None:
+                raise ConfigError(
+                    f"{KEY_PREFIX}min_budget={self.min_budget} would change nothing: it is for a "
+                    "coverage; set one, or leave min_budget out."
+                )
+            return
+        if self.budget is not None and (self.min_budget or 0) > self.budget:
+            raise ConfigError(
+                f"{KEY_PREFIX}min_budget={self.min_budget} is not allowed: it must be at most "
+                f"budget={self.budget}; lower it or raise budget."
+            )
+        if self.allocator.deals_to_heads:
+            # How many entries a layer keeps is decided for all layers of a block table at once,
+            # and heads are dealt to layer by layer.
+            raise ConfigError(
+                f"{KEY_PREFIX}coverage={self.coverage} does not fit together with "
+                f"allocator={self.allocator.name()!r}, under which kv_heads keep different numbers "
+                "of entries: leave it out, or choose an allocator that gives all as many."
+            )
+
+    @property
+    def covered(self) -> Coverage | None:
+        """What a compaction keeps of its budget; None for all of it."""
+        if self.coverage is None:
+            return None
+        least = _MIN_BUDGET if self.min_budget is None else self.min_budget
+        return Coverage(self.coverage, least)
 
     @property
     def plan_settings(self) -> PlanSettings:

@@ -2,6 +2,8 @@
 """What the scheduler tells the workers about a step; travels on SchedulerOutput.
 
 Plain data that pickles: block ids, columns and rows, nothing that a worker would have to derive.
+Where a coverage decides how much of a budget stays, only a worker knows what it kept; then columns
+are those of the plan, of which a worker may hold fewer (worker/kept_columns.py).
 Columns are those of vLLM's block table, positions those of the sequence; a group is named by its
 index among the KV-cache groups.
 """
@@ -34,6 +36,11 @@ class Compaction(NamedTuple):
         prompt_blocks: Blocks of the prompt that are compressed; what kv_heads own depends on it.
         protected: Spans of positions whose entries stay as they are, in order and apart; the same
             at every compaction of a request.
+        num_kept: Of the columns [first, tail), those that hold kept entries, the last ones, because
+            it was decided so before the request was preempted; 0 where all do, or a coverage is to
+            decide.
+        kept_before: Where it is to decide, columns that hold what the compaction before kept, which
+            a worker knows; 0 for the first.
     """
 
     req_id: str
@@ -50,6 +57,8 @@ class Compaction(NamedTuple):
     num_queries: int
     prompt_blocks: int
     protected: tuple[Span, ...] = ()
+    num_kept: int = 0
+    kept_before: int = 0
 
 
 class ScoredChunk(NamedTuple):
@@ -100,6 +109,8 @@ class StepOrders:
             its order.
         first_columns: By group, for the same requests: the first live column in this step, after
             its compactions. What a worker holds must agree.
+        freed_columns: By group, for the same requests: leading columns that were given back. Only
+            where a coverage decides; else these are `first_columns` of an earlier step.
         compactions, scored, recorded: The work.
     """
 
@@ -108,6 +119,7 @@ class StepOrders:
     admitted: list[str] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     first_columns: dict[int, list[int]] = field(default_factory=dict)
+    freed_columns: dict[int, list[int]] = field(default_factory=dict)
     compactions: list[Compaction] = field(default_factory=list)
     scored: list[ScoredChunk] = field(default_factory=list)
     recorded: list[RecordedQueries] = field(default_factory=list)

@@ -59,6 +59,15 @@ class Scores:
     carry: torch.Tensor | None = None
     mass: torch.Tensor | None = None
 
+    @property
+    def compared(self) -> torch.Tensor:
+        """What kv_heads are compared by.
+
+        Weights may be ranks within a head, like those of `ems`: the same in all heads, they say
+        nothing about them. So where there is a `mass`, which is attention, it is that.
+        """
+        return self.weights if self.mass is None else self.mass
+
 
 @dataclass(frozen=True)
 class Selection:

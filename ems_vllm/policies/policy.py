@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ems_vllm.config.schema import KVCompressionConfig
     from ems_vllm.policies.base import Allocator, Merger, Scorer, Scores, Selector
     from ems_vllm.policies.context import CompactionContext
+    from ems_vllm.policies.coverage import Coverage
 
 # What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
 # as much for each of kept_idx, merge_idx and class_idx.
@@ -23,6 +24,8 @@ _SELECTION_TENSORS = 6
 # The same where scores are dealt by, before anything is selected: weights, carry, mass, what is
 # ranked, and its best with their places as int64.
 _DEALING_TENSORS = 7
+# The same where it is counted what share of the score entries hold.
+_COVERING_TENSORS = 7
 # What keys that keep mass are worth in such tensors, one key of at most 256 numbers for the entries
 # of a row, of which there are 32 at least: two blocks of 16.
 _MASS_TENSORS = 8
@@ -34,16 +37,22 @@ _ROW_BYTES = 16
 
 @dataclass(frozen=True)
 class Policy:
-    """The composition Scorer x Allocator x Selector x Merger."""
+    """The composition Scorer x Allocator x Selector x Merger.
+
+    Attributes:
+        coverage: By what share of the score fewer entries stay than the allocator allows; None for
+            as many as it does.
+    """
 
     scorer: Scorer
     allocator: Allocator
     selector: Selector
     merger: Merger
+    coverage: Coverage | None = None
 
     @classmethod
     def from_config(cls, config: KVCompressionConfig) -> Policy:
-        return cls(config.scorer, config.allocator, config.selector, config.merger)
+        return cls(config.scorer, config.allocator, config.selector, config.merger, config.covered)
 
     def workspace_bytes(
         self, num_entries: int, num_kv_heads: int, *, protects: bool = False
@@ -69,7 +78,8 @@ class Policy:
     def _bytes_per_entry(self, num_kv_heads: int, protects: bool) -> int:
         num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
         num_dealing = _DEALING_TENSORS if self.allocator.deals_by_scores else 0
-        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_selected)
+        num_covering = _COVERING_TENSORS if self.coverage is not None else 0
+        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_covering, num_selected)
         num_masks = _PROTECTION_MASKS if protects else 0
         return (4 * num_tensors + num_masks) * num_kv_heads + _ROW_BYTES
 

@@ -16,6 +16,7 @@ from ems_vllm.config import (
     profiles,
     recipes,
 )
+from ems_vllm.policies.coverage import Coverage
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -93,6 +94,17 @@ def test_file_is_a_recipe(tmp_path):
             {"recipe": "h2o", "global_queries": 3, "sample_stride": 4},
             ["sample_stride=4", "global_queries=3", "lower it"],
         ),
+        ({"recipe": "ems", "coverage": 1.0}, ["coverage=1.0", "less than 1"]),
+        ({"recipe": "ems", "coverage": 0}, ["coverage=0", "greater than 0"]),
+        ({"recipe": "ems", "min_budget": 8}, ["min_budget=8", "set one, or leave min_budget out"]),
+        (
+            {"recipe": "ems", "budget": 256, "coverage": 0.9, "min_budget": 512},
+            ["min_budget=512", "at most budget=256", "lower it or raise budget"],
+        ),
+        (
+            {"recipe": "ems", "coverage": 0.9, "allocator": "ada"},
+            ["coverage=0.9", "allocator='ada'", "leave it out"],
+        ),
         ({"recipe": "off", "budget": 8}, ["'budget': 8", "compression is off"]),
     ],
 )
@@ -104,6 +116,14 @@ def test_mistake_is_answered_with_key_value_and_remedy(value, parts):
         assert part in message, message
     assert message.endswith(".")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(("min_budget", "least"), [(None, 64), (16, 16)])
+def test_a_coverage_keeps_some_entries_in_any_case(min_budget, least):
+    config = load_config({"recipe": "ems", "coverage": 0.9, "min_budget": min_budget})
+    assert config.covered == Coverage(0.9, least)
+    assert load_config(json.loads(json.dumps(config.to_dict()))) == config
+    assert load_config("ems").covered is None
 
 
 PROFILE = {"ratios": [0.25, 0.5], "fractions": {0: [0.4, 0.6], 1: [0.1, 0.4]}}

@@ -38,13 +38,13 @@ def guarded(probe: EngineProbe) -> Iterator[Checked]:
         assert block.ref_cnt == 1, (req_id, block)
         assert block.block_hash is None, (req_id, block)
 
-    def guarded_compact(self: Compactor, orders: Sequence[Compaction]) -> None:
+    def guarded_compact(self: Compactor, orders: Sequence[Compaction]) -> dict[str, int]:
         for order in orders:
             columns = slice(order.first - order.first_before, order.tail - order.first_before)
             for block_id in order.block_ids[columns]:
                 check(order.req_id, probe.pool.blocks[block_id])
                 checked.targets += 1
-        compact(self, orders)
+        return compact(self, orders)
 
     def guarded_schedule(*args: Any, **kwargs: Any) -> Any:
         output = schedule(*args, **kwargs)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from engine.build_scheduler import specs_of
-from engine.levels import LEVELS, WITHIN_PROMPTS
+from engine.levels import COVERED, LEVELS, WITHIN_PROMPTS
 from engine.simulator import Simulator
 
 SETTINGS = {
@@ -22,16 +22,17 @@ SETTINGS = {
 }
 # Prompts share prefixes of different lengths of this, so that hits are frequent.
 BASE = list(range(60))
+ALL_LEVELS = LEVELS | WITHIN_PROMPTS | COVERED
 MODES: tuple[dict[str, Any], ...] = ({}, {"async_scheduling": True}, {"num_drafts": 3})
 
 
 def modes_of(levels: str) -> tuple[dict[str, Any], ...]:
-    return MODES[:2] if levels in WITHIN_PROMPTS else MODES
+    return MODES[:2] if "prefill_interval" in ALL_LEVELS[levels] else MODES
 
 
 def busy_run(levels: str, global_queries: int | str = "all", **options: Any) -> Simulator:
     """Hits, preemptions, recompressions, and late ones where levels differ."""
-    settings = {**SETTINGS, "global_queries": global_queries, **(LEVELS | WITHIN_PROMPTS)[levels]}
+    settings = {**SETTINGS, "global_queries": global_queries, **ALL_LEVELS[levels]}
     groups = len(specs_of(settings))
     simulator = Simulator(settings, num_blocks=40 * groups, **options)
     for round_ in range(6):

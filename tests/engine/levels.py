@@ -70,3 +70,15 @@ WITHIN_PROMPTS: dict[str, dict[str, Any]] = {
     "within prompts": {"prefill_interval": 8},
     "pyramid within prompts": {**LEVELS["pyramid of 2"], "prefill_interval": 8},
 }
+
+# Less is kept than is planned; how much, only the worker knows.
+COVERED: dict[str, dict[str, Any]] = {
+    "covered": {"coverage": 0.5, "min_budget": 1, "budget": 16},
+    "pyramid covered": {**LEVELS["pyramid of 2"], "coverage": 0.5, "min_budget": 1, "budget": 16},
+    "covered within prompts": {
+        "coverage": 0.5,
+        "min_budget": 1,
+        "budget": 16,
+        "prefill_interval": 8,
+    },
+}

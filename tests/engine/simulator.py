@@ -20,6 +20,9 @@ from engine.symbolic_cache import BLOCK_SIZE
 from engine.symbolic_heads import SymbolicHeads
 from engine.symbolic_worker import SymbolicWorker
 
+from ems_vllm.engine.orders import attached
+from ems_vllm.engine.report import attach_report
+
 
 class Simulator:
     """Requests come and go; `step` schedules, and processes outputs with the engine's lag."""
@@ -55,7 +58,8 @@ class Simulator:
         if shares is not None:
             num_columns = -(-self.scheduler.max_model_len // BLOCK_SIZE)
             heads = SymbolicHeads(specs, shares, num_blocks, max_num_seqs, num_columns)
-        self.worker = SymbolicWorker(specs, num_blocks, max_num_seqs, num_drafts, heads)
+        covers = "coverage" in (compression or {})
+        self.worker = SymbolicWorker(specs, num_blocks, max_num_seqs, num_drafts, heads, covers)
         self.lag = 1 if async_scheduling else 0
         self.in_flight: deque[Any] = deque()
         self.answers: dict[str, list[int]] = {}
@@ -111,6 +115,8 @@ class Simulator:
             req_id_to_index={req_id: index for index, req_id in enumerate(req_ids)},
             sampled_token_ids=[sampled[req_id] for req_id in req_ids],
         )
+        if self.worker.report is not None:
+            attach_report(result, self.worker.report)
         for outputs in self.scheduler.update_from_output(output, result).values():
             for item in outputs.outputs:
                 self.answers.setdefault(item.request_id, []).extend(item.new_token_ids)
@@ -179,6 +185,8 @@ class Simulator:
         if self.planner is not None:
             self._check_dealer()
             self._check_prompts()
+            if self.worker.kept is not None:
+                self._check_reported()
 
     def _check_prompts(self) -> None:
         """A prompt that is compacted as it comes holds what its plan says, whatever its length."""
@@ -201,3 +209,18 @@ class Simulator:
             assert held == pool.size - pool.num_free
         pages = [page for of_groups in dealt for of_group in of_groups for page in of_group]
         assert len(set(pages)) == len(pages), "a private score page was dealt twice"
+
+    def _check_reported(self) -> None:
+        """The scheduler holds what the worker keeps, and no more."""
+        orders = [attached(output) for output in self.in_flight]
+        changing = {order.req_id for step in orders for order in step.compactions}
+        changing.update(req_id for step in orders for req_id in step.admitted)
+        for request in self.scheduler.running:
+            tracked = self.planner.requests[request.request_id]
+            if tracked.is_new or request.request_id in changing:
+                continue
+            # What the latest output made free goes back when the request is scheduled next.
+            processed = request.num_computed_tokens - request.num_in_flight_tokens
+            for group_id, ledger in enumerate(tracked.ledgers):
+                first = self.worker.first_column(request.request_id, group_id)
+                assert ledger.columns_to_free(processed) == first, (request, ledger)

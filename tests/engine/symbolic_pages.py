@@ -137,6 +137,7 @@ class SymbolicPolicy:
     """
 
     selector = SimpleNamespace(num_sink_tokens=1)
+    coverage = None
 
     def __init__(self, symbols: Symbols, num_heads: int) -> None:
         self.num_rows = 0

@@ -14,6 +14,7 @@ from engine.block_tables import BlockTables, Request
 from engine.symbolic_cache import (
     BLOCK_SIZE,
     VOCABULARY,
+    Columns,
     State,
     SymbolicCache,
     kv,
@@ -27,6 +28,8 @@ from engine.symbolic_scores import Scoring, SymbolicScores
 from ems_vllm.config import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.orders import attached
+from ems_vllm.engine.report import StepReport
+from ems_vllm.engine.worker.kept_columns import KeptColumns
 from ems_vllm.engine.worker.requests import WorkerRequests
 
 
@@ -42,6 +45,7 @@ class SymbolicWorker:
         max_num_seqs: Most requests that run at a time.
         num_drafts: Drafted tokens of a decoding request.
         heads: The pages of kv_heads that own different numbers; None where all own as many.
+        covers: Whether a compaction may keep less than is planned, as a coverage does.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class SymbolicWorker:
         max_num_seqs: int,
         num_drafts: int = 0,
         heads: SymbolicHeads | None = None,
+        covers: bool = False,
     ) -> None:
         self.cache = SymbolicCache(num_blocks)
         self.heads = heads
@@ -67,6 +72,11 @@ class SymbolicWorker:
                 self.scores = SymbolicScores(pages)
             rows = min(spec.num_ring_rows(num_blocks, max_num_seqs) for spec in self.specs)
             self.ring = SymbolicRing(rows, self.specs[0].observation.obs_window)
+        # Their record of what is held is real, too.
+        self.kept = KeptColumns(dict.fromkeys(range(len(specs)), BLOCK_SIZE)) if covers else None
+        self.report: StepReport | None = None
+        # By request and group: columns that were kept, by the column behind them.
+        self.decided: dict[tuple[str, int], dict[int, int]] = {}
         self.tokens: dict[str, list[int]] = {}
         self.first_hits: dict[str, int] = {}
         self.plans: dict[str, list[Any]] = {}
@@ -101,7 +111,7 @@ class SymbolicWorker:
         self._poison_new_blocks(output)
         orders = attached(output)
         if self.specs:
-            self._obey(orders, output, {request.req_id: request for request in scheduled})
+            orders = self._obey(orders, output, {request.req_id: request for request in scheduled})
         drafts = output.scheduled_spec_decode_tokens
         for request in scheduled:
             self._write(request, drafts.get(request.req_id, []))
@@ -118,6 +128,10 @@ class SymbolicWorker:
             request.req_id: self._sample(request, drafts.get(request.req_id, []))
             for request in scheduled
         }
+
+    def first_column(self, req_id: str, group_id: int) -> int:
+        """The first live column of a request."""
+        return self._state(req_id)[group_id][0]
 
     def draft(self, req_id: str, length: int) -> list[int]:
         """Drafts of a request's next tokens; the first ones are mostly right."""
@@ -148,8 +162,15 @@ class SymbolicWorker:
             return [self._nothing] * num_tokens
         known = self._states.setdefault(req_id, [])
         for position in range(len(known), num_tokens):
-            known.append(tuple(plan.columns(position) for plan in plans))
+            columns = [plan.columns(position) for plan in plans]
+            known.append(tuple(self._held(req_id, *item) for item in enumerate(columns)))
         return known[:num_tokens]
+
+    def _held(self, req_id: str, group_id: int, planned: Columns) -> Columns:
+        """Of the columns that may hold kept entries, those that do."""
+        first, tail = planned
+        kept = self.decided.get((req_id, group_id), {}).get(tail)
+        return (first if kept is None else tail - kept, tail)
 
     def _is_of_prompt(self, order: Any, request: Request) -> bool:
         """Whether the prompt's queries score for a compaction, recorded ones beside them."""
@@ -209,7 +230,8 @@ class SymbolicWorker:
         if self.heads is not None:
             self.heads.poison(block_ids)
 
-    def _obey(self, orders: Any, output: Any, requests: dict[str, Request]) -> None:
+    def _obey(self, orders: Any, output: Any, requests: dict[str, Request]) -> Any:
+        """Compact; what is left to do."""
         self.residents.begin_step(orders)
         starts = [request.num_computed for request in requests.values()]
         assert orders.starts == starts, (orders.starts, starts)
@@ -220,18 +242,45 @@ class SymbolicWorker:
                 lambda request, group_id: self._symbols(request, group_id, request.num_computed),
             )
         self.residents.compact(orders.compactions)
-        for order in orders.compactions:
-            self._compact(order, requests[order.req_id])
+        if self.kept is None:
+            for order in orders.compactions:
+                self._compact(order, requests[order.req_id])
         self.residents.check_first_columns(output.num_scheduled_tokens, orders)
         for chunk in orders.scored:
             self.residents.scored(chunk)
         for queries in orders.recorded:
             self.residents.recorded(queries, requests[queries.req_id].end)
+        return orders if self.kept is None else self._cover(self.kept, orders, requests)
+
+    def _cover(self, kept: KeptColumns, planned: Any, requests: dict[str, Request]) -> Any:
+        """Compact what is held, and keep what this worker likes of it."""
+        kept.release(planned.ended)
+        orders = [self._decide(order) for order in kept.compactions(planned.compactions)]
+        for order in orders:
+            self._compact(order, requests[order.req_id])
+        kept_from = {(order.req_id, order.group_id): order.first for order in orders}
+        self.report = kept.keep(orders, kept_from)
+        return kept.held(planned, list(requests))
+
+    def _decide(self, order: Any) -> Any:
+        decided = self.decided.setdefault((order.req_id, order.group_id), {})
+        if order.num_kept:
+            # The same as before a preemption.
+            assert order.num_kept == decided[order.tail], order
+            return order
+        assert order.tail not in decided, "decided twice"
+        most = order.tail - order.first
+        least = max(1, order.kept_before)
+        # As if it had scored; rarely as much as it may.
+        salt = hash((tuple(self.tokens[order.req_id][: order.num_computed]), order.group_id))
+        decided[order.tail] = least + salt % (1 + (most - least) // 2)
+        return order._replace(first=order.tail - decided[order.tail])
 
     def _compact(self, order: Any, request: Request) -> None:
         group_id, before = order.group_id, self._state(order.req_id)
         columns = -(-order.num_computed // BLOCK_SIZE)
         table = request.tables[group_id]
+        assert order.first_before == before[group_id][0], (order, before)
         assert order.block_ids == table[order.first_before : columns], order
         self._check(request, group_id, order.num_computed, self._prefixes_of(request))
         self.ring.check(order)
@@ -281,6 +330,8 @@ class SymbolicWorker:
             request = by_id[chunk.req_id]
             # A batch of nothing else would replay the CUDA graph of decoding, which scores none.
             assert request.num_scheduled > self.num_drafts + 1, chunk
+            # Attention was over what is held, so scores are, too.
+            assert chunk.first_column == self.first_column(chunk.req_id, chunk.group_id), chunk
             assert self.scores is not None
             self.scores.score(chunk, request)
             if self.heads is not None:

@@ -3,8 +3,8 @@
 
 import pytest
 from engine.build_scheduler import specs_of
-from engine.busy_run import BASE, MODES, SETTINGS, busy_run, modes_of
-from engine.levels import LEVELS, WITHIN_PROMPTS
+from engine.busy_run import ALL_LEVELS, BASE, MODES, SETTINGS, busy_run, modes_of
+from engine.levels import LEVELS
 from engine.simulator import Simulator
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ class SchedulingMachine(RuleBasedStateMachine):
         method=st.sampled_from(
             [("ems", "all"), ("ems", 12), ("ems", 6), ("ems", 1), ("snapkv", 6), ("knorm", 6)]
         ),
-        levels=st.sampled_from(list((LEVELS | WITHIN_PROMPTS).values())),
+        levels=st.sampled_from(list(ALL_LEVELS.values())),
     )
     def start(self, mode, recompress_interval, num_blocks, max_num_batched_tokens, method, levels):
         recipe, global_queries = method
@@ -125,7 +125,7 @@ MODE_NAMES = ["sync", "async", "drafts"]
     ("levels", "mode"),
     [
         pytest.param(levels, mode, id=f"{levels}-{MODE_NAMES[MODES.index(mode)]}")
-        for levels in LEVELS | WITHIN_PROMPTS
+        for levels in ALL_LEVELS
         for mode in modes_of(levels)
     ],
 )
@@ -133,7 +133,7 @@ def test_busy_run_exercises_what_the_planted_bugs_break(levels, mode):
     simulator = busy_run(levels, **mode)
     worker = simulator.worker
     assert min(worker.num_compactions) + min(worker.num_late_compactions) > 30
-    is_within = levels in WITHIN_PROMPTS
+    is_within = "prefill_interval" in ALL_LEVELS[levels]
     assert all((count > 20) == is_within for count in worker.num_within_prompts)
     if len(simulator.managers) > 1:
         assert min(worker.num_late_compactions) > 0
@@ -141,6 +141,9 @@ def test_busy_run_exercises_what_the_planted_bugs_break(levels, mode):
     assert simulator.num_preemptions >= 6
     assert worker.cache.num_checked_slots > 10_000
     assert (worker.num_accepted_drafts > 100) == ("num_drafts" in mode)
+    if worker.kept is not None:
+        decided = [count for of_group in worker.decided.values() for count in of_group.values()]
+        assert len(set(decided)) > 2
     if worker.heads is not None:
         assert worker.heads.num_checked_rows > 4_000
         assert all(group.num_unequal > 50 for group in worker.heads.groups)

@@ -267,7 +267,7 @@ def test_compaction_runs_once_per_due_step_and_outside_of_the_model(probe):
 
     def observed_orders(self, orders):
         events.append("compact")
-        run_orders(self, orders)
+        return run_orders(self, orders)
 
     def observed_compact(self, context):
         assert events == ["compact"]

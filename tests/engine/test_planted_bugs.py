@@ -3,14 +3,16 @@
 
 import pytest
 from engine.busy_run import SETTINGS, busy_runs
-from engine.levels import WITHIN_PROMPTS
+from engine.levels import COVERED, WITHIN_PROMPTS
 
 from ems_vllm.engine.pools import Pool
+from ems_vllm.engine.report import StepReport
 from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
 from ems_vllm.engine.scheduler.dealer import Dealer
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
 from ems_vllm.engine.scheduler.request import SchedulerRequest
+from ems_vllm.engine.worker.kept_columns import KeptColumns
 from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
 
@@ -260,6 +262,65 @@ def _queries_score_twice(monkeypatch):
     )
 
 
+def _report_is_ignored(monkeypatch):
+    monkeypatch.setattr(Planner, "reported", lambda self, orders, report: None)
+
+
+def _report_edited(monkeypatch, edit):
+    """Lets `edit` change the columns of every report."""
+    reported = Planner.reported
+
+    def edited(self, orders, report):
+        if report is not None:
+            report = StepReport(edit(list(report.first_columns)))
+        return reported(self, orders, report)
+
+    monkeypatch.setattr(Planner, "reported", edited)
+
+
+def _report_is_of_another_request(monkeypatch):
+    _report_edited(monkeypatch, lambda firsts: firsts[::-1])
+
+
+def _one_column_too_many_is_freed(monkeypatch):
+    _report_edited(monkeypatch, lambda firsts: [first + 1 for first in firsts])
+
+
+def _report_is_of_a_step_before(monkeypatch):
+    kept = []
+
+    def edit(firsts):
+        kept.append(firsts)
+        return next((one for one in kept[:-1] if len(one) == len(firsts)), firsts)
+
+    _report_edited(monkeypatch, edit)
+
+
+def _replay_decides_anew(monkeypatch):
+    def edit(planner, output, orders):
+        orders.compactions[:] = [order._replace(num_kept=0) for order in orders.compactions]
+        return orders
+
+    _message_edited(monkeypatch, edit)
+
+
+def _decisions_survive_a_preemption(monkeypatch):
+    monkeypatch.setattr(KeptColumns, "release", lambda self, req_ids: None)
+
+
+def _prompt_scores_columns_as_planned(monkeypatch):
+    monkeypatch.setattr(KeptColumns, "_chunk", lambda self, chunk: chunk)
+
+
+def _attention_begins_as_planned(monkeypatch):
+    keep = KeptColumns.keep
+
+    def keep_planned(self, orders, kept_from):
+        return keep(self, orders, {key: max(0, first - 1) for key, first in kept_from.items()})
+
+    monkeypatch.setattr(KeptColumns, "keep", keep_planned)
+
+
 PLANTS = [
     _freed_one_step_early,
     _hit_ends_a_block_too_late,
@@ -293,6 +354,16 @@ PLANTS_WITHIN_PROMPTS = [
     _scores_of_what_was_kept_are_lost,
     _queries_score_twice,
 ]
+# These need workers that keep less than is planned.
+PLANTS_OF_COVERAGE = [
+    _report_is_ignored,
+    _report_is_of_another_request,
+    _one_column_too_many_is_freed,
+    _report_is_of_a_step_before,
+    _replay_decides_anew,
+    _decisions_survive_a_preemption,
+    _attention_begins_as_planned,
+]
 
 
 @pytest.mark.parametrize("levels", ["alike", "one whole"])
@@ -319,3 +390,17 @@ def test_bug_planted_within_prompts_is_caught(plant, levels, monkeypatch):
     plant(monkeypatch)
     with pytest.raises((AssertionError, StepRefused)):
         busy_runs(levels)
+
+
+@pytest.mark.parametrize("levels", COVERED)
+@pytest.mark.parametrize("plant", PLANTS_OF_COVERAGE, ids=lambda plant: plant.__name__.strip("_"))
+def test_bug_planted_in_what_is_reported_is_caught(plant, levels, monkeypatch):
+    plant(monkeypatch)
+    with pytest.raises((AssertionError, StepRefused)):
+        busy_runs(levels)
+
+
+def test_bug_planted_in_the_scores_of_what_is_kept_is_caught(monkeypatch):
+    _prompt_scores_columns_as_planned(monkeypatch)
+    with pytest.raises((AssertionError, StepRefused)):
+        busy_runs("covered within prompts")

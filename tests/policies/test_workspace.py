@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ems_vllm import ops
 from ems_vllm.config import load_config, recipes
 from ems_vllm.policies.context import CompactionContext
+from ems_vllm.policies.coverage import Coverage, held_shares
 from ems_vllm.policies.policy import Policy
 from ems_vllm.policies.rotation import Rotation
 
@@ -173,6 +174,31 @@ def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
         most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=True)
         assert allocations.peak <= most <= WORKSPACE
         del context, mask
+
+
+@pytest.mark.parametrize("protects", [False, True])
+@pytest.mark.parametrize(
+    ("num_rows", "num_entries"), [(1, 32_768), (7, 1312)], ids=["long", "some"]
+)
+@pytest.mark.parametrize("policy", policies())
+def test_what_a_coverage_counts_stays_within_too(policy, num_rows, num_entries, protects):
+    policy = replace(policy, coverage=Coverage(0.9, BLOCK_SIZE))
+    per_layer, num_kv_heads = num_rows * num_entries, 8
+    num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=protects) // per_layer
+    assert num_layers >= 1
+    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
+        context = meta_context(num_layers, num_rows, num_entries, budget)
+        with torch.inference_mode(), Allocations() as allocations:
+            if protects:
+                shape = (num_layers, num_rows, num_kv_heads, num_entries)
+                mask = torch.zeros(shape, dtype=torch.bool, device="meta")
+                context = replace(context, is_protected=mask)
+            scores = policy.score(context)
+            held_shares(context, scores)
+            policy.place(context, scores)
+        most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=protects)
+        assert allocations.peak <= most <= WORKSPACE
+        del context, scores
 
 
 @pytest.mark.parametrize("policy", policies())

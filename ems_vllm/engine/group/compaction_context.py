@@ -52,17 +52,18 @@ def context_of_heads(
 
 
 def with_targets(context: CompactionContext, rows: CompactionRows) -> CompactionContext:
-    """A context of rows that were not dealt to, once they are.
+    """A context of rows of which it was open how many entries they keep, once it is said.
 
     Args:
-        context: Of context_of_heads.
-        rows: Its rows, after compaction_rows.dealt.
+        context: Of the same rows.
+        rows: As they are now.
     """
     return replace(
         context,
         block_table=to_device(rows.block_table, context.device),
         budgets=to_device(rows.budgets, context.device),
         num_protected=to_device(rows.num_protected, context.device),
+        target_columns=to_device(rows.target_columns, context.device),
         max_budget=int(rows.budgets.max()),
     )
 

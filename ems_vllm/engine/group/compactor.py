@@ -13,10 +13,13 @@ import torch
 
 from ems_vllm.engine.group.compaction_context import context_of, context_of_heads, with_targets
 from ems_vllm.engine.group.compaction_rows import CompactionRows, by_head, dealt, rows_of
+from ems_vllm.engine.group.covering import Covering, OfRanks, alone
 from ems_vllm.engine.group.protection import ProtectedEntries, ProtectedWave, num_reserved
+from ems_vllm.policies.coverage import held_shares
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.layer_stack import LayerStack
     from ems_vllm.engine.group.tensors import GroupTensors
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.context import CompactionContext
@@ -41,6 +44,7 @@ class Compactor:
         workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
             single request does.
         heads: What kv_heads own; None where all of a layer keep as much.
+        of_ranks: Gathers what ranks must decide together.
 
     Attributes:
         protected: What requests protect.
@@ -52,6 +56,7 @@ class Compactor:
         policy: Policy,
         workspace_bytes: int,
         heads: HeadTables | None = None,
+        of_ranks: OfRanks = alone,
     ) -> None:
         self._tensors = tensors
         self._policy = policy
@@ -59,45 +64,92 @@ class Compactor:
         self._block_size = tensors.spec.block_size
         self._num_sinks = policy.selector.num_sink_tokens
         self._workspace_bytes = workspace_bytes
+        self._covering = None
+        if policy.coverage is not None:
+            num_heads = tensors.num_layers * tensors.spec.num_kv_heads
+            self._covering = Covering(
+                policy.coverage, num_heads, self._block_size, self._num_sinks, of_ranks
+            )
         self.counters = CompactionCounters()
         self.protected = ProtectedEntries(self._block_size, tensors.device)
 
     @torch.inference_mode()
-    def compact(self, orders: Sequence[Compaction]) -> None:
-        """Compress requests, before the step's forward pass."""
-        for wave, max_layers in self._waves(orders):
-            requests = rows_of(wave, self._block_size, self._num_sinks)
-            protected = self.protected.wave(wave)
-            if self._heads is None:
-                self._compact_requests(requests, max_layers, protected)
-            else:
-                self._compact_heads(requests, wave, self._heads, protected)
-        for order in orders:
-            self.counters.num_compactions += 1
-            self.counters.num_entries_in += self._num_entries(order)
-            self.counters.num_entries_kept += self._num_kept(order)
+    def compact(self, orders: Sequence[Compaction]) -> dict[str, int]:
+        """Compress requests, before the step's forward pass.
 
-    def _compact_requests(
-        self, requests: CompactionRows, max_layers: int, protected: ProtectedWave | None
-    ) -> None:
-        for stack in self._tensors.stacks:
-            for part in stack.split(max_layers):
-                context = context_of(self._tensors, requests, part)
-                if protected is None:
-                    self._policy.compact(context)
-                    continue
-                mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
-                protected.keep(self._policy.compact(replace(context, is_protected=mask)))
+        Returns:
+            By request, the first column of what is kept: that of the order, or a later one where a
+            coverage decides.
+        """
+        kept_from = {}
+        for wave, max_layers in self._waves(orders):
+            if self._heads is not None:
+                self._compact_heads(wave, self._heads)
+            elif self._covering is None:
+                self._compact_requests(wave, max_layers)
+            else:
+                wave = self._compact_covered(wave, max_layers, self._covering)
+            for order in wave:
+                self.counters.num_compactions += 1
+                self.counters.num_entries_in += self._num_entries(order)
+                self.counters.num_entries_kept += self._num_kept(order)
+                kept_from[order.req_id] = order.first
+        return kept_from
+
+    def _rows(self, wave: Sequence[Compaction]) -> CompactionRows:
+        return rows_of(wave, self._block_size, self._num_sinks)
+
+    def _parts(self, max_layers: int) -> list[LayerStack]:
+        """Layers of the group, so many at a time at most."""
+        return [part for stack in self._tensors.stacks for part in stack.split(max_layers)]
+
+    def _context(
+        self, requests: CompactionRows, part: LayerStack, protected: ProtectedWave | None
+    ) -> CompactionContext:
+        context = context_of(self._tensors, requests, part)
+        if protected is None:
+            return context
+        mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
+        return replace(context, is_protected=mask)
+
+    def _compact_requests(self, wave: Sequence[Compaction], max_layers: int) -> None:
+        requests, protected = self._rows(wave), self.protected.wave(wave)
+        for part in self._parts(max_layers):
+            kept_idx = self._policy.compact(self._context(requests, part, protected))
+            if protected is not None:
+                protected.keep(kept_idx)
         if protected is not None:
             protected.end(requests.budgets.tolist())
 
-    def _compact_heads(
-        self,
-        requests: CompactionRows,
-        wave: Sequence[Compaction],
-        heads: HeadTables,
-        protected: ProtectedWave | None,
-    ) -> None:
+    def _compact_covered(
+        self, wave: Sequence[Compaction], max_layers: int, covering: Covering
+    ) -> list[Compaction]:
+        """Compact requests that keep what a coverage says, which all their layers decide together.
+
+        Returns:
+            The orders, with what was kept.
+        """
+        requests, parts = self._rows(wave), self._parts(max_layers)
+        protected = self.protected.wave(wave)
+        shares = []
+        for part in parts:
+            context = self._context(requests, part, protected)
+            scores = self._policy.score(context)
+            shares.append(held_shares(context, scores))
+        decided = covering.decided(wave, torch.stack(shares).sum(0))
+        if len(parts) > 1:
+            # Scores of all layers have no room; they are made once more.
+            self._compact_requests(decided, max_layers)
+            return decided
+        kept = self._rows(decided)
+        kept_idx = self._policy.place(with_targets(context, kept), scores)
+        if protected is not None:
+            protected.keep(kept_idx)
+            protected.end(kept.budgets.tolist())
+        return decided
+
+    def _compact_heads(self, wave: Sequence[Compaction], heads: HeadTables) -> None:
+        requests, protected = self._rows(wave), self.protected.wave(wave)
         req_ids = [order.req_id for order in wave]
         owned, shared = heads.owned(req_ids), heads.deal(wave, self._least_pages(wave))
         kept = np.empty_like(owned) if shared is None else shared

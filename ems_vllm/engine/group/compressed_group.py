@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ems_vllm.engine.group.compactor import Compactor
+from ems_vllm.engine.group.covering import OfRanks, alone
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
@@ -24,6 +25,7 @@ class CompressedGroup:
         policy: Chooses what stays and what is merged.
         workspace_bytes: Bound of the scratch memory of a compaction.
         heads: Pages that kv_heads own; None where all of a layer keep as much.
+        of_ranks: See Compactor.
 
     Attributes:
         heads: As given.
@@ -36,11 +38,12 @@ class CompressedGroup:
         policy: Policy,
         workspace_bytes: int,
         heads: HeadTables | None = None,
+        of_ranks: OfRanks = alone,
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.heads = heads
-        self._compactor = Compactor(tensors, policy, workspace_bytes, heads)
+        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, of_ranks)
         self.counters = self._compactor.counters
 
     def release(self, req_ids: Sequence[str]) -> None:
@@ -49,6 +52,10 @@ class CompressedGroup:
         if self.heads is not None:
             self.heads.release(req_ids)
 
-    def compact(self, orders: Sequence[Compaction]) -> None:
-        """Compress requests of this group, before anything of the step runs."""
-        self._compactor.compact(orders)
+    def compact(self, orders: Sequence[Compaction]) -> dict[str, int]:
+        """Compress requests of this group, before anything of the step runs.
+
+        Returns:
+            By request, the first column of what is kept.
+        """
+        return self._compactor.compact(orders)

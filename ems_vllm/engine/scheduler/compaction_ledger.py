@@ -12,6 +12,28 @@ if TYPE_CHECKING:
 
 
 @dataclass
+class OrderedCompaction:
+    """A compaction on its way.
+
+    Attributes:
+        ledger: Whose.
+        start: Tokens processed before its step.
+        tail: Column behind the kept entries.
+        first: Their first column: as planned, or as the worker reports it.
+    """
+
+    ledger: CompactionLedger
+    start: int
+    tail: int
+    first: int
+
+    def kept_from(self, first: int) -> None:
+        """A worker reports that less was kept than planned: from column `first` on."""
+        self.first = first
+        self.ledger.num_kept[self.tail] = self.tail - first
+
+
+@dataclass
 class CompactionLedger:
     """Follows the steps of one request in one group, from "scheduled" to "output processed".
 
@@ -23,7 +45,9 @@ class CompactionLedger:
     Attributes:
         plan: Of the request in this group.
         first, tail: Columns [first, tail) hold the kept entries in the latest step that was
-            scheduled; 0, 0 before the first compaction.
+            scheduled, as planned; 0, 0 before the first compaction.
+        num_kept: Columns that a worker reported to have kept, by `tail`. They outlive a preemption:
+            what was decided once is ordered when it comes again.
         accumulated_until: Tokens whose queries need no representation at the next compaction:
             those before the last one, or of the prompt where its queries score.
     """
@@ -32,7 +56,8 @@ class CompactionLedger:
     first: int = 0
     tail: int = 0
     accumulated_until: int = field(init=False)
-    _in_flight: deque[tuple[int, int]] = field(default_factory=deque)
+    num_kept: dict[int, int] = field(default_factory=dict)
+    _in_flight: deque[OrderedCompaction] = field(default_factory=deque)
     _first_processed: int = 0
 
     def __post_init__(self) -> None:
@@ -44,18 +69,18 @@ class CompactionLedger:
         self.accumulated_until = self.plan.prompt_len if self.plan.compresses_prompt else 0
         self._in_flight.clear()
 
-    def step_scheduled(self, start: int) -> bool:
+    def step_scheduled(self, start: int) -> OrderedCompaction | None:
         """A step that begins with `start` processed tokens goes to the workers.
 
         Returns:
-            Whether a compaction falls due in it; `first` and `tail` are those after it.
+            The compaction that falls due in it, if one does; `first` and `tail` are those after it.
         """
         if not self.falls_due(start):
-            return False
-        first, self.tail = self.plan.columns(start)
-        self.first = first
-        self._in_flight.append((start, first))
-        return True
+            return None
+        self.first, self.tail = self.plan.columns(start)
+        ordered = OrderedCompaction(self, start, self.tail, self.first)
+        self._in_flight.append(ordered)
+        return ordered
 
     def falls_due(self, start: int) -> bool:
         """Whether a step that begins with `start` processed tokens compacts."""
@@ -72,8 +97,13 @@ class CompactionLedger:
         Args:
             num_processed_tokens: Tokens of all steps whose output has been processed.
         """
-        while self._in_flight and self._in_flight[0][0] < num_processed_tokens:
-            self._first_processed = self._in_flight.popleft()[1]
+        while self._in_flight and self._in_flight[0].start < num_processed_tokens:
+            self._first_processed = self._in_flight.popleft().first
+        return self._first_processed
+
+    @property
+    def num_freed(self) -> int:
+        """Leading columns that `columns_to_free` has named so far."""
         return self._first_processed
 
     @property

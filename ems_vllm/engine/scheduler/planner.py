@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
-from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
+from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger, OrderedCompaction
 from ems_vllm.engine.scheduler.dealer import Dealer
 from ems_vllm.engine.scheduler.request import NEVER, SchedulerRequest
 from ems_vllm.plan import prompt_blocks
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from ems_vllm._C import CompressionPlan
+    from ems_vllm.engine.report import StepReport
     from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 
 
@@ -40,6 +41,7 @@ class Planner:
             cached, vLLM cuts at blocks; then a request that is short of something waits instead of
             advancing a little, and a last chunk may look like a decoding step.
         num_sinks: First tokens of a prompt that always stay.
+        is_reported: Whether workers report what they kept, because a coverage decides.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Planner:
         decode_query_len: int,
         cuts_anywhere: bool = True,
         num_sinks: int = 0,
+        is_reported: bool = False,
     ) -> None:
         self.requests: dict[str, SchedulerRequest] = {}
         self._managers = list(managers)
@@ -62,6 +65,9 @@ class Planner:
         self._dealer = Dealer(
             [manager.group_spec for manager in managers], num_blocks, max_num_seqs
         )
+        # By step, compactions of which a report is to come.
+        self._unreported: dict[int, list[OrderedCompaction]] = {}
+        self._is_reported = is_reported
         self._num_steps = 0
         # Whether a request that is to be admitted must wait in the step that is being scheduled.
         self._queue_waits = False
@@ -211,10 +217,31 @@ class Planner:
             if end > tracked.quiet_until:
                 self._order(tracked, end - num_tokens, end, orders)
         for index, manager in enumerate(self._managers):
-            orders.first_columns[manager.kv_cache_group_id] = [
-                tracked.ledgers[index].first for tracked in scheduled
-            ]
+            ledgers = [tracked.ledgers[index] for tracked in scheduled]
+            orders.first_columns[manager.kv_cache_group_id] = [ledger.first for ledger in ledgers]
+            if self._is_reported:
+                freed = [ledger.num_freed for ledger in ledgers]
+                orders.freed_columns[manager.kv_cache_group_id] = freed
         return orders
+
+    def reported(self, orders: StepOrders | None, report: StepReport | None) -> None:
+        """The output of a step has come, with what its compactions kept.
+
+        Raises:
+            RuntimeError: the report is missing, or is of other compactions.
+        """
+        if not self._is_reported or orders is None:
+            return
+        ordered = self._unreported.pop(orders.step, [])
+        found = [] if report is None else report.first_columns
+        if len(found) != len(ordered):
+            raise RuntimeError(
+                f"KV-cache compression: step {orders.step} compacted {len(ordered)} times, and its "
+                f"output reports {len(found)}; the engine stops, because it does not know which "
+                "columns are free."
+            )
+        for compaction, first in zip(ordered, found, strict=True):
+            compaction.kept_from(first)
 
     def _order(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:
         """Add what a request's step from `start` to `end` asks for."""
@@ -253,8 +280,10 @@ class Planner:
         compacted = False
         for index, ledger in enumerate(tracked.ledgers):
             before = (ledger.first, ledger.tail)
-            if ledger.step_scheduled(start):
+            if ordered := ledger.step_scheduled(start):
                 orders.compactions.append(self._compaction(tracked, index, start, before))
+                if self._is_reported:
+                    self._unreported.setdefault(orders.step, []).append(ordered)
                 ledger.accumulated_until = start
                 compacted = True
         return compacted
@@ -285,6 +314,7 @@ class Planner:
             num_queries=min(self._obs_window, start - tracked.num_cached),
             prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
             protected=tracked.protected,
+            num_kept=ledger.num_kept.get(ledger.tail, 0),
         )
 
     def _score(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:

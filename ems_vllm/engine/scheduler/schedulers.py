@@ -2,7 +2,8 @@
 """vLLM's schedulers, with a planner beside them.
 
 They come in through `scheduler_cls`. What they override bounds a hit and a chunk, notices that a
-request gave its blocks back, and sends the orders of a step along with it.
+request gave its blocks back, sends the orders of a step along with it, and reads the report that
+may come back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
 from ems_vllm.config import settings_of
-from ems_vllm.engine.orders import attach
+from ems_vllm.engine.orders import attach, attached
+from ems_vllm.engine.report import attached_report
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
 from ems_vllm.vllm_versions import bounds_cache_hits
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
     # For type checkers; the real base is the scheduler that this is mixed into.
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
+    from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 else:
     _Base = object
@@ -49,6 +53,7 @@ class CompressionSchedulerMixin(_Base):
             decode_query_len=1 + self.num_spec_tokens,
             cuts_anywhere=not self.need_mamba_block_aligned_split,
             num_sinks=config.selector.num_sink_tokens,
+            is_reported=config.coverage is not None,
         )
 
     def _get_local_prefix_cache_hit(
@@ -85,6 +90,13 @@ class CompressionSchedulerMixin(_Base):
         output = super().schedule(*args, **kwargs)
         attach(output, self.planner.orders(output))
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
+    ) -> dict[int, EngineCoreOutputs]:
+        # Before anything else of this output: blocks that it makes free may be handed out then.
+        self.planner.reported(attached(scheduler_output), attached_report(model_runner_output))
+        return super().update_from_output(scheduler_output, model_runner_output)
 
 
 class CompressingScheduler(CompressionSchedulerMixin, Scheduler):

@@ -24,6 +24,7 @@ from ems_vllm.engine.group.score_store import ScoreStore
 from ems_vllm.engine.group.tensors import GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.head_tables import head_tables
+from ems_vllm.engine.worker.ranks import of_ranks
 from ems_vllm.engine.worker.refusals import (
     HEAD_SCALES,
     MIXED_QUERY_HEADS,
@@ -120,7 +121,7 @@ class GroupBuilder:
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20
-        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads)
+        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads, of_ranks)
 
     def rewriter(self, group: CompressedGroup, batch_of: BatchOf) -> MetadataRewriter:
         """What the metadata builders of a group call."""

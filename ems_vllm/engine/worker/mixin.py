@@ -18,10 +18,12 @@ from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.bind import bind
 from ems_vllm.engine.worker.declared_specs import declared_specs
 from ems_vllm.engine.worker.group_builder import GroupBuilder
+from ems_vllm.engine.worker.kept_columns import KeptColumns
 from ems_vllm.engine.worker.layer_choice import LayerChoice, choose_layers, mixed_layer
 from ems_vllm.engine.worker.memory import Footprint
 from ems_vllm.engine.worker.progress_log import ProgressLog
 from ems_vllm.engine.worker.refusals import MIXED_GROUP, NO_FULL_ATTENTION
+from ems_vllm.engine.worker.reporting import report_steps
 from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.engine.worker.step import StepRunner, batch_order
 from ems_vllm.policies.policy import Policy
@@ -114,12 +116,18 @@ class CompressionWorkerMixin(_Base):
         self._check_groups(kv_cache_config)
         runner, layers, builder = self.model_runner, self._attention_layers(), self._group_builder()
         groups = builder.build(kv_cache_config)
-        self.compression = StepRunner(groups, batch_order(runner))
+        kept = None
+        if self._policy.coverage is not None:
+            sizes = {group.tensors.group_id: group.tensors.spec.block_size for group in groups}
+            kept = KeptColumns(sizes)
+        self.compression = StepRunner(groups, batch_order(runner), kept)
         batch_of = self.compression.batch
         self.rewriters = tuple(builder.rewriter(group, batch_of) for group in groups)
         for rewriter in self.rewriters:
             bind(rewriter, runner, layers)
         self._observe_steps(runner)
+        if kept is not None:
+            report_steps(runner, self.compression)
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)
             log_start(

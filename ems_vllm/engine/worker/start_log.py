@@ -83,6 +83,13 @@ def log_start(
         config.recent_window,
         config.recompress_interval,
     )
+    if config.covered is not None:
+        logger.info(
+            "KV-cache compression: coverage: of a budget stay as many entries as hold %g %% of the "
+            "score of what is compressed, at least %d; requests are admitted for the whole budget.",
+            100 * config.covered.share,
+            config.covered.min_budget,
+        )
     specs = {
         name: group.kv_cache_spec
         for group in kv_cache_config.kv_cache_groups

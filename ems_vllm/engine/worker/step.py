@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from ems_vllm.engine.group.compressed_group import CompressedGroup
+    from ems_vllm.engine.orders import Compaction
+    from ems_vllm.engine.report import StepReport
+    from ems_vllm.engine.worker.kept_columns import KeptColumns
 
     BatchOrder = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -53,10 +56,21 @@ class StepRunner:
     Args:
         groups: The compressed KV-cache groups.
         batch_order: Gives the request of every row of a batch; the model runner knows.
+        kept: What is held of requests, where a coverage decides; None where all of a budget stays.
+
+    Attributes:
+        report: What the scheduler is to know of the latest step; None for nothing.
     """
 
-    def __init__(self, groups: Sequence[CompressedGroup], batch_order: BatchOrder) -> None:
+    def __init__(
+        self,
+        groups: Sequence[CompressedGroup],
+        batch_order: BatchOrder,
+        kept: KeptColumns | None = None,
+    ) -> None:
         self.groups = list(groups)
+        self.report: StepReport | None = None
+        self._kept = kept
         self._requests = WorkerRequests()
         self._batch_order = batch_order
         self._step: _Step | None = None
@@ -84,17 +98,38 @@ class StepRunner:
         for group in self.groups:
             group.release(orders.ended)
         requests.compact(orders.compactions)
-        for group in self.groups:
-            group.compact([c for c in orders.compactions if c.group_id == group.tensors.group_id])
+        if self._kept is None:
+            self._compact(orders.compactions)
         requests.check_first_columns(output.num_scheduled_tokens, orders)
-        index = {req_id: at for at, req_id in enumerate(output.num_scheduled_tokens)}
-        num_scheduled = list(output.num_scheduled_tokens.values())
         for chunk in orders.scored:
             requests.scored(chunk)
+        if self._kept is not None:
+            orders = self._compact_covered(self._kept, orders, list(output.num_scheduled_tokens))
+        index = {req_id: at for at, req_id in enumerate(output.num_scheduled_tokens)}
+        num_scheduled = list(output.num_scheduled_tokens.values())
         for queries in orders.recorded:
             at = index[queries.req_id]
             requests.recorded(queries, orders.starts[at] + num_scheduled[at])
         self._step = _Step(orders, index, num_scheduled)
+
+    def _compact(self, orders: Sequence[Compaction]) -> dict[tuple[str, int], int]:
+        """Compact all groups; by request and group, the first column of what is kept."""
+        kept_from = {}
+        for group in self.groups:
+            group_id = group.tensors.group_id
+            of_group = group.compact([order for order in orders if order.group_id == group_id])
+            for req_id, first in of_group.items():
+                kept_from[req_id, group_id] = first
+        return kept_from
+
+    def _compact_covered(
+        self, kept: KeptColumns, planned: StepOrders, req_ids: Sequence[str]
+    ) -> StepOrders:
+        """Compact what is held; the orders that go on from there."""
+        kept.release(planned.ended)
+        compactions = kept.compactions(planned.compactions)
+        self.report = kept.keep(compactions, self._compact(compactions))
+        return kept.held(planned, req_ids)
 
     def end_step(self) -> None:
         self._step = None

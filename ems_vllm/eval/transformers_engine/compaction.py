@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -112,6 +112,28 @@ def compaction_context(
         is_untouched=ints([counts.is_untouched] * num_rows).bool(),
         rotations=[settings.rotation] * keys.shape[0],
         rows_together=counts.rows_together,
+    )
+
+
+def keeping(
+    context: CompactionContext, settings: CompactionSettings, num_kept: int, tail: int
+) -> CompactionContext:
+    """A context whose rows keep less than they may.
+
+    Args:
+        context: Of compaction_context.
+        settings: Of the request.
+        num_kept: Blocks to keep.
+        tail: Column behind those that are compacted, in the tables of the rows.
+    """
+    budget = num_kept * context.block_size
+    num_sinks = settings.policy.selector.num_sink_tokens
+    return replace(
+        context,
+        budgets=torch.full_like(context.budgets, budget),
+        num_protected=torch.full_like(context.num_protected, min(num_sinks, budget)),
+        target_columns=torch.full_like(context.target_columns, tail - num_kept),
+        max_budget=budget,
     )
 
 

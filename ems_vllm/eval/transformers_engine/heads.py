@@ -62,9 +62,10 @@ class CompressedHeads(CompressedLevel):
         num_processed: int,
         first: int,
         tail: int,
-    ) -> None:
+    ) -> int:
         for at, layer in enumerate(self.layers):
             self._compact_layer(cache, at, layer, queries[self._places[at]], num_processed, tail)
+        return first
 
     def _compact_layer(
         self,

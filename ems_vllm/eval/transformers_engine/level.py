@@ -12,17 +12,21 @@ from ems_vllm.eval.transformers_engine.compaction import (
     CompactionSettings,
     Counts,
     compaction_context,
+    keeping,
     ring,
 )
 from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
 from ems_vllm.eval.transformers_engine.protection import ProtectedPositions
+from ems_vllm.policies.coverage import held_shares
 
 if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.cache import StoredCache
     from ems_vllm.eval.transformers_engine.plans import LevelPlan
     from ems_vllm.eval.transformers_engine.prefill import Prefilled
     from ems_vllm.eval.transformers_engine.scored_queries import ScoredQueries
+    from ems_vllm.policies.base import Scores
     from ems_vllm.policies.context import CompactionContext
+    from ems_vllm.policies.coverage import Coverage
 
 
 class CompressedLevel:
@@ -49,7 +53,8 @@ class CompressedLevel:
         self._settings = settings
         # Of its layers among the compressed ones: queries and scores are of all of these.
         self._places = [prompt.layers.index(layer) for layer in level.layers]
-        self._first = self._tail = 0
+        # As they are; a coverage may keep less than is planned.
+        self._first = self._tail = self._planned_first = 0
         # Tokens whose queries have been accumulated, by the prompt or by a compaction.
         self._num_accumulated = prompt.num_tokens if self.plan.compresses_prompt else 0
         # Scores of the leading entries; the others have none yet.
@@ -77,12 +82,14 @@ class CompressedLevel:
                 tokens, of all compressed layers.
             num_processed: Tokens that the request has processed.
         """
-        first, tail = self.plan.columns(num_processed)
-        if first > self._first:
+        planned_first, tail = self.plan.columns(num_processed)
+        if planned_first > self._planned_first:
             if self._is_of_prompt(num_processed):
                 self._num_accumulated = num_processed
-            self._compact(cache, queries, num_processed, first, tail)
-            self._first, self._tail = first, tail
+            # What is held may be less than what may stay.
+            first = max(planned_first, self._first)
+            self._first = self._compact(cache, queries, num_processed, first, tail)
+            self._planned_first, self._tail = planned_first, tail
             self._num_accumulated = num_processed
 
     def accumulate(self, layer: int, start: int, received: torch.Tensor) -> None:
@@ -124,14 +131,24 @@ class CompressedLevel:
         num_processed: int,
         first: int,
         tail: int,
-    ) -> None:
-        """Replace entries [self._first, tail), in columns, by ones that fill [first, tail)."""
+    ) -> int:
+        """Replace entries [self._first, tail), in columns, by ones that fill [first, tail).
+
+        Returns:
+            The first column of what was kept: `first`, or a later one where a coverage decides.
+        """
         block_size = self.plan.block_size
         entries = read_entries(cache, self.layers)
         keys, values = (to_pages(tensor, block_size) for tensor in entries)
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
         held = [self._held(layer, tail) for layer in range(len(self.layers))]
-        kept_idx = self._settings.policy.compact(self._protected.protect(context, held))
+        context = self._protected.protect(context, held)
+        scores = self._settings.policy.score(context)
+        if self._settings.policy.coverage is not None:
+            num_kept = self._num_covered(self._settings.policy.coverage, context, scores)
+            context = keeping(context, self._settings, num_kept, tail - self._first)
+            first = tail - num_kept
+        kept_idx = self._settings.policy.place(context, scores)
         if self._settings.protected:
             for layer, of_heads in enumerate(held):
                 self._protected.keep(layer, of_heads, kept_idx[layer, 0])
@@ -143,6 +160,15 @@ class CompressedLevel:
                 # Of what comes behind, the next compaction sees recorded queries alone.
                 stop = (tail - self._first) * block_size
             self._scores = from_pages(context.accumulated_pages, start, stop)
+        return first
+
+    def _num_covered(self, coverage: Coverage, context: CompactionContext, scores: Scores) -> int:
+        """Blocks that a coverage keeps."""
+        (held,) = held_shares(context, scores).tolist()
+        num_heads = context.num_layers * context.num_kv_heads
+        reserved = int(context.num_reserved.max())
+        before = self._tail - self._first
+        return coverage.num_blocks(held, num_heads, self.plan.block_size, reserved, before)
 
     def _context(
         self,

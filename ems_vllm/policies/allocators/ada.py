@@ -31,9 +31,7 @@ class AdaAllocator(Allocator):
     dealt to anew whenever it is compressed, and a rank of tensor parallelism ranks its own heads
     only.
 
-    Scores that are ranks within a head, like the weights of `ems`, are the same in all heads and
-    say nothing about them. So where a scorer gives a `mass`, which is attention, heads are compared
-    by that; else by what entries are selected by.
+    Heads are compared by `Scores.compared`.
     """
 
     safeguard: Annotated[float, Field(ge=0, le=1)] = 0.2
@@ -79,8 +77,7 @@ def _best(
     Returns:
         above, tied: [num_rows], int64 - entries above the last of the best, and as good as that.
     """
-    ranked = scores.weights if scores.mass is None else scores.mass
-    ranked = ranked.masked_fill(~context.is_eligible, math.inf)
+    ranked = scores.compared.masked_fill(~context.is_eligible, math.inf)
     # Below any score.
     ranked.masked_fill_(~context.is_entry, -1.0)
     ranked = ranked.view(len(counts), context.rows_together, -1)
