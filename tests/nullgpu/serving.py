@@ -50,12 +50,14 @@ class Run:
         arguments: More arguments of vLLM's LLM.
         requests: (prompt length, new tokens) of requests that are sent together.
         sleeps: Whether the engine serves them once before, sleeps and wakes up.
+        extra_args: Of each request.
     """
 
     compression: dict[str, Any] | None = field(default_factory=lambda: dict(COMPRESSION))
     arguments: dict[str, Any] = field(default_factory=dict)
     requests: Sequence[tuple[int, int]] = REQUESTS
     sleeps: bool = False
+    extra_args: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -188,7 +190,7 @@ def _serve(run: Run) -> dict[str, Any]:
             freed = _sleep_and_wake(probe)
         steps: list[dict[str, Any]] = []
         with _steps_noted(probe, steps):
-            answers = probe.generate(prompts, nums_new, detokenize=False)
+            answers = probe.generate(prompts, nums_new, run.extra_args, detokenize=False)
         worker_runner = probe.worker.model_runner
         return {
             "start": _written(start),

@@ -68,6 +68,12 @@ SLEEPING = Run(
 )
 # Half of the layers keep much, half little: two KV-cache groups.
 LEVELS = Run(COMPRESSION | {"allocator": {"name": "pyramid", "num_levels": 2}}, FLASH)
+# What a compaction keeps is decided on the host.
+COVERED = Run(COMPRESSION | {"coverage": 0.5, "min_budget": 16}, FLASH)
+# Prompts are compacted as they come; requests protect tokens. The shortest has none of these.
+WITHIN_PROMPTS = Run(COMPRESSION | {"prefill_interval": 64}, FLASH)
+PROTECTED = Run(arguments=FLASH, requests=REQUESTS[:2], extra_args={"kv_protect": ["100-130"]})
+UNEQUAL_RUNS = (COVERED, WITHIN_PROMPTS, PROTECTED)
 # The kv_heads of a layer share unequally what it keeps, in each layer others.
 SHARES = (0.9, 0.1, 0.6, 0.4)
 BY_HEAD = COMPRESSION | {
@@ -113,6 +119,10 @@ def with_flash(runner, run):
 
 def of_backend(runner, name):
     return serve(runner, *OTHER_BACKENDS.values())[list(OTHER_BACKENDS).index(name)]
+
+
+def of_unequal(runner, run):
+    return serve(runner, *UNEQUAL_RUNS)[UNEQUAL_RUNS.index(run)]
 
 
 def by_head(runner, *name):
@@ -278,6 +288,53 @@ def test_levels_of_layers_are_served_in_graphs_and_cost_a_launch_each(runner):
         launched = {event.name: n for event, n in step.events.items() if event.is_ours}
         twice = {name: 2 * count for name, count in COMPACTION_KERNELS.items()}
         assert {name: launched.get(name) for name in COMPACTION_KERNELS} == twice
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_coverage_waits_once_for_each_compaction_and_never_else(runner):
+    ems, covered = with_flash(runner, EMS), of_unequal(runner, COVERED)
+    assert_served(covered)
+    assert_captures_are_sound(covered)
+    assert_scored(covered)
+    assert covered.stats["num_entries_kept"] < 64 * covered.stats["num_compactions"]
+    most_waits = max(step.count(kind="synchronize") for step in ems.steps)
+    compacting = [step for step in covered.steps if step.num_compactions]
+    assert compacting
+    for step in covered.steps:
+        assert step.count(kind="synchronize") <= most_waits + (step.num_compactions > 0)
+    for step in compacting:
+        launched = {event.name: n for event, n in step.events.items() if event.is_ours}
+        assert {name: launched.get(name) for name in COMPACTION_KERNELS} == COMPACTION_KERNELS
+    waits = {step.count(kind="synchronize") for step in full_decodes(ems)[4:]}
+    for step in full_decodes(covered)[4:]:
+        assert step.count(is_ours=True) == NUM_LAYERS + 1
+        assert step.count(kind="synchronize") in waits
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_prompts_are_compacted_as_they_come_without_waiting(runner):
+    ems, found = with_flash(runner, EMS), of_unequal(runner, WITHIN_PROMPTS)
+    assert_served(found)
+    assert_captures_are_sound(found)
+    most_waits = max(step.count(kind="synchronize") for step in ems.steps)
+    within = [step for step in found.steps if step.num_compactions and step.num_prompt]
+    assert len(within) > 5
+    for step in found.steps:
+        assert step.count(kind="synchronize") <= most_waits
+        if step.num_compactions:
+            launched = {event.name: n for event, n in step.events.items() if event.is_ours}
+            assert {name: launched.get(name) for name in COMPACTION_KERNELS} == COMPACTION_KERNELS
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_tokens_are_protected_without_waiting(runner):
+    ems, found = with_flash(runner, EMS), of_unequal(runner, PROTECTED)
+    assert_served(found, PROTECTED.requests)
+    assert_captures_are_sound(found)
+    most_waits = max(step.count(kind="synchronize") for step in ems.steps)
+    assert any(step.num_compactions for step in found.steps)
+    for step in found.steps:
+        assert step.count(kind="synchronize") <= most_waits
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

@@ -131,22 +131,28 @@ class Compactor:
         """
         requests, parts = self._rows(wave), self._parts(max_layers)
         protected = self.protected.wave(wave)
-        shares = []
-        for part in parts:
-            context = self._context(requests, part, protected)
-            scores = self._policy.score(context)
-            shares.append(held_shares(context, scores))
-        decided = covering.decided(wave, torch.stack(shares).sum(0))
         if len(parts) > 1:
-            # Scores of all layers have no room; they are made once more.
+            # Scores of all layers have no room at a time, so they are made twice.
+            shares = [self._shares(requests, part, protected) for part in parts]
+            decided = covering.decided(wave, torch.stack(shares).sum(0))
             self._compact_requests(decided, max_layers)
             return decided
+        (part,) = parts
+        context = self._context(requests, part, protected)
+        scores = self._policy.score(context)
+        decided = covering.decided(wave, held_shares(context, scores))
         kept = self._rows(decided)
         kept_idx = self._policy.place(with_targets(context, kept), scores)
         if protected is not None:
             protected.keep(kept_idx)
             protected.end(kept.budgets.tolist())
         return decided
+
+    def _shares(
+        self, requests: CompactionRows, part: LayerStack, protected: ProtectedWave | None
+    ) -> torch.Tensor:
+        context = self._context(requests, part, protected)
+        return held_shares(context, self._policy.score(context))
 
     def _compact_heads(self, wave: Sequence[Compaction], heads: HeadTables) -> None:
         requests, protected = self._rows(wave), self.protected.wave(wave)
