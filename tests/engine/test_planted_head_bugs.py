@@ -58,9 +58,9 @@ def _place_is_dealt_twice(monkeypatch):
 def _owned_before_the_compaction_reads(monkeypatch):
     compact_heads = Compactor._compact_heads
 
-    def own_first(self, requests, wave, heads, *args):
+    def own_first(self, wave, heads):
         heads.own([order.req_id for order in wave], heads.deal(wave))
-        compact_heads(self, requests, wave, heads, *args)
+        compact_heads(self, wave, heads)
 
     monkeypatch.setattr(Compactor, "_compact_heads", own_first)
 

@@ -143,12 +143,15 @@ class CompressedLevel:
         context = self._context(first, tail, keys, values, queries[self._places], num_processed)
         held = [self._held(layer, tail) for layer in range(len(self.layers))]
         context = self._protected.protect(context, held)
-        scores = self._settings.policy.score(context)
-        if self._settings.policy.coverage is not None:
-            num_kept = self._num_covered(self._settings.policy.coverage, context, scores)
+        policy = self._settings.policy
+        if policy.coverage is None:
+            kept_idx = policy.compact(context)
+        else:
+            scores = policy.score(context)
+            num_kept = self._num_covered(policy.coverage, context, scores)
             context = keeping(context, self._settings, num_kept, tail - self._first)
+            kept_idx = policy.place(context, scores)
             first = tail - num_kept
-        kept_idx = self._settings.policy.place(context, scores)
         if self._settings.protected:
             for layer, of_heads in enumerate(held):
                 self._protected.keep(layer, of_heads, kept_idx[layer, 0])
