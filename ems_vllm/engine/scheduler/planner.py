@@ -42,6 +42,10 @@ class Planner:
             advancing a little, and a last chunk may look like a decoding step.
         num_sinks: First tokens of a prompt that always stay.
         is_reported: Whether workers report what they kept, because a coverage decides.
+
+    Attributes:
+        requests: By id, from their first look-up in the prefix cache on.
+        is_reported: As given.
     """
 
     def __init__(
@@ -67,7 +71,7 @@ class Planner:
         )
         # By step, compactions of which a report is to come.
         self._unreported: dict[int, list[OrderedCompaction]] = {}
-        self._is_reported = is_reported
+        self.is_reported = is_reported
         self._num_steps = 0
         # Whether a request that is to be admitted must wait in the step that is being scheduled.
         self._queue_waits = False
@@ -217,21 +221,21 @@ class Planner:
             if end > tracked.quiet_until:
                 self._order(tracked, end - num_tokens, end, orders)
         for index, manager in enumerate(self._managers):
-            ledgers = [tracked.ledgers[index] for tracked in scheduled]
-            orders.first_columns[manager.kv_cache_group_id] = [ledger.first for ledger in ledgers]
-            if self._is_reported:
-                freed = [ledger.num_freed for ledger in ledgers]
-                orders.freed_columns[manager.kv_cache_group_id] = freed
+            orders.first_columns[manager.kv_cache_group_id] = [
+                tracked.ledgers[index].first for tracked in scheduled
+            ]
+            if self.is_reported:
+                orders.freed_columns[manager.kv_cache_group_id] = [
+                    tracked.ledgers[index].num_freed for tracked in scheduled
+                ]
         return orders
 
-    def reported(self, orders: StepOrders | None, report: StepReport | None) -> None:
+    def reported(self, orders: StepOrders, report: StepReport | None) -> None:
         """The output of a step has come, with what its compactions kept.
 
         Raises:
             RuntimeError: the report is missing, or is of other compactions.
         """
-        if not self._is_reported or orders is None:
-            return
         ordered = self._unreported.pop(orders.step, [])
         found = [] if report is None else report.first_columns
         if len(found) != len(ordered):
@@ -282,7 +286,7 @@ class Planner:
             before = (ledger.first, ledger.tail)
             if ordered := ledger.step_scheduled(start):
                 orders.compactions.append(self._compaction(tracked, index, start, before))
-                if self._is_reported:
+                if self.is_reported:
                     self._unreported.setdefault(orders.step, []).append(ordered)
                 ledger.accumulated_until = start
                 compacted = True

@@ -94,8 +94,10 @@ class CompressionSchedulerMixin(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        # Before anything else of this output: blocks that it makes free may be handed out then.
-        self.planner.reported(attached(scheduler_output), attached_report(model_runner_output))
+        if self.planner.is_reported:
+            orders = attached(scheduler_output)
+            assert orders is not None
+            self.planner.reported(orders, attached_report(model_runner_output))
         return super().update_from_output(scheduler_output, model_runner_output)
 
 

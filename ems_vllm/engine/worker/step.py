@@ -112,15 +112,12 @@ class StepRunner:
             requests.recorded(queries, orders.starts[at] + num_scheduled[at])
         self._step = _Step(orders, index, num_scheduled)
 
-    def _compact(self, orders: Sequence[Compaction]) -> dict[tuple[str, int], int]:
-        """Compact all groups; by request and group, the first column of what is kept."""
-        kept_from = {}
-        for group in self.groups:
-            group_id = group.tensors.group_id
-            of_group = group.compact([order for order in orders if order.group_id == group_id])
-            for req_id, first in of_group.items():
-                kept_from[req_id, group_id] = first
-        return kept_from
+    def _compact(self, orders: Sequence[Compaction]) -> list[dict[str, int]]:
+        """Compact all groups; by group and request, the first column of what is kept."""
+        return [
+            group.compact([order for order in orders if order.group_id == group.tensors.group_id])
+            for group in self.groups
+        ]
 
     def _compact_covered(
         self, kept: KeptColumns, planned: StepOrders, req_ids: Sequence[str]
@@ -128,7 +125,12 @@ class StepRunner:
         """Compact what is held; the orders that go on from there."""
         kept.release(planned.ended)
         compactions = kept.compactions(planned.compactions)
-        self.report = kept.keep(compactions, self._compact(compactions))
+        kept_from = {
+            (req_id, group.tensors.group_id): first
+            for group, of_group in zip(self.groups, self._compact(compactions), strict=True)
+            for req_id, first in of_group.items()
+        }
+        self.report = kept.keep(compactions, kept_from)
         return kept.held(planned, req_ids)
 
     def end_step(self) -> None:
