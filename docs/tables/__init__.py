@@ -14,6 +14,7 @@ from functools import partial
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
 from tables.catalogue import catalogue
+from tables.coverage import kept
 from tables.markdown import percent
 from tables.peers import behind, change, peers
 from tables.recipes import Column, ablation, equal_bytes, recipes, right
@@ -33,6 +34,9 @@ _HEADS = "lab-smollm2-heads.json"
 _HEADS_4K = "lab-smollm2-4k-heads.json"
 _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
+
+_BUDGETS_4K = "lab-smollm2-4k-budgets.json"
+_COVERAGE_GEMMA = "lab-gemma3-270m-coverage.json"
 
 # Further questions on the same novels.
 _SEEDS = "lab-smollm2-seeds.json"
@@ -271,6 +275,32 @@ TABLES: dict[str, Callable[[], str]] = {
     "heads-layers-4k": partial(
         change, _HEADS_4K, _HEADS_4K, variant="ems, profile by head", old_variant="ems, profile"
     ),
+    "budgets-4k": partial(
+        recipes,
+        _BUDGETS_4K,
+        (
+            "ems",
+            "ems, coverage",
+            "ems, ada",
+            "ems, pyramid",
+            "ems, profile",
+            "ems, profile, coverage",
+            "ems, profile by head",
+        ),
+    ),
+    "budgets-4k-kept": partial(kept, _BUDGETS_4K, ("ems, coverage", "ems, profile, coverage")),
+    "coverage-4k": partial(change, _BUDGETS_4K, _BUDGETS_4K, variant="ems, coverage"),
+    "coverage-profile-4k": partial(
+        change,
+        _BUDGETS_4K,
+        _BUDGETS_4K,
+        variant="ems, profile, coverage",
+        old_variant="ems, profile",
+    ),
+    "by-head-4k": partial(change, _BUDGETS_4K, _BUDGETS_4K, variant="ems, profile by head"),
+    "ada-4k": partial(change, _BUDGETS_4K, _BUDGETS_4K, variant="ems, ada"),
+    "coverage-gemma": partial(change, _COVERAGE_GEMMA, _COVERAGE_GEMMA, variant="ems, coverage"),
+    "coverage-gemma-kept": partial(kept, _COVERAGE_GEMMA, ("ems, coverage",)),
     "smollm2-4k-recipes": partial(recipes, _SMOLLM2_4K, ("ems", "snapkv", "h2o")),
     "smollm2-4k-peers": partial(peers, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
     "smollm2-4k-behind": partial(behind, _SMOLLM2_4K, _SMOLLM2_4K_PEERS),
