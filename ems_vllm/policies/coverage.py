@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ems_vllm.policies.context import SLICE_BYTES, slices
+
 if TYPE_CHECKING:
     from ems_vllm.policies.base import Scores
     from ems_vllm.policies.context import CompactionContext
+
+# Of an entry while the best are sought: its rank, sorted with its place, and both once more.
+_BYTES_EACH = 40
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,24 @@ def held_shares(context: CompactionContext, scores: Scores) -> torch.Tensor:
         kv_heads.
     """
     num_best = min(context.max_budget, context.max_entries)
-    ranked = scores.weights.masked_fill(~context.is_eligible, torch.inf)
-    # Below any score.
-    ranked.masked_fill_(~context.is_entry, -1.0)
-    best = ranked.topk(num_best).indices
-    del ranked
-    of_best = scores.compared.gather(-1, best).unflatten(-1, (-1, context.block_size))
-    # In float64, so that what else is padded with it does not decide.
-    held = of_best.sum(-1, dtype=torch.float64).cumsum_(-1)
-    total = scores.compared.sum(-1, dtype=torch.float64, keepdim=True)
-    shares = held.div_(total).clamp_(max=1.0).masked_fill_(total <= 0, 1.0)
-    return shares.sum((0, 2))
+    held = torch.zeros(
+        (context.num_rows, num_best // context.block_size),
+        dtype=torch.float64,
+        device=context.device,
+    )
+    is_eligible = context.is_eligible.expand_as(scores.weights)
+    at_once = SLICE_BYTES // (_BYTES_EACH * context.num_kv_heads * context.max_entries)
+    for layers, rows in slices(range(context.num_layers), context.num_rows, max(1, at_once)):
+        is_reserved = ~is_eligible[layers, rows]
+        ranked = scores.weights[layers, rows].masked_fill(is_reserved, torch.inf)
+        # Below any score.
+        ranked.masked_fill_(~context.is_entry[:, rows], -1.0)
+        best = ranked.topk(num_best).indices
+        compared = scores.compared[layers, rows]
+        of_blocks = compared.gather(-1, best).unflatten(-1, (-1, context.block_size))
+        # In float64, so that what else is padded with it does not decide.
+        of_best = of_blocks.sum(-1, dtype=torch.float64).cumsum_(-1)
+        total = compared.sum(-1, dtype=torch.float64, keepdim=True)
+        shares = of_best.div_(total).clamp_(max=1.0).masked_fill_(total <= 0, 1.0)
+        held[rows] += shares.sum((0, 2))
+    return held

@@ -24,8 +24,6 @@ _SELECTION_TENSORS = 6
 # The same where scores are dealt by, before anything is selected: weights, carry, mass, what is
 # ranked, and its best with their places as int64.
 _DEALING_TENSORS = 7
-# The same where it is counted what share of the score entries hold.
-_COVERING_TENSORS = 7
 # What keys that keep mass are worth in such tensors, one key of at most 256 numbers for the entries
 # of a row, of which there are 32 at least: two blocks of 16.
 _MASS_TENSORS = 8
@@ -78,8 +76,7 @@ class Policy:
     def _bytes_per_entry(self, num_kv_heads: int, protects: bool) -> int:
         num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
         num_dealing = _DEALING_TENSORS if self.allocator.deals_by_scores else 0
-        num_covering = _COVERING_TENSORS if self.coverage is not None else 0
-        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_covering, num_selected)
+        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_selected)
         num_masks = _PROTECTION_MASKS if protects else 0
         return (4 * num_tensors + num_masks) * num_kv_heads + _ROW_BYTES
 
@@ -88,7 +85,8 @@ class Policy:
         return self.merger.keeps_mass and self.scorer.uses_window
 
     def _scratch_bytes(self, protects: bool) -> int:
-        return max(self.scorer.scratch_bytes, SLICE_BYTES if self._keeps_mass or protects else 0)
+        takes_slices = self._keeps_mass or protects or self.coverage is not None
+        return max(self.scorer.scratch_bytes, SLICE_BYTES if takes_slices else 0)
 
     def compact(self, context: CompactionContext) -> torch.Tensor:
         """Write the kept and merged entries of every row into its target columns, in place.
