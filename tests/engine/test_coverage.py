@@ -8,13 +8,16 @@ from unittest import mock
 
 import pytest
 from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
-from engine.test_layer_shares import plain_answers as plain_answers
+from engine.one_engine import cold as cold
+from engine.one_engine import compression as compression
+from engine.one_engine import fresh as fresh
+from engine.one_engine import plain_answers as plain_answers
+from engine.one_engine import probe as probe
 from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
     OPTIONS,
     SHORT,
-    answers,
     answers_of_transformers,
     disturbed,
     few_blocks,
@@ -48,41 +51,16 @@ COMPRESSIONS = {
 }
 
 
+SYNC, ASYNC = {"async_scheduling": False}, {"async_scheduling": True}
+
+
 @pytest.fixture(
     scope="class",
-    params=[(EMS, False), (LEVELS, True), (WITHIN_PROMPTS, True)],
+    params=[(EMS, SYNC), (LEVELS, ASYNC), (WITHIN_PROMPTS, ASYNC)],
     ids=["one level, sync", "two levels, async", "within prompts, async"],
 )
 def case(request):
     return request.param
-
-
-@pytest.fixture(scope="class")
-def compression(case):
-    return case[0]
-
-
-@pytest.fixture(scope="class")
-def probe(plain_answers, case):
-    # After plain vLLM has ended, and only for the class: a process holds one engine at a time.
-    compression, is_async = case
-    with engine(compression, LLAMA, async_scheduling=is_async, **OPTIONS) as probe:
-        yield probe
-
-
-@pytest.fixture
-def fresh(probe):
-    """The engine with nothing in its prefix cache."""
-    assert probe.llm.reset_prefix_cache()
-    yield probe
-    probe.assert_pool_is_empty()
-
-
-@pytest.fixture(scope="class")
-def cold(probe):
-    """Answers to LONG and SHORT that found nothing in the cache and were never disturbed."""
-    assert probe.llm.reset_prefix_cache()
-    return answers(probe)
 
 
 def plans_of(probe: Any) -> list[Any]:

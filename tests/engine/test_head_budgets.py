@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
-from engine.test_layer_shares import plain_answers as plain_answers
+from engine.one_engine import cold as cold
+from engine.one_engine import compression as compression
+from engine.one_engine import plain_answers as plain_answers
+from engine.one_engine import probe as probe
 from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
     OPTIONS,
     SHORT,
-    answers,
     answers_of_transformers,
     disturbed,
     few_blocks,
@@ -73,15 +75,8 @@ LEVELS = {
 
 
 @pytest.fixture(scope="class", params=[HEADS, LEVELS], ids=["one level", "two levels"])
-def compression(request):
-    return request.param
-
-
-@pytest.fixture(scope="class")
-def probe(plain_answers, compression):
-    # After plain vLLM has ended, and only for the class: a process holds one engine at a time.
-    with engine(compression, LLAMA, **OPTIONS) as probe:
-        yield probe
+def case(request):
+    return request.param, {}
 
 
 @pytest.fixture
@@ -94,13 +89,6 @@ def fresh(probe):
     assert [group.heads.num_owners for group in probe.worker.compression.groups] == [
         0 for _ in group_stats(probe)
     ]
-
-
-@pytest.fixture(scope="class")
-def cold(probe):
-    """Answers to LONG and SHORT that found nothing in the cache and were never disturbed."""
-    assert probe.llm.reset_prefix_cache()
-    return answers(probe)
 
 
 class TestHeads:

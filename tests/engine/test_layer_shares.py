@@ -5,6 +5,11 @@ from __future__ import annotations
 
 import pytest
 from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
+from engine.one_engine import cold as cold
+from engine.one_engine import compression as compression
+from engine.one_engine import fresh as fresh
+from engine.one_engine import plain_answers as plain_answers
+from engine.one_engine import probe as probe
 from engine.unequal_budgets import (
     BUDGET,
     COMPRESSION,
@@ -12,7 +17,6 @@ from engine.unequal_budgets import (
     OPTIONS,
     SHORT,
     SHORT_ANSWER,
-    answers,
     disturbed,
     few_blocks,
     found_by_runner_v2,
@@ -32,33 +36,9 @@ pytestmark = pytest.mark.slow
 PYRAMID = {**COMPRESSION, "allocator": {"name": "pyramid", "num_levels": 2}}
 
 
-@pytest.fixture(scope="module")
-def plain_answers():
-    """Those of plain vLLM."""
-    with engine(None, LLAMA, **OPTIONS) as probe:
-        return probe.generate(identity_prompts(), 20)
-
-
 @pytest.fixture(scope="class")
-def probe(plain_answers):
-    # After plain vLLM has ended, and only for the class: a process holds one engine at a time.
-    with engine(PYRAMID, LLAMA, **OPTIONS) as probe:
-        yield probe
-
-
-@pytest.fixture
-def fresh(probe):
-    """The engine with nothing in its prefix cache."""
-    assert probe.llm.reset_prefix_cache()
-    yield probe
-    probe.assert_pool_is_empty()
-
-
-@pytest.fixture(scope="class")
-def cold(probe):
-    """Answers to LONG and SHORT that found nothing in the cache and were never disturbed."""
-    assert probe.llm.reset_prefix_cache()
-    return answers(probe)
+def case():
+    return PYRAMID, {}
 
 
 class TestPyramid:

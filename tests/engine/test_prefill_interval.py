@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from engine.block_guard import guarded
 from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
-from engine.test_layer_shares import plain_answers as plain_answers
+from engine.one_engine import cold as cold
+from engine.one_engine import compression as compression
+from engine.one_engine import fresh as fresh
+from engine.one_engine import plain_answers as plain_answers
+from engine.one_engine import probe as probe
 from engine.unequal_budgets import (
     COMPRESSION,
     LONG,
     OPTIONS,
     SHORT,
-    answers,
     answers_of_transformers,
     disturbed,
     few_blocks,
@@ -51,41 +54,16 @@ def compactions_of_prompt(compression: dict[str, Any], prompt_len: int) -> int:
     return settings.plan(prompt_len, BLOCK_SIZE, RequestOptions()).num_within_prompt + 1
 
 
+SYNC, ASYNC = {"async_scheduling": False}, {"async_scheduling": True}
+
+
 @pytest.fixture(
     scope="class",
-    params=[(EMS, False), (LEVELS, True)],
+    params=[(EMS, SYNC), (LEVELS, ASYNC)],
     ids=["one level, sync", "two levels, async"],
 )
 def case(request):
     return request.param
-
-
-@pytest.fixture(scope="class")
-def compression(case):
-    return case[0]
-
-
-@pytest.fixture(scope="class")
-def probe(plain_answers, case):
-    # After plain vLLM has ended, and only for the class: a process holds one engine at a time.
-    compression, is_async = case
-    with engine(compression, LLAMA, async_scheduling=is_async, **OPTIONS) as probe:
-        yield probe
-
-
-@pytest.fixture
-def fresh(probe):
-    """The engine with nothing in its prefix cache."""
-    assert probe.llm.reset_prefix_cache()
-    yield probe
-    probe.assert_pool_is_empty()
-
-
-@pytest.fixture(scope="class")
-def cold(probe):
-    """Answers to LONG and SHORT that found nothing in the cache and were never disturbed."""
-    assert probe.llm.reset_prefix_cache()
-    return answers(probe)
 
 
 class TestWithinPrompts:
@@ -166,14 +144,14 @@ def test_a_prompt_of_several_pools_is_served():
 
 def test_without_the_interval_such_a_pool_is_refused():
     # vLLM's own sentence: it asks the spec for what a request holds at most.
-    for compression in (
+    for settings in (
         {**BOUNDED, "prefill_interval": 0},
         # A request that may switch compression off may hold its whole length.
         {**BOUNDED, "allow_off": True},
     ):
         with (
             pytest.raises(ValueError, match=r"max seq len"),
-            engine(compression, LLAMA, max_model_len=2560, num_blocks=POOL_BLOCKS),
+            engine(settings, LLAMA, max_model_len=2560, num_blocks=POOL_BLOCKS),
         ):
             pass
 
