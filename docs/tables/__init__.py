@@ -33,7 +33,6 @@ _ALLOCATORS = "lab-smollm2-allocators.json"
 _HEADS = "lab-smollm2-heads.json"
 _HEADS_4K = "lab-smollm2-4k-heads.json"
 _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
-_ALLOCATORS_4K = "lab-smollm2-4k-allocators.json"
 
 _BUDGETS_4K = "lab-smollm2-4k-budgets.json"
 _COVERAGE_GEMMA = "lab-gemma3-270m-coverage.json"
@@ -251,14 +250,7 @@ TABLES: dict[str, Callable[[], str]] = {
             for allocator in ("", ", profile", ", pyramid")
         ),
     ),
-    "allocators-4k": partial(
-        recipes,
-        _ALLOCATORS_4K,
-        tuple(
-            f"{recipe}{allocator}" for recipe in ("ems", "h2o") for allocator in ("", ", profile")
-        ),
-    ),
-    "profile-4k": partial(change, _ALLOCATORS_4K, _ALLOCATORS_4K, variant="ems, profile"),
+    "profile-4k": partial(change, _SMOLLM2_4K, _HEADS_4K, variant="ems, profile"),
     "profile-gemma": partial(change, _ALLOCATORS_GEMMA, _ALLOCATORS_GEMMA, variant="ems, profile"),
     "profile": partial(change, _ALLOCATORS, _ALLOCATORS, variant="ems, profile"),
     "profile-kvzip": partial(

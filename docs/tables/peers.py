@@ -101,11 +101,16 @@ def change(
     variant: str = FOCUS,
     old_variant: str = FOCUS,
 ) -> str:
-    """What a variant loses in one result and another in a second, and the difference, in pairs."""
+    """What a variant loses in one result and another in a second, and the difference, in pairs.
+
+    At budgets at which both were measured.
+    """
     old, new = read(before), read(after)
     rows = []
     for budget in new["budgets"]:
         ours, others = _ours(old, budget, old_variant), _ours(new, budget, variant)
+        if not ours or not others:
+            continue
         cells = []
         for group in groups:
             if group not in others:
