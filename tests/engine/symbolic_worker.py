@@ -255,6 +255,7 @@ class SymbolicWorker:
     def _cover(self, kept: KeptColumns, planned: Any, requests: dict[str, Request]) -> Any:
         """Compact what is held, and keep what this worker likes of it."""
         kept.release(planned.ended)
+        kept.check_freed(planned, list(requests))
         orders = [self._decide(order) for order in kept.compactions(planned.compactions)]
         for order in orders:
             self._compact(order, requests[order.req_id])

@@ -36,6 +36,25 @@ class KeptColumns:
         for req_id in req_ids:
             self._columns.pop(req_id, None)
 
+    def check_freed(self, planned: StepOrders, req_ids: Sequence[str]) -> None:
+        """Before anything of a step is read: nothing that is held was given back.
+
+        Args:
+            planned: The scheduler's orders.
+            req_ids: In the order of `planned.starts`.
+
+        Raises:
+            StepRefused: the scheduler gave columns back that are still held.
+        """
+        for group_id, freed in planned.freed_columns.items():
+            for req_id, count in zip(req_ids, freed, strict=True):
+                first, _ = self._of(req_id, group_id)
+                if count > first:
+                    what = f"request {req_id}, group {group_id}, is attended to"
+                    raise StepRefused(
+                        what, f"columns before {count} to be free", f"it from {first}"
+                    )
+
     def compactions(self, planned: Sequence[Compaction]) -> list[Compaction]:
         """Compactions of what is held."""
         return [self._compaction(order) for order in planned]
@@ -74,21 +93,11 @@ class KeptColumns:
         Args:
             planned: The scheduler's.
             req_ids: In the order of `planned.starts`.
-
-        Raises:
-            StepRefused: the scheduler gave columns back that are still held.
         """
         first_columns = {
             group_id: [self._of(req_id, group_id)[0] for req_id in req_ids]
             for group_id in planned.first_columns
         }
-        for group_id, freed in planned.freed_columns.items():
-            for req_id, count, first in zip(req_ids, freed, first_columns[group_id], strict=True):
-                if count > first:
-                    what = f"request {req_id}, group {group_id}, is attended to"
-                    raise StepRefused(
-                        what, f"columns before {count} to be free", f"it from {first}"
-                    )
         scored = [self._chunk(chunk) for chunk in planned.scored]
         return replace(planned, first_columns=first_columns, scored=scored)
 

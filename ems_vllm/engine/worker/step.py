@@ -124,6 +124,7 @@ class StepRunner:
     ) -> StepOrders:
         """Compact what is held; the orders that go on from there."""
         kept.release(planned.ended)
+        kept.check_freed(planned, req_ids)
         compactions = kept.compactions(planned.compactions)
         kept_from = {
             (req_id, group.tensors.group_id): first
