@@ -161,6 +161,7 @@ STEPS = (
             "group/compactor.py",
             "group/covering.py",
             "worker/ranks.py",
+            "worker/stages.py",
             "worker/kept_columns.py",
             "worker/reporting.py",
             "report.py",

@@ -130,13 +130,6 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
             "cache_config": {"block_size": 1},
         },
     ),
-    (
-        "kv_compression_config.coverage",
-        {
-            "": {"additional_config": {CONFIG_KEY: {"recipe": "ems", "coverage": 0.9}}},
-            "parallel_config": {"pipeline_parallel_size": 2},
-        },
-    ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
     (

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import pytest
-from engine.harness import BLOCK_SIZE, LLAMA, engine, tokens
+from engine.harness import BLOCK_SIZE, LLAMA, ROOT, engine, tokens
 from engine.one_engine import cold as cold
 from engine.one_engine import compression as compression
 from engine.one_engine import fresh as fresh
@@ -30,9 +31,11 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import RequestOptions
+from ems_vllm.engine.group import compactor
 from ems_vllm.engine.scheduler.compaction_ledger import OrderedCompaction
 from ems_vllm.engine.scheduler.planner import Planner
 from ems_vllm.engine.worker.requests import StepRefused
+from ems_vllm.policies.coverage import held_shares
 
 pytestmark = pytest.mark.slow
 
@@ -50,6 +53,19 @@ COMPRESSIONS = {
     "knorm": KNORM,
 }
 
+
+# What held_shares reads of a context, but for its layers.
+_OF_SHARES = (
+    "max_budget",
+    "max_entries",
+    "block_size",
+    "num_rows",
+    "num_kv_heads",
+    "device",
+    "is_entry",
+)
+
+EMS_TINY = str(ROOT / "models" / "ems-tiny")
 
 SYNC, ASYNC = {"async_scheduling": False}, {"async_scheduling": True}
 
@@ -135,11 +151,10 @@ def test_a_group_too_large_for_the_workspace_decides_for_all_its_layers():
         expected = probe.generate([LONG], 40)
         kept = group_stats(probe)[0]["num_entries_kept"]
         (group,) = probe.worker.compression.groups
-        compactor = group._compactor
         before = group_stats(probe)
         probe.llm.reset_prefix_cache()
         # One layer at a time.
-        with mock.patch.object(compactor, "_workspace_bytes", 1):
+        with mock.patch.object(group._compactor, "_workspace_bytes", 1):
             assert probe.generate([LONG], 40) == expected
         assert increase(probe, before, "num_entries_kept") == [kept]
 
@@ -181,6 +196,48 @@ def test_ranks_decide_together():
     for rank in found.stats:
         kept = [group["num_entries_kept"] for group in rank]
         assert kept == [group["num_entries_kept"] for group in stats]
+
+
+def kept_by(stats: list[dict[str, int]]) -> list[int]:
+    return [group["num_entries_kept"] for group in stats]
+
+
+def test_stages_that_have_levels_of_their_own_decide_for_these():
+    with engine(LEVELS, LLAMA, **OPTIONS) as probe:
+        expected = probe.generate([LONG, SHORT], 60)
+        one, other = kept_by(group_stats(probe))
+    found = answers_of_workers(LLAMA, LEVELS, {"pipeline_parallel_size": 2}, [LONG, SHORT], 60)
+    assert found.answers == expected
+    assert [kept_by(stage) for stage in found.stats] == [[one], [other]]
+
+
+def test_the_first_stage_of_a_level_decides_for_the_others():
+    """As one process does in which the layers of the first stage decide."""
+
+    def of_first_layer(context, scores):
+        first = SimpleNamespace(
+            num_layers=1,
+            is_eligible=context.is_eligible[:1],
+            **{name: getattr(context, name) for name in _OF_SHARES},
+        )
+        return held_shares(first, scores)
+
+    # Its layers attend unlike each other.
+    compression = {**EMS, "budget": 128, "coverage": 0.4}
+    with engine(compression, EMS_TINY, **OPTIONS) as probe:
+        probe.generate([LONG, SHORT], 60)
+        kept_by_all = kept_by(group_stats(probe))
+        (group,) = probe.worker.compression.groups
+        group._compactor._covering._num_heads //= len(group.layer_names)
+        before = group_stats(probe)
+        with mock.patch.object(compactor, "held_shares", of_first_layer):
+            expected = probe.generate([LONG, SHORT], 60)
+        kept = increase(probe, before, "num_entries_kept")
+    assert kept != kept_by_all
+    stages, partition = {"pipeline_parallel_size": 2}, {"VLLM_PP_LAYER_PARTITION": "1,3"}
+    found = answers_of_workers(EMS_TINY, compression, stages, [LONG, SHORT], 60, partition)
+    assert found.answers == expected
+    assert [kept_by(stage) for stage in found.stats] == [kept, kept]
 
 
 def test_columns_that_are_still_held_are_not_given_back():

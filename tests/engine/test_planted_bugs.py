@@ -315,8 +315,8 @@ def _prompt_scores_columns_as_planned(monkeypatch):
 def _attention_begins_as_planned(monkeypatch):
     keep = KeptColumns.keep
 
-    def keep_planned(self, orders, kept_from):
-        return keep(self, orders, {key: max(0, first - 1) for key, first in kept_from.items()})
+    def keep_planned(self, kept_from):
+        return keep(self, {key: max(0, first - 1) for key, first in kept_from.items()})
 
     monkeypatch.setattr(KeptColumns, "keep", keep_planned)
 

@@ -184,13 +184,6 @@ RULES = (
         obstacles.prefill_interval_where(obstacles.drafts_fill_a_block),
     ),
     Rule(
-        "kv_compression_config.coverage",
-        "each stage of a pipeline would decide by its own layers how much stays, and only the last "
-        "one can tell the scheduler",
-        "leave it out, or use tensor parallelism instead of pipeline_parallel_size",
-        obstacles.coverage_of_a_stage,
-    ),
-    Rule(
         "worker_cls",
         "compression extends vLLM's GPU worker and this package's CPU worker only",
         "drop --worker-cls",

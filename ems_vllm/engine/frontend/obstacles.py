@@ -81,13 +81,6 @@ def prefill_interval_where(
     return value
 
 
-def coverage_of_a_stage(config: VllmConfig) -> float | None:
-    settings = settings_of(config)
-    if settings is None or config.parallel_config.pipeline_parallel_size == 1:
-        return None
-    return settings.coverage
-
-
 def drafts_fill_a_block(config: VllmConfig) -> bool:
     return config.num_speculative_tokens + 1 >= (config.cache_config.block_size or _BLOCK_SIZE)
 

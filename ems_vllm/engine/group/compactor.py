@@ -85,7 +85,7 @@ class Compactor:
         for wave, max_layers in self._waves(orders):
             if self._heads is not None:
                 self._compact_heads(wave, self._heads)
-            elif self._covering is None:
+            elif self._covering is None or all(order.num_kept for order in wave):
                 self._compact_requests(wave, max_layers)
             else:
                 wave = self._compact_covered(wave, max_layers, self._covering)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.engine.report import StepReport
 from ems_vllm.engine.worker.requests import StepRefused
+from ems_vllm.engine.worker.stages import UNDECIDED, Stage
 
 if TYPE_CHECKING:
     from ems_vllm.engine.orders import Compaction, ScoredChunk, StepOrders
@@ -23,11 +24,17 @@ class KeptColumns:
     """The columns of what all requests of a worker have kept.
 
     Args:
-        block_sizes: Of the compressed groups, by their index.
+        block_sizes: Of the compressed groups of which it has layers, by their index. Where it has
+            none, as a stage of a pipeline may, there is nothing to hold.
+        stage: Of this worker.
     """
 
-    def __init__(self, block_sizes: Mapping[int, int]) -> None:
+    def __init__(self, block_sizes: Mapping[int, int], stage: Stage | None = None) -> None:
         self._block_sizes = block_sizes
+        self._stage = stage or Stage()
+        # Of the step: its compactions as planned, and the first columns that were decided before.
+        self._planned: Sequence[Compaction] = ()
+        self._decided: list[int] = []
         # By request and group, [first, tail) of what was kept.
         self._columns: dict[str, dict[int, tuple[int, int]]] = {}
 
@@ -46,7 +53,8 @@ class KeptColumns:
         Raises:
             StepRefused: the scheduler gave columns back that are still held.
         """
-        for group_id, freed in planned.freed_columns.items():
+        for group_id in self._block_sizes:
+            freed = planned.freed_columns.get(group_id, [])
             for req_id, count in zip(req_ids, freed, strict=True):
                 first, _ = self._of(req_id, group_id)
                 if count > first:
@@ -56,35 +64,47 @@ class KeptColumns:
                     )
 
     def compactions(self, planned: Sequence[Compaction]) -> list[Compaction]:
-        """Compactions of what is held."""
-        return [self._compaction(order) for order in planned]
+        """Compactions of what is held, of groups of which this worker has layers.
 
-    def _compaction(self, order: Compaction) -> Compaction:
+        Args:
+            planned: The scheduler's, of a step and all groups.
+        """
+        self._planned, self._decided = planned, self._stage.received(len(planned))
+        return [
+            self._compaction(order, order.num_kept if first == UNDECIDED else order.tail - first)
+            for order, first in zip(planned, self._decided, strict=True)
+            if order.group_id in self._block_sizes
+        ]
+
+    def _compaction(self, order: Compaction, num_kept: int) -> Compaction:
         before, tail_before = self._of(order.req_id, order.group_id)
         num_gone = before - order.first_before
         # Score pages of its own has only what was never compressed, of which nothing is gone.
         return order._replace(
             first_before=before,
             # What is held may be less than what may stay.
-            first=order.tail - order.num_kept if order.num_kept else max(order.first, before),
+            first=order.tail - num_kept if num_kept else max(order.first, before),
+            num_kept=num_kept,
             block_ids=order.block_ids[num_gone:],
             num_scored=self._without(order, order.num_scored, num_gone),
             kept_before=tail_before - before,
         )
 
-    def keep(
-        self, orders: Sequence[Compaction], kept_from: Mapping[tuple[str, int], int]
-    ) -> StepReport:
-        """Take note of what compactions kept.
+    def keep(self, kept_from: Mapping[tuple[str, int], int]) -> StepReport:
+        """Take note of what `compactions` have kept, and tell the next stage.
 
         Args:
-            orders: All of the step.
-            kept_from: By request and group, the first column of what was kept.
+            kept_from: By request and group of which this worker has layers, the first column of
+                what was kept.
         """
-        firsts = [kept_from[order.req_id, order.group_id] for order in orders]
-        for order, first in zip(orders, firsts, strict=True):
-            columns = self._columns.setdefault(order.req_id, {})
-            columns[order.group_id] = (first, order.tail)
+        firsts = []
+        for order, first in zip(self._planned, self._decided, strict=True):
+            if order.group_id in self._block_sizes:
+                first = kept_from[order.req_id, order.group_id]
+                columns = self._columns.setdefault(order.req_id, {})
+                columns[order.group_id] = (first, order.tail)
+            firsts.append(first)
+        self._stage.pass_on(firsts)
         return StepReport(firsts)
 
     def held(self, planned: StepOrders, req_ids: Sequence[str]) -> StepOrders:
@@ -96,9 +116,11 @@ class KeptColumns:
         """
         first_columns = {
             group_id: [self._of(req_id, group_id)[0] for req_id in req_ids]
-            for group_id in planned.first_columns
+            for group_id in self._block_sizes
         }
-        scored = [self._chunk(chunk) for chunk in planned.scored]
+        scored = [
+            self._chunk(chunk) for chunk in planned.scored if chunk.group_id in self._block_sizes
+        ]
         return replace(planned, first_columns=first_columns, scored=scored)
 
     def _chunk(self, chunk: ScoredChunk) -> ScoredChunk:

@@ -24,6 +24,7 @@ from ems_vllm.engine.worker.memory import Footprint
 from ems_vllm.engine.worker.progress_log import ProgressLog
 from ems_vllm.engine.worker.refusals import MIXED_GROUP, NO_FULL_ATTENTION
 from ems_vllm.engine.worker.reporting import report_steps
+from ems_vllm.engine.worker.stages import PipelineStage, Stage
 from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.engine.worker.step import StepRunner, batch_order
 from ems_vllm.policies.policy import Policy
@@ -116,17 +117,19 @@ class CompressionWorkerMixin(_Base):
         self._check_groups(kv_cache_config)
         runner, layers, builder = self.model_runner, self._attention_layers(), self._group_builder()
         groups = builder.build(kv_cache_config)
-        kept = None
+        kept, stage = None, Stage()
         if self._policy.coverage is not None:
+            if self.parallel_config.pipeline_parallel_size > 1:
+                stage = PipelineStage()
             sizes = {group.tensors.group_id: group.tensors.spec.block_size for group in groups}
-            kept = KeptColumns(sizes)
+            kept = KeptColumns(sizes, stage)
         self.compression = StepRunner(groups, batch_order(runner), kept)
         batch_of = self.compression.batch
         self.rewriters = tuple(builder.rewriter(group, batch_of) for group in groups)
         for rewriter in self.rewriters:
             bind(rewriter, runner, layers)
         self._observe_steps(runner)
-        if kept is not None:
+        if kept is not None and stage.is_last:
             report_steps(runner, self.compression)
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)

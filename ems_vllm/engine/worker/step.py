@@ -125,13 +125,13 @@ class StepRunner:
         """Compact what is held; the orders that go on from there."""
         kept.release(planned.ended)
         kept.check_freed(planned, req_ids)
-        compactions = kept.compactions(planned.compactions)
+        found = self._compact(kept.compactions(planned.compactions))
         kept_from = {
             (req_id, group.tensors.group_id): first
-            for group, of_group in zip(self.groups, self._compact(compactions), strict=True)
+            for group, of_group in zip(self.groups, found, strict=True)
             for req_id, first in of_group.items()
         }
-        self.report = kept.keep(compactions, kept_from)
+        self.report = kept.keep(kept_from)
         return kept.held(planned, req_ids)
 
     def end_step(self) -> None:
