@@ -132,7 +132,7 @@ def test_every_module_of_the_engine_stands_once_in_the_life_of_a_request():
     page = (ROOT / "docs" / "life-of-a-request.md").read_text(encoding="utf-8")
     listed = re.findall(r"^\* \[`([\w/.]+)`\]", page, re.MULTILINE)
     assert sorted(listed) == sorted(modules), "add it to a step in docs/pages/life.py"
-    assert len(re.findall(r"^## \d\. ", page, re.MULTILINE)) == 8
+    assert len(re.findall(r"^## \d\. ", page, re.MULTILINE)) == 9
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -30,6 +30,7 @@ LAYERS = {
     "ems_vllm.engine": (
         (
             "cache_dtype",
+            "holding",
             "kernels",
             "measuring",
             "observation",
@@ -37,6 +38,7 @@ LAYERS = {
             "pools",
             "refusal",
             "report",
+            "totals",
         ),
         ("scheduler",),
         ("kv_cache_spec",),

@@ -19,6 +19,7 @@ PROCESSES = (
         (
             ("frontend/", "flags, refusals at start-up", "1"),
             ("frontend/", "checks of a request", "3"),
+            ("frontend/", "usage and metrics", "9"),
         ),
     ),
     (
@@ -42,7 +43,7 @@ PROCESSES = (
 )
 # Between two processes: to the right, and back.
 MESSAGES = (
-    ("request, with its\noptions and ranges", "tokens"),
+    ("request, with its\noptions and ranges", "tokens, and what\nis held"),
     ("SchedulerOutput,\nwith orders", "sampled tokens:\na step is over"),
 )
 

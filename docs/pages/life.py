@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The page "One request's life": eight steps, and for each the modules that take it.
+"""The page "One request's life": nine steps, and for each the modules that take it.
 
 Each module stands on the page once, with the first sentence of its docstring;
 tests/test_docs.py fails where one of `ems_vllm/engine` is missing.
@@ -175,6 +175,22 @@ STEPS = (
             "group/to_device.py",
             "worker/progress_log.py",
             "scheduler/compaction_ledger.py",
+        ),
+    ),
+    Step(
+        "The answer says what was held",
+        "engine core, then in the API server",
+        (
+            "What a step did to a request goes along with its next tokens, and what all of them "
+            "did with vLLM's statistics: into the `usage` of the answer, and onto /metrics.",
+        ),
+        (
+            "scheduler/accounts.py",
+            "holding.py",
+            "totals.py",
+            "frontend/holdings.py",
+            "frontend/usage.py",
+            "frontend/metrics.py",
         ),
     ),
 )

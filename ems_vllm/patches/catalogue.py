@@ -9,6 +9,8 @@ from ems_vllm.patches.frontend import (
     patch_input_processor,
     patch_online_renderer,
     patch_openai_serving,
+    patch_output_processor,
+    patch_stat_loggers,
 )
 from ems_vllm.patches.record import Patch
 from ems_vllm.patches.scheduler import patch_executor
@@ -21,6 +23,8 @@ PATCHES: tuple[Patch, ...] = (
     *patch_async_llm.PATCHES,
     *patch_openai_serving.PATCHES,
     *patch_online_renderer.PATCHES,
+    *patch_output_processor.PATCHES,
+    *patch_stat_loggers.PATCHES,
     *patch_flash_attn.PATCHES,
 )
 

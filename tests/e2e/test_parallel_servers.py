@@ -46,3 +46,9 @@ def test_two_engines_answer_as_one(two_of_each, server):
         r'^vllm:prompt_tokens_total\{[^}]*engine="(\d)"[^}]*\} (\S+)', metrics, re.M
     )
     assert {engine for engine, tokens in served if float(tokens) > 0} == {"0", "1"}
+    # Whichever process was told, the page adds them up.
+    compressed = re.findall(
+        r'^ems_vllm:requests_total\{engine="(\d)"[^}]*outcome="compressed"\} (\S+)', metrics, re.M
+    )
+    assert {engine for engine, _ in compressed} == {"0", "1"}
+    assert sum(float(count) for _, count in compressed) >= 5

@@ -20,8 +20,10 @@ from engine.symbolic_cache import BLOCK_SIZE
 from engine.symbolic_heads import SymbolicHeads
 from engine.symbolic_worker import SymbolicWorker
 
+from ems_vllm.engine.holding import Holding, holding_of
 from ems_vllm.engine.orders import attached
 from ems_vllm.engine.report import attach_report
+from ems_vllm.engine.totals import Totals
 
 
 class Simulator:
@@ -63,6 +65,9 @@ class Simulator:
         self.lag = 1 if async_scheduling else 0
         self.in_flight: deque[Any] = deque()
         self.answers: dict[str, list[int]] = {}
+        # By request, what the frontend was told last; and the sum of all totals.
+        self.told: dict[str, Holding] = {}
+        self.totals = Totals()
         self.num_steps = 0
         self.num_preemptions = 0
         self._ids = itertools.count()
@@ -120,6 +125,10 @@ class Simulator:
         for outputs in self.scheduler.update_from_output(output, result).values():
             for item in outputs.outputs:
                 self.answers.setdefault(item.request_id, []).extend(item.new_token_ids)
+                if self.planner is not None:
+                    self._check_told(item, attached(output))
+        if self.planner is not None:
+            self._check_totals()
         if self.num_drafts:
             self._draft([req_id for req_id in req_ids if sampled[req_id]])
 
@@ -209,6 +218,46 @@ class Simulator:
             assert held == pool.size - pool.num_free
         pages = [page for of_groups in dealt for of_group in of_groups for page in of_group]
         assert len(set(pages)) == len(pages), "a private score page was dealt twice"
+
+    def _check_told(self, item: Any, orders: Any) -> None:
+        """With every output, the frontend knows what the worker holds after its step."""
+        if (holding := holding_of(item.kv_transfer_params)) is not None:
+            self.told[item.request_id] = holding
+        account = self.planner.accounts._accounts.get(item.request_id)
+        is_finished = item.finish_reason is not None
+        if not is_finished and (account.since is None or account.since > orders.step):
+            # Preempted in a step that is on its way.
+            return
+        groups = range(len(self.managers))
+        firsts = [self.worker.first_column(item.request_id, group_id) for group_id in groups]
+        told = self.told.get(item.request_id)
+        assert told is not None, f"{item.request_id}: the frontend knows nothing"
+        assert told.num_entries_gone * len(groups) == sum(firsts) * BLOCK_SIZE, (told, firsts)
+        compacted = any(order.req_id == item.request_id for order in orders.compactions)
+        assert told.num_compactions > 0 or not compacted
+
+    def _check_totals(self) -> None:
+        found = self.planner.accounts.take_totals()
+        if found is None:
+            return
+        for name, value in vars(found).items():
+            if name == "num_ended":
+                for outcome, count in value.items():
+                    ended = self.totals.num_ended
+                    ended[outcome] = ended.get(outcome, 0) + count
+            elif name == "num_blocks_saved":
+                self.totals.num_blocks_saved = value
+            else:
+                setattr(self.totals, name, getattr(self.totals, name) + value)
+        if self.in_flight:
+            return
+        saved = sum(
+            self.worker.first_column(req_id, group_id)
+            for req_id, tracked in self.planner.requests.items()
+            for group_id in range(len(self.managers))
+            if not tracked.is_new
+        )
+        assert self.totals.num_blocks_saved == saved
 
     def _check_reported(self) -> None:
         """The scheduler holds what the worker keeps, and no more."""

@@ -242,15 +242,15 @@ def test_the_first_stage_of_a_level_decides_for_the_others():
 
 def test_columns_that_are_still_held_are_not_given_back():
     """A scheduler that frees more than was reported is found out before anything is read."""
-    reported = Planner.reported
+    processed = Planner.processed
 
     def too_many(self, orders, report):
         if report is not None:
             report = type(report)([first + 1 for first in report.first_columns])
-        return reported(self, orders, report)
+        return processed(self, orders, report)
 
     with (
-        mock.patch.object(Planner, "reported", too_many),
+        mock.patch.object(Planner, "processed", too_many),
         pytest.raises(StepRefused, match=r"columns before .* to be free"),
         engine(EMS, LLAMA, async_scheduling=False, **OPTIONS) as probe,
     ):

@@ -7,6 +7,7 @@ from engine.levels import COVERED, WITHIN_PROMPTS
 
 from ems_vllm.engine.pools import Pool
 from ems_vllm.engine.report import StepReport
+from ems_vllm.engine.scheduler.accounts import Accounts
 from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
 from ems_vllm.engine.scheduler.dealer import Dealer
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
@@ -262,20 +263,52 @@ def _queries_score_twice(monkeypatch):
     )
 
 
+def _account_survives_a_preemption(monkeypatch):
+    released = Accounts.released
+
+    def released_at_its_end(self, req_id, has_ended):
+        if has_ended:
+            released(self, req_id, has_ended)
+
+    monkeypatch.setattr(Accounts, "released", released_at_its_end)
+
+
+def _compaction_is_booked_when_it_is_planned(monkeypatch):
+    orders = Planner.orders
+
+    def booked(self, output):
+        found = orders(self, output)
+        firsts = [order.first for order in found.compactions]
+        self.accounts.compacted(found.step, found.compactions, firsts)
+        return found
+
+    monkeypatch.setattr(Planner, "orders", booked)
+
+
+def _news_is_lost_where_there_is_no_output(monkeypatch):
+    tell = Accounts.tell
+
+    def told(self, outputs):
+        tell(self, outputs)
+        self._news.clear()
+
+    monkeypatch.setattr(Accounts, "tell", told)
+
+
 def _report_is_ignored(monkeypatch):
-    monkeypatch.setattr(Planner, "reported", lambda self, orders, report: None)
+    monkeypatch.setattr(Planner, "processed", lambda self, orders, report: None)
 
 
 def _report_edited(monkeypatch, edit):
     """Lets `edit` change the columns of every report."""
-    reported = Planner.reported
+    processed = Planner.processed
 
     def edited(self, orders, report):
         if report is not None:
             report = StepReport(edit(list(report.first_columns)))
-        return reported(self, orders, report)
+        return processed(self, orders, report)
 
-    monkeypatch.setattr(Planner, "reported", edited)
+    monkeypatch.setattr(Planner, "processed", edited)
 
 
 def _report_is_of_another_request(monkeypatch):
@@ -337,6 +370,9 @@ PLANTS = [
     _message_is_for_another_step,
     _compaction_is_lost,
     _worker_compacts_twice,
+    _account_survives_a_preemption,
+    _compaction_is_booked_when_it_is_planned,
+    _news_is_lost_where_there_is_no_output,
 ]
 # These need levels that keep differently.
 PLANTS_OF_LEVELS = [

@@ -32,7 +32,7 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
         options_of(config, extra_args)
 
 
-def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
+def check_api_request(vllm_config: VllmConfig, request: Any) -> str | None:
     """Refuse what `check_request` refuses, and beams, before an answer has begun.
 
     Every step of a beam is a prompt of its own, and a prompt attends to its whole cache.
@@ -41,6 +41,9 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
         vllm_config: Of the engine that will run the request.
         request: As the API received it.
 
+    Returns:
+        Its recipe, or "off" where it is not compressed; None on a server that compresses nothing.
+
     Raises:
         VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
     """
@@ -48,7 +51,7 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
 
     config = settings_of(vllm_config)
     if config is None:
-        return
+        return None
     # Where the API has no such field, vLLM keeps what a client sent all the same.
     options = options_of(config, getattr(request, "vllm_xargs", None))
     if options.enabled and getattr(request, "use_beam_search", False):
@@ -58,6 +61,7 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> None:
             f"attend to their whole cache{remedy}, or drop use_beam_search.",
             parameter="use_beam_search",
         )
+    return config.recipe if options.enabled else "off"
 
 
 def check_protection(vllm_config: VllmConfig, prompt_len: int, params: Any) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
+from ems_vllm.engine.scheduler.accounts import Accounts
 from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger, OrderedCompaction
 from ems_vllm.engine.scheduler.dealer import Dealer
 from ems_vllm.engine.scheduler.request import NEVER, SchedulerRequest
@@ -45,7 +46,7 @@ class Planner:
 
     Attributes:
         requests: By id, from their first look-up in the prefix cache on.
-        is_reported: As given.
+        accounts: What compactions did, for the frontend.
     """
 
     def __init__(
@@ -71,7 +72,10 @@ class Planner:
         )
         # By step, compactions of which a report is to come.
         self._unreported: dict[int, list[OrderedCompaction]] = {}
-        self.is_reported = is_reported
+        self._is_reported = is_reported
+        self.accounts = Accounts(
+            {manager.kv_cache_group_id: manager.block_size for manager in managers}
+        )
         self._num_steps = 0
         # Whether a request that is to be admitted must wait in the step that is being scheduled.
         self._queue_waits = False
@@ -130,6 +134,7 @@ class Planner:
         self._dealer.take_back_row(tracked)
         self._dealer.take_back_pages(tracked)
         tracked.restart()
+        self.accounts.released(request.request_id, request.is_finished())
         if request.is_finished():
             del self.requests[request.request_id]
 
@@ -224,18 +229,26 @@ class Planner:
             orders.first_columns[manager.kv_cache_group_id] = [
                 tracked.ledgers[index].first for tracked in scheduled
             ]
-            if self.is_reported:
+            if self._is_reported:
                 orders.freed_columns[manager.kv_cache_group_id] = [
                     tracked.ledgers[index].num_freed for tracked in scheduled
                 ]
         return orders
 
-    def reported(self, orders: StepOrders, report: StepReport | None) -> None:
-        """The output of a step has come, with what its compactions kept.
+    def processed(self, orders: StepOrders, report: StepReport | None) -> None:
+        """The output of a step has come, with what its compactions kept where a coverage decides.
 
         Raises:
             RuntimeError: the report is missing, or is of other compactions.
         """
+        if self._is_reported:
+            self._reported(orders, report)
+        if orders.compactions:
+            planned = [order.first for order in orders.compactions]
+            firsts = planned if report is None else report.first_columns
+            self.accounts.compacted(orders.step, orders.compactions, firsts)
+
+    def _reported(self, orders: StepOrders, report: StepReport | None) -> None:
         ordered = self._unreported.pop(orders.step, [])
         found = [] if report is None else report.first_columns
         if len(found) != len(ordered):
@@ -272,7 +285,9 @@ class Planner:
         tracked.num_cached = start
         if tracked.first_hit is None:
             tracked.first_hit = start
-        orders.admitted.append(tracked.request.request_id)
+        req_id = tracked.request.request_id
+        orders.admitted.append(req_id)
+        self.accounts.admitted(req_id, orders.step, is_off=tracked.is_off)
 
     def _quiet_until(self, tracked: SchedulerRequest, end: int, due: int) -> int:
         if tracked.compresses_prompt and end < tracked.prompt_len:
@@ -286,7 +301,7 @@ class Planner:
             before = (ledger.first, ledger.tail)
             if ordered := ledger.step_scheduled(start):
                 orders.compactions.append(self._compaction(tracked, index, start, before))
-                if self.is_reported:
+                if self._is_reported:
                     self._unreported.setdefault(orders.step, []).append(ordered)
                 ledger.accumulated_until = start
                 compacted = True

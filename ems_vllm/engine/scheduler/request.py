@@ -31,6 +31,7 @@ class SchedulerRequest:
         score_pages: By compressed group, its private score pages; None while it needs none.
         protected: Spans of positions that stay whole; see Compaction.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
+        is_off: Whether it keeps everything because it asked to.
         compresses_within_prompt: Whether there are compactions before the prompt's end.
     """
 
@@ -45,12 +46,14 @@ class SchedulerRequest:
     protected: tuple[Span, ...] = ()
     prompt_len: int = field(init=False)
     compresses_prompt: bool = field(init=False)
+    is_off: bool = field(init=False)
     compresses_within_prompt: bool = field(init=False)
     max_shared_tokens: int | None = field(init=False)
 
     def __post_init__(self) -> None:
         plans = [ledger.plan for ledger in self.ledgers]
         self.prompt_len = plans[0].prompt_len
+        self.is_off = plans[0].budget_blocks == 0
         self.compresses_prompt = any(plan.compresses_prompt for plan in plans)
         self.compresses_within_prompt = any(plan.num_within_prompt > 0 for plan in plans)
         shared = (plan.max_shared_tokens for plan in plans)

@@ -2,8 +2,8 @@
 """vLLM's schedulers, with a planner beside them.
 
 They come in through `scheduler_cls`. What they override bounds a hit and a chunk, notices that a
-request gave its blocks back, sends the orders of a step along with it, and reads the report that
-may come back.
+request gave its blocks back, sends the orders of a step along with it, reads the report that may
+come back, and tells the frontend.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from ems_vllm.engine.orders import attach, attached
 from ems_vllm.engine.report import attached_report
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
+from ems_vllm.engine.totals import attach_totals
 from ems_vllm.vllm_versions import bounds_cache_hits
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     # For type checkers; the real base is the scheduler that this is mixed into.
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 else:
@@ -94,11 +96,19 @@ class CompressionSchedulerMixin(_Base):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        if self.planner.is_reported:
-            orders = attached(scheduler_output)
-            assert orders is not None
-            self.planner.reported(orders, attached_report(model_runner_output))
-        return super().update_from_output(scheduler_output, model_runner_output)
+        orders = attached(scheduler_output)
+        assert orders is not None
+        self.planner.processed(orders, attached_report(model_runner_output))
+        outputs = super().update_from_output(scheduler_output, model_runner_output)
+        for of_client in outputs.values():
+            self.planner.accounts.tell(of_client.outputs)
+        return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None and (totals := self.planner.accounts.take_totals()) is not None:
+            attach_totals(stats, totals)
+        return stats
 
 
 class CompressingScheduler(CompressionSchedulerMixin, Scheduler):

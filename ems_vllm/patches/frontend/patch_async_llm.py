@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""AsyncLLM: refuse bad `vllm_xargs` before a streamed answer has begun."""
+"""AsyncLLM: refuse bad `vllm_xargs` before a streamed answer has begun; note what is held."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ def _wrap_generate(original: Callable[..., Any]) -> Callable[..., Any]:
         self: AsyncLLM, prompt: Any, sampling_params: Any, *args: Any, **kwargs: Any
     ) -> Any:
         from ems_vllm.engine.frontend.request_check import check_prompt, check_request
+        from ems_vllm.engine.frontend.usage import noted
 
         check_request(self.vllm_config, sampling_params)
         check_prompt(self.vllm_config, prompt, sampling_params)
-        return original(self, prompt, sampling_params, *args, **kwargs)
+        return noted(original(self, prompt, sampling_params, *args, **kwargs))
 
     return generate
 
@@ -38,7 +39,8 @@ PATCHES = (
         process=Process.FRONTEND,
         reason=(
             "A streamed answer has its status 200 before the request reaches InputProcessor, so an "
-            "error there is an event in the stream. An error in the call itself is still a 400."
+            "error there is an event in the stream. An error in the call itself is still a 400. "
+            "What its outputs say of the cache goes into the usage of the answer."
         ),
         upstream="none filed",
         remove_when="vLLM validates requests before it begins to stream",

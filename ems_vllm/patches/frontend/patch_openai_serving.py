@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenAI API's handlers: refuse bad `vllm_xargs` where the answer can still be an HTTP 400."""
+"""The OpenAI API's handlers: refuse bad `vllm_xargs` in time for an HTTP 400; say what was held."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from ems_vllm.vllm_versions import by_version
 def _wrap_create(original: Callable[..., Any]) -> Callable[..., Any]:
     async def create(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         from ems_vllm.engine.frontend.request_check import check_api_request
+        from ems_vllm.engine.frontend.usage import Usage, noting, with_usage
 
-        check_api_request(self.engine_client.vllm_config, request)
-        return await original(self, request, *args, **kwargs)
+        recipe = check_api_request(self.engine_client.vllm_config, request)
+        if recipe is None:
+            return await original(self, request, *args, **kwargs)
+        usage = Usage(recipe)
+        with noting(usage):
+            answer = await original(self, request, *args, **kwargs)
+        return with_usage(answer, usage)
 
     return create
 
 
-_BEAMS = "Beam search makes parameters of its own for every step, without `vllm_xargs`."
+_USAGE = " And only here both what a request held and its answer are at hand."
+_BEAMS = "Beam search makes parameters of its own for every step, without `vllm_xargs`." + _USAGE
 
 
 def _patch(target: str, reason: str, *sha256: str) -> Patch:
@@ -31,7 +38,7 @@ def _patch(target: str, reason: str, *sha256: str) -> Patch:
         process=Process.FRONTEND,
         reason=reason,
         upstream="#18179 (open): plugins of the OpenAI server",
-        remove_when="general plugins can validate requests of the API",
+        remove_when="general plugins can validate requests of the API, and add to its answers",
     )
 
 
@@ -49,7 +56,7 @@ PATCHES = (
     _patch(
         "openai.responses.serving:OpenAIServingResponses.create_responses",
         "AsyncLLM.generate is called when the answer has begun: a stream would break off, and a "
-        "background response stay queued for ever.",
+        "background response stay queued for ever." + _USAGE,
         "e541cdd9d6094cc07dd6ff1978a7127738e641069e92c0162ff21b97fbe584a3",
     ),
     _patch(

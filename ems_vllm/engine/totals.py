@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the scheduler counts for all requests; travels on SchedulerStats.
+
+In its `kv_connector_stats`, the one free form there that reaches the frontend: connectors, for whom
+it is meant, are refused with compression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from ems_vllm.keys import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from vllm.v1.metrics.stats import SchedulerStats
+
+Outcome: TypeAlias = Literal["compressed", "fitted", "off"]
+"""Of a request: compressed at least once; never longer than what it may hold; or sent with
+`kv_compression: off`."""
+
+
+@dataclass
+class Totals:
+    """Since the statistics before; see the metrics of the same names.
+
+    Entries are those of a kv_head, in the mean of the compressed KV-cache groups.
+    """
+
+    num_compactions: int = 0
+    num_entries_in: float = 0.0
+    num_entries_kept: float = 0.0
+    num_blocks_freed: int = 0
+    num_blocks_saved: int = 0
+    """Now: blocks that running requests have given back."""
+    num_ended: dict[Outcome, int] = field(default_factory=dict)
+    """Requests by outcome."""
+
+
+def attach_totals(stats: SchedulerStats, totals: Totals) -> None:
+    """Send `totals` with a step's statistics."""
+    stats.kv_connector_stats = {CONFIG_KEY: asdict(totals)}
+
+
+def take_totals(stats: SchedulerStats) -> Totals | None:
+    """What came with a step's statistics, and leave nothing for a connector's logger to stumble on.
+
+    Returns:
+        None where nothing has changed.
+    """
+    found = (stats.kv_connector_stats or {}).get(CONFIG_KEY)
+    if found is None:
+        return None
+    stats.kv_connector_stats = None
+    return Totals(**found)
