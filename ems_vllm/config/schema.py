@@ -97,8 +97,8 @@ class KVCompressionConfig(BaseModel):
             more than `max_budget`, it stays the ceiling.
         coverage: Keep fewer entries than the budget: as many as hold this share of the score of
             what is compressed, in the mean of the kv_heads that share a block table, in (0, 1). The
-            budget stays the most, and admission goes by it; blocks that are not needed go back to
-            the pool. None keeps the budget.
+            budget stays the most; blocks that are not needed go back to the pool. None keeps the
+            budget.
         min_budget: With a coverage, entries that are kept in any case, up to the budget. By
             default 64, or the budget where that is less.
         allow_off: Whether a request may switch compression off for itself. Set it to false where

@@ -107,12 +107,14 @@ async def _events_with_usage(
 ) -> AsyncGenerator[Any, None]:
     async with aclosing(events):
         while True:
-            # The engine may be called now, or later.
-            with noting(usage):
-                try:
-                    event = await anext(events)
-                except StopAsyncIteration:
-                    return
+            # The engine may be called now, or later. As `noting`, which costs more than the rest.
+            token = _current.set(usage)
+            try:
+                event = await anext(events)
+            except StopAsyncIteration:
+                return
+            finally:
+                _current.reset(token)
             if isinstance(event, str):
                 yield _chunk_with_usage(event, usage) if _LAST in event else event
             else:
