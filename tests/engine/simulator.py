@@ -83,13 +83,21 @@ class Simulator:
         from vllm.v1.request import Request
 
         Simulator.num_events += 1
-        req_id = f"r{next(self._ids)}"
+        number = next(self._ids)
+        req_id = f"r{number}"
         params = SamplingParams(
             max_tokens=max_tokens, ignore_eos=True, temperature=0, extra_args=extra_args
         )
         params.update_from_generation_config({}, eos_token_id=10**6)
         self.scheduler.add_request(
-            Request(req_id, list(prompt), params, None, block_hasher=self._hasher)
+            Request(
+                req_id,
+                list(prompt),
+                params,
+                None,
+                client_index=number % 2,
+                block_hasher=self._hasher,
+            )
         )
         return req_id
 

@@ -205,3 +205,12 @@ def test_columns_generated_beside_compressed_ones_are_not_shared():
         simulator.add(longer, 4, {"kv_compression": "off"})
         simulator.drain()
     assert list(simulator.worker.first_hits.values()) == [0, 24, 52]
+
+
+def test_requests_of_two_frontends_are_told_of_their_last_step():
+    """In which both of them are compressed, and end."""
+    simulator = Simulator(SETTINGS, num_blocks=200, max_num_batched_tokens=256)
+    for token in (1, 2):
+        simulator.add([token] * 60, max_tokens=2)
+    simulator.drain()
+    assert [told.num_compactions for told in simulator.told.values()] == [1, 1]

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from ems_vllm.engine.frontend.usage import Usage, noted, noting, with_usage
+from ems_vllm.engine.holding import Holding, attach_holding
+from ems_vllm.patches.frontend import patch_output_processor
 
 # A text that looks like the end of a stream.
 TEXT = 'data: {"id":"1","choices":[{"index":0,"text":"\\"choices\\":[],\\"usage\\":{}"}]}\n\n'
@@ -73,3 +75,28 @@ def test_closing_a_stream_closes_what_it_reads(layer):
         assert closed == [layer]
 
     asyncio.run(leave())
+
+
+@pytest.mark.parametrize("is_ours", [True, False], ids=["ours", "a connector's"])
+def test_parameters_of_a_connector_are_passed_on_and_ours_are_not(is_ours):
+    """An engine without compression may have one, in the same process."""
+    message = SimpleNamespace(kv_transfer_params={"remote_block_ids": [1]})
+    if is_ours:
+        attach_holding(message, Holding(num_compactions=1, num_entries_gone=96.0))
+    state = SimpleNamespace(
+        parent_req=None,
+        request_index=0,
+        prompt_len=120,
+        detokenizer=SimpleNamespace(num_output_tokens=lambda: 8),
+    )
+
+    def original(state, token_ids, pooled, finish_reason, stop_reason, kv_transfer_params):
+        completion = SimpleNamespace(index=0)
+        return SimpleNamespace(outputs=[completion], kv_transfer_params=kv_transfer_params)
+
+    (patch,) = patch_output_processor.PATCHES
+    make_request_output = patch.wrap(original)
+    output = make_request_output(state, [1], None, None, None, message.kv_transfer_params)
+    assert output.kv_transfer_params == (None if is_ours else {"remote_block_ids": [1]})
+    held = output.outputs[0].kv_compression
+    assert (held.num_tokens, held.num_entries) == (128, 32 if is_ours else 128)

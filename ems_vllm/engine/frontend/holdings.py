@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ems_vllm.engine.holding import Holding, holding_of
+from ems_vllm.engine.holding import Holding
 
 if TYPE_CHECKING:
     from vllm.outputs import RequestOutput
@@ -65,17 +65,17 @@ class SequenceHolding:
         )
 
 
-def note_holding(state: RequestState, kv_transfer_params: dict[str, Any] | None) -> None:
+def note_holding(state: RequestState, holding: Holding | None) -> None:
     """A sequence has new tokens.
 
     Args:
         state: vLLM's, of the sequence.
-        kv_transfer_params: What came with them.
+        holding: What came with them; None for nothing new.
     """
     if state.detokenizer is not None:
         num_tokens = state.prompt_len + state.detokenizer.num_output_tokens()
-        holding = _holdings(state).setdefault(state.request_index, SequenceHolding())
-        holding.update(num_tokens, holding_of(kv_transfer_params))
+        sequence = _holdings(state).setdefault(state.request_index, SequenceHolding())
+        sequence.update(num_tokens, holding)
 
 
 def show_holdings(state: RequestState, output: RequestOutput) -> None:

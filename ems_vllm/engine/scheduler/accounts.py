@@ -129,7 +129,7 @@ class Accounts:
         )
 
     def tell(self, outputs: Iterable[EngineCoreOutput]) -> None:
-        """Send what is new of requests along with their outputs."""
+        """Send what is new of requests along with the outputs of a step, of all frontends."""
         if not self._news:
             return
         for output in outputs:

@@ -8,6 +8,7 @@ come back, and tells the frontend.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -100,8 +101,8 @@ class CompressionSchedulerMixin(_Base):
         assert orders is not None
         self.planner.processed(orders, attached_report(model_runner_output))
         outputs = super().update_from_output(scheduler_output, model_runner_output)
-        for of_client in outputs.values():
-            self.planner.accounts.tell(of_client.outputs)
+        of_clients = (of_client.outputs for of_client in outputs.values())
+        self.planner.accounts.tell(itertools.chain.from_iterable(of_clients))
         return outputs
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 def _wrap_make_request_output(original: Callable[..., Any]) -> Callable[..., Any]:
     from ems_vllm.engine.frontend.holdings import note_holding, show_holdings
+    from ems_vllm.engine.holding import holding_of
 
     def make_request_output(
         self: RequestState,
@@ -26,9 +27,12 @@ def _wrap_make_request_output(original: Callable[..., Any]) -> Callable[..., Any
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        note_holding(self, kv_transfer_params)
+        holding = holding_of(kv_transfer_params)
+        note_holding(self, holding)
+        # Another engine of this process may have a connector.
+        params = kv_transfer_params if holding is None else None
         output = original(
-            self, new_token_ids, pooling_output, finish_reason, stop_reason, None, *args, **kwargs
+            self, new_token_ids, pooling_output, finish_reason, stop_reason, params, *args, **kwargs
         )
         if output is not None and pooling_output is None:
             show_holdings(self, output)
