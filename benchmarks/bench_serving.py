@@ -4,7 +4,9 @@
 Usage: python benchmarks/bench_serving.py --model models/random-llama --out results/serving.json
 
 Cases differ in the pool: `ample` holds all requests without compression, `tight` a few of them.
-A configuration is a recipe, or `dense`; `+fp8` behind it stores float8, in a pool of as many bytes.
+A configuration is a recipe, by name or file, or `dense`; `+fp8` behind it stores float8, in a pool
+of as many bytes. `benchmarks/recipes` holds ways to share a budget in one block table (where layers
+have levels, a block is of fewer layers, and as many blocks are fewer bytes: bench_levels.py).
 All prompts are sent at once by streaming clients; the pool is watched through `/metrics`, as an
 operator would.
 """
@@ -104,7 +106,8 @@ def measure(settings: Settings, case: str, recipe: str, vocab_size: int) -> Run:
                 settings.num_new_tokens,
                 settings.interval_s,
             )
-    return Run(case, recipe, summarize(load, before), load.samples)
+    name = Path(recipe).stem if recipe.endswith(".yaml") else recipe
+    return Run(case, name, summarize(load, before), load.samples)
 
 
 def vocab_size(model: str) -> int:
