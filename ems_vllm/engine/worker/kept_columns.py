@@ -54,8 +54,7 @@ class KeptColumns:
             StepRefused: the scheduler gave columns back that are still held.
         """
         for group_id in self._block_sizes:
-            freed = planned.freed_columns.get(group_id, [])
-            for req_id, count in zip(req_ids, freed, strict=True):
+            for req_id, count in zip(req_ids, planned.freed_columns[group_id], strict=True):
                 first, _ = self._of(req_id, group_id)
                 if count > first:
                     what = f"request {req_id}, group {group_id}, is attended to"

@@ -65,7 +65,8 @@ class PipelineStage(Stage):
     def pass_on(self, first_columns: Sequence[int]) -> None:
         if self.is_last or not first_columns:
             return
-        # A message must stay until it is read. No more steps are under way than there are stages.
+        # A message must stay until it is read. At most one step more than there are stages is under
+        # way (VllmConfig.max_concurrent_batches), so what is waited for here has been read.
         while len(self._sent) > self._group.world_size:
             self._sent.popleft()[0].wait()
         message = torch.tensor(first_columns, dtype=torch.int64)
