@@ -9,7 +9,7 @@ namespace ems {
 
 void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const std::optional<Tensor>& accumulated_pages, const Tensor& weights,
-                   const std::optional<Tensor>& carry, bool merges_keys,
+                   const std::optional<Tensor>& carry, int64_t key_merge, bool sums_values,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
                    const Tensor& budgets, const Tensor& target_columns, int64_t rows_together) {
@@ -43,7 +43,10 @@ void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                                             p.num_rows, p.num_kv_heads);
     checks.same_length("carry", *carry, "weights", weights);
   }
-  p.merges_keys = merges_keys;
+  checks.require(0 <= key_merge && key_merge <= static_cast<int64_t>(KeyMerge::kMean),
+                 "key_merge must be 0, 1 or 2, got ", key_merge);
+  p.key_merge = static_cast<KeyMerge>(key_merge);
+  p.sums_values = sums_values;
   if (mass_keys.has_value()) {
     p.mass_keys = checks.head_rows<const float>("mass_keys", *mass_keys, ScalarType::Float,
                                                 p.num_layers, p.num_rows, p.num_kv_heads);

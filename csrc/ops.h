@@ -40,7 +40,7 @@ void assign_classes(const Tensor& key_cache, const Tensor& value_cache, const Te
 
 void merge_compact(const Tensor& key_cache, const Tensor& value_cache,
                    const std::optional<Tensor>& accumulated_pages, const Tensor& weights,
-                   const std::optional<Tensor>& carry, bool merges_keys,
+                   const std::optional<Tensor>& carry, int64_t key_merge, bool sums_values,
                    const std::optional<Tensor>& mass_keys, const Tensor& block_table,
                    const Tensor& kept_idx, const Tensor& merge_idx, const Tensor& class_idx,
                    const Tensor& budgets, const Tensor& target_columns, int64_t rows_together);

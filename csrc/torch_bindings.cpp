@@ -49,7 +49,8 @@ EMS_TORCH_LIBRARY(EMS_LIBRARY, m) {
   // Merges every class and writes it to the target columns.
   m.def(
       "merge_compact(Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor(c!)? accumulated_pages, "
-      "Tensor weights, Tensor? carry, bool merges_keys, Tensor? mass_keys, Tensor block_table, "
+      "Tensor weights, Tensor? carry, int key_merge, bool sums_values, Tensor? mass_keys, "
+      "Tensor block_table, "
       "Tensor kept_idx, Tensor merge_idx, Tensor class_idx, Tensor budgets, Tensor target_columns, "
       "int rows_together=1) -> ()");
 

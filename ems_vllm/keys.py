@@ -3,3 +3,6 @@
 
 CONFIG_KEY = "kv_compression"
 """Key of the settings in VllmConfig.additional_config."""
+
+KEY_PREFIX = "kv_compression_config."
+"""What names of settings begin with in messages: the option that sets them."""

@@ -217,7 +217,8 @@ def merge_compact(
     accumulated_pages: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
-    merges_keys: bool,
+    key_merge: int,
+    sums_values: bool,
     mass_keys: torch.Tensor | None,
     block_table: torch.Tensor,
     kept_idx: torch.Tensor,
@@ -228,7 +229,7 @@ def merge_compact(
 ) -> None:
     """Without scores to carry, with mass, and without merging keys."""
     assert mass_keys is not None
-    assert not merges_keys
+    assert (key_merge, sums_values) == (0, False)
     block_size, budget = key_cache.shape[3], kept_idx.shape[3]
     ranks = torch.arange(budget, device=kept_idx.device)
     columns = target_columns[:, None] + ranks // block_size

@@ -167,7 +167,7 @@ def compaction_args(
         select=(scores, length, budgets, protected, budgets, 1.0, kept_idx, merge_idx),
         assign=(key, value, *selection, budgets, protected, THRESHOLD, class_idx),
         merge=(
-            *(key, value, None, scores, None, False, mass_keys),
+            *(key, value, None, scores, None, ops.KeyMerge.CENTRE, False, mass_keys),
             *(*selection, class_idx, budgets, target),
         ),
     )

@@ -47,7 +47,7 @@ class ClassMerger {
         weights_(p.weights.at(layer, row, head)),
         mass_key_(p.mass_keys.data == nullptr ? nullptr : p.mass_keys.at(layer, row, head)),
         vector_(p.head_size),
-        direction_(p.head_size),
+        key_(p.head_size),
         value_(p.head_size) {}
 
   const T* key(int64_t entry) const {
@@ -58,32 +58,36 @@ class ClassMerger {
   }
 
   void merge(int64_t centre, const std::vector<int32_t>& members, T* out_key, T* out_value) {
-    std::fill(direction_.begin(), direction_.end(), 0.0f);
+    std::fill(key_.begin(), key_.end(), 0.0f);
     std::fill(value_.begin(), value_.end(), 0.0f);
     total_weight_ = 0;
     const float centre_norm = add(centre);
     for (const int32_t member : members) add(member);
 
     const int64_t size = p_.head_size;
-    const float norm = std::sqrt(simd().dot(direction_.data(), direction_.data(), size));
-    if (total_weight_ <= 0 || (p_.merges_keys && (norm == 0 || centre_norm == 0))) {
+    const float norm = std::sqrt(simd().dot(key_.data(), key_.data(), size));
+    const float divisor = p_.sums_values ? weights_[centre] : total_weight_;
+    const bool by_direction = p_.key_merge == KeyMerge::kDirection;
+    if (divisor <= 0 || total_weight_ <= 0 || (by_direction && (norm == 0 || centre_norm == 0))) {
       std::memcpy(out_key, key(centre), size * sizeof(T));
       std::memcpy(out_value, value(centre), size * sizeof(T));
       return;
     }
-    for (int64_t d = 0; d < size; ++d) from_float(value_[d] / total_weight_, out_value + d);
+    for (int64_t d = 0; d < size; ++d) from_float(value_[d] / divisor, out_value + d);
     const float mass = log_mass(weights_[centre], total_weight_, members.size());
-    if (!p_.merges_keys && (mass_key_ == nullptr || mass == 0)) {
+    const bool is_centres = p_.key_merge == KeyMerge::kCentre;
+    if (is_centres && (mass_key_ == nullptr || mass == 0)) {
       std::memcpy(out_key, key(centre), size * sizeof(T));
       return;
     }
-    if (p_.merges_keys) {
-      for (int64_t d = 0; d < size; ++d) direction_[d] *= centre_norm / norm;
+    if (is_centres) {
+      convert(key(centre), size, 1.0f, key_.data());
     } else {
-      convert(key(centre), size, 1.0f, direction_.data());
+      const float factor = by_direction ? centre_norm / norm : 1 / total_weight_;
+      for (int64_t d = 0; d < size; ++d) key_[d] *= factor;
     }
     for (int64_t d = 0; d < size; ++d) {
-      from_float(direction_[d] + (mass_key_ == nullptr ? 0.0f : mass * mass_key_[d]), out_key + d);
+      from_float(key_[d] + (mass_key_ == nullptr ? 0.0f : mass * mass_key_[d]), out_key + d);
     }
   }
 
@@ -94,8 +98,10 @@ class ClassMerger {
     const float weight = weights_[entry];
     convert(key(entry), size, 1.0f, vector_.data());
     const float norm = std::sqrt(simd().dot(vector_.data(), vector_.data(), size));
-    if (norm > 0) {
-      for (int64_t d = 0; d < size; ++d) direction_[d] += weight / norm * vector_[d];
+    const bool by_direction = p_.key_merge == KeyMerge::kDirection;
+    if (!by_direction || norm > 0) {
+      const float factor = by_direction ? weight / norm : weight;
+      for (int64_t d = 0; d < size; ++d) key_[d] += factor * vector_[d];
     }
     convert(value(entry), size, 1.0f, vector_.data());
     for (int64_t d = 0; d < size; ++d) value_[d] += weight * vector_[d];
@@ -111,7 +117,7 @@ class ClassMerger {
   const float* mass_key_;
   float total_weight_ = 0;
   std::vector<float> vector_;
-  std::vector<float> direction_;
+  std::vector<float> key_;
   std::vector<float> value_;
 };
 

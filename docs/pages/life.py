@@ -160,6 +160,7 @@ STEPS = (
         (
             "group/compactor.py",
             "group/covering.py",
+            "group/ranks.py",
             "worker/ranks.py",
             "worker/stages.py",
             "worker/kept_columns.py",
@@ -171,6 +172,7 @@ STEPS = (
             "group/head_tables.py",
             "group/protection.py",
             "group/rope.py",
+            "group/output_projection.py",
             "group/cache_scales.py",
             "group/to_device.py",
             "worker/progress_log.py",

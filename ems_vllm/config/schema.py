@@ -16,10 +16,11 @@ from pydantic import (
     model_validator,
 )
 
-from ems_vllm.config import profiles
+from ems_vllm.config import composition, profiles
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown, unknown_key
 from ems_vllm.config.protect import Role
 from ems_vllm.config.recipes import OFF
+from ems_vllm.keys import KEY_PREFIX
 from ems_vllm.plan import PlanSettings
 from ems_vllm.policies.base import (
     ALLOCATORS,
@@ -35,7 +36,6 @@ from ems_vllm.policies.base import (
 from ems_vllm.policies.coverage import Coverage
 from ems_vllm.registry import Registry
 
-KEY_PREFIX = "kv_compression_config."
 # The plan counts in 32 bits, after rounding up to whole blocks.
 _LARGEST = 2**30
 # Prompt queries that score unless a server says otherwise (ours).
@@ -231,14 +231,10 @@ class KVCompressionConfig(BaseModel):
                 f"at least obs_window={self.obs_window}; raise it, or set it to 0 to compress "
                 "prompts at their end only."
             )
-        if self.prefill_interval and self.allocator.deals_to_heads:
-            # The prompt's queries score whole blocks; such heads own parts of them.
-            raise ConfigError(
-                f"{KEY_PREFIX}prefill_interval={self.prefill_interval} does not fit together with "
-                f"allocator={self.allocator.name()!r}, under which kv_heads keep different numbers "
-                "of entries: set it to 0, or choose an allocator that gives all as many."
-            )
         self._check_coverage()
+        composition.check(
+            self.scorer, self.allocator, self.selector, self.coverage, self.prefill_interval
+        )
         computed = _always_computed(self.model_dump(include={"budget", "recent_window"}))
         if self.global_queries != "all" and self.global_queries > computed:
             raise ConfigError(
@@ -271,14 +267,6 @@ class KVCompressionConfig(BaseModel):
             raise ConfigError(
                 f"{KEY_PREFIX}min_budget={self.min_budget} is not allowed: it must be at most "
                 f"budget={self.budget}; lower it or raise budget."
-            )
-        if self.allocator.deals_to_heads:
-            # How many entries a layer keeps is decided for all layers of a block table at once,
-            # and heads are dealt to layer by layer.
-            raise ConfigError(
-                f"{KEY_PREFIX}coverage={self.coverage} does not fit together with "
-                f"allocator={self.allocator.name()!r}, under which kv_heads keep different numbers "
-                "of entries: leave it out, or choose an allocator that gives all as many."
             )
 
     @property

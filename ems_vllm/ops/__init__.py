@@ -26,7 +26,7 @@ from ems_vllm.ops.head_pages import head_pages
 from ems_vllm.ops.key_moments import key_moments
 from ems_vllm.ops.key_scores import key_scores
 from ems_vllm.ops.library import OPERATORS, implemented_by, reference_operators
-from ems_vllm.ops.merge_compact import merge_compact
+from ems_vllm.ops.merge_compact import KeyMerge, merge_compact
 from ems_vllm.ops.rank_entries import rank_entries
 from ems_vllm.ops.record_queries import record_queries
 from ems_vllm.ops.score_queries import score_queries
@@ -37,6 +37,7 @@ from ems_vllm.ops.vector_norms import vector_norms
 
 __all__ = [
     "OPERATORS",
+    "KeyMerge",
     "assign_classes",
     "head_pages",
     "implemented_by",

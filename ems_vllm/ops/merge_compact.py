@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Merging of classes, and their move to the target columns."""
 
+from enum import IntEnum
 from itertools import chain
 
 import torch
@@ -12,6 +13,14 @@ from ems_vllm.ops.paging import gather_entries
 _Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
 
 
+class KeyMerge(IntEnum):
+    """What the key of a class is made of, before mass is added."""
+
+    CENTRE = 0
+    DIRECTION = 1
+    MEAN = 2
+
+
 @operator
 def merge_compact(
     key_cache: torch.Tensor,
@@ -19,7 +28,8 @@ def merge_compact(
     accumulated_pages: torch.Tensor | None,
     weights: torch.Tensor,
     carry: torch.Tensor | None,
-    merges_keys: bool,
+    key_merge: int,
+    sums_values: bool,
     mass_keys: torch.Tensor | None,
     block_table: torch.Tensor,
     kept_idx: torch.Tensor,
@@ -32,24 +42,27 @@ def merge_compact(
     """Merge members into their class centres and write the classes to the target columns.
 
     Paper: EMS, 2024, arXiv:2412.08521 (keys merge in direction and keep the centre's norm, values
-    merge as a weighted mean). The mass is ours.
+    merge as a weighted mean). Means of keys are those of KVMerger (arXiv:2407.08454) and others,
+    sums of values those of CaM (Zhang et al. 2024, ICML). The mass is ours.
 
     Class b of row r has the centre c = kept_idx[b] and the members merge_idx[t] with class_idx[t]
     == b. It is written to column target_columns[r] + b // block_size, slot b % block_size, of the
     same kv_head, as if everything of the row's group were read before anything of it is written; a
     group is rows_together consecutive rows, from row 0 on:
 
-        value = (w_c v_c + sum w_t v_t) / w,  w = w_c + sum w_t
-        key   = k_c, or with merges_keys |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|
+        value = (w_c v_c + sum w_t v_t) / w,  w = w_c + sum w_t;  with sums_values / w_c
+        key   = k_c                                                         where key_merge is 0
+                |k_c| d / |d|,  d = w_c k_c / |k_c| + sum w_t k_t / |k_t|                      1
+                (w_c k_c + sum w_t k_t) / w                                                    2
                 plus log(min(w / w_c, 1 + number of members)) * mass_key
 
     A softmax over kept entries alone gives a class the attention of its centre. What all its
     entries received is w / w_c times that: a constant on the logit, which no attention kernel
     takes. A mass_key m with q m * scale = 1 for the queries to come adds it to the key instead.
 
-    A class without members is its centre, bit for bit; so is one where w <= 0, or with merges_keys
-    |k_c| = 0 or |d| = 0. A member with a zero key adds no direction. Members of the zero class,
-    budgets[r], vanish.
+    A class without members is its centre, bit for bit; so is one where w <= 0, with sums_values
+    w_c <= 0, or where directions merge and |k_c| = 0 or |d| = 0. A member with a zero key adds no
+    direction. Members of the zero class, budgets[r], vanish.
 
     Args:
         key_cache: [num_layers, num_blocks, num_kv_heads, block_size, head_size], float.
@@ -59,7 +72,8 @@ def merge_compact(
         weights: [num_layers, num_rows, num_kv_heads, max_entries], float32 - weight of an entry.
         carry: [num_layers, num_rows, num_kv_heads, max_entries], float32, or None - score of an
             entry; a class has the sum of its entries' scores.
-        merges_keys: whether keys are merged too.
+        key_merge: one of KeyMerge.
+        sums_values: whether values of members are added instead of averaged.
         mass_keys: [num_layers, num_rows, num_kv_heads, head_size], float32, or None - what is added
             to a key that shall receive e times the attention, in the units of stored keys.
         block_table: [num_rows, num_columns], int32 - a block of a target column is no other row's
@@ -98,7 +112,9 @@ def merge_compact(
         mass_key = None if mass_keys is None else mass_keys[at].double()
         found = []
         for centre, members in zip(centres, classes, strict=True):
-            key, value = _merge(keys, values, weights[at], merges_keys, mass_key, centre, members)
+            key, value = _merge(
+                keys, values, weights[at], key_merge, sums_values, mass_key, centre, members
+            )
             score = None if carry is None else carry[at][[centre, *members]].double().sum().float()
             found.append((key, value, score))
         return found
@@ -133,7 +149,8 @@ def _merge(
     keys: torch.Tensor,
     values: torch.Tensor,
     weights: torch.Tensor,
-    merges_keys: bool,
+    key_merge: int,
+    sums_values: bool,
     mass_key: torch.Tensor | None,
     centre: int,
     members: list[int],
@@ -149,11 +166,16 @@ def _merge(
     units = torch.where(norms[:, None] > 0, key / norms[:, None], 0.0)
     direction = weight @ units
     has_direction = direction.norm() > 0 and norms[0] > 0
-    if weight.sum() <= 0 or (merges_keys and not has_direction):
+    divisor = weight[0] if sums_values else weight.sum()
+    if min(divisor, weight.sum()) <= 0 or (key_merge == KeyMerge.DIRECTION and not has_direction):
         return unchanged
-    merged_key = norms[0] * direction / direction.norm() if merges_keys else key[0]
+    merged_key = key[0]
+    if key_merge == KeyMerge.DIRECTION:
+        merged_key = norms[0] * direction / direction.norm()
+    elif key_merge == KeyMerge.MEAN:
+        merged_key = weight @ key / weight.sum()
     if mass_key is not None:
         mass = (weight.sum() / weight[0]).clamp(max=len(entries)).log()
         merged_key = merged_key + mass * mass_key
-    merged_value = weight @ value / weight.sum()
+    merged_value = weight @ value / divisor
     return merged_key.to(keys.dtype), merged_value.to(values.dtype)

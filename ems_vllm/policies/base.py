@@ -3,7 +3,7 @@
 
     Scorer            how important every entry of every kv_head is
     Allocator   how many entries are kept where
-    Selector          which entries stay, and which may still be merged
+    Selector          in which order entries are kept
     Merger            what happens to the ones that do not stay
 
 One method of the literature is one small class in one file; recipes in `configs/policies/`
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ems_vllm.ops import KeyMerge
+from ems_vllm.policies.paper import Paper
 from ems_vllm.registry import Registry
 
 if TYPE_CHECKING:
@@ -36,6 +38,9 @@ class Component(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     registry: ClassVar[Registry]
+
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    """Where it comes from; none where it is ours."""
 
     @classmethod
     def name(cls) -> str:
@@ -83,6 +88,21 @@ class Selection:
     merge_idx: torch.Tensor
 
 
+@dataclass(frozen=True)
+class Classes:
+    """What becomes of the candidates for merging.
+
+    Attributes:
+        class_idx: shape of Selection.merge_idx, int32 - rank of the kept entry that takes the
+            candidate, or the row's budget: the zero class, which is dropped.
+        weights: Like Scores.weights, or None for the attention that entries received - weight of
+            an entry in its class.
+    """
+
+    class_idx: torch.Tensor
+    weights: torch.Tensor | None = None
+
+
 class Scorer(Component):
     """Scores entries; every score is >= 0 and higher means keep."""
 
@@ -96,6 +116,11 @@ class Scorer(Component):
     @property
     def uses_window(self) -> bool:
         """Whether the queries of the last `obs_window` tokens are recorded."""
+        return False
+
+    @property
+    def across_heads(self) -> bool:
+        """Whether the score of an entry is that of a layer, the same for all its kv_heads."""
         return False
 
     @property
@@ -177,16 +202,54 @@ class Allocator(Component):
 
 
 class Selector(Component):
-    """Chooses the entries that stay, and the candidates for merging."""
+    """Orders entries by their scores: the first ones stay, the next ones may be merged.
+
+    Entries keep their places among each other, so the sinks stay the first ones of every later
+    compression.
+    """
 
     registry: ClassVar[Registry] = Registry("selector")
 
     num_sink_tokens: Annotated[int, Field(ge=0)] = 4
     """First tokens of the prompt that are never dropped and never merged into."""
 
+    @property
+    def across_heads(self) -> bool:
+        """Whether all kv_heads of a layer have the same order."""
+        return False
+
+    @property
+    def follows_scores(self) -> bool:
+        """Whether kv_heads with the same scores have the same order."""
+        return True
+
+    @property
+    def reads_output_weights(self) -> bool:
+        """Whether the order depends on the output projections of the layers."""
+        return False
+
+    @property
+    def goes_by_budget(self) -> bool:
+        """Whether the order depends on how many entries stay."""
+        return False
+
+    @property
+    def num_rank_tensors(self) -> int:
+        """Float32 tensors of the shape of a score that `rank` holds beside the scores, at most."""
+        return 0
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that `rank` holds beside them, whatever the number of entries."""
+        return 0
+
     @abstractmethod
-    def select(self, context: CompactionContext, scores: Scores, merger: Merger) -> Selection:
-        """Select `context.budgets` entries per row and kv_head."""
+    def rank(self, context: CompactionContext, scores: Scores) -> torch.Tensor:
+        """By what entries are selected: `context.budgets` of each kv_head, the highest.
+
+        Returns:
+            Like Scores.weights, which may be returned as they are.
+        """
 
 
 class Merger(Component):
@@ -195,14 +258,29 @@ class Merger(Component):
     registry: ClassVar[Registry] = Registry("merger")
 
     @property
-    def candidates_per_center(self) -> int:
-        """Bound of the merge candidates, as a multiple of the budget; 0 merges nothing."""
+    def candidates_per_center(self) -> int | None:
+        """Bound of the merge candidates, as a multiple of the budget; None for all there are."""
         return 0
 
     @property
-    def merges_keys(self) -> bool:
-        """Whether keys are merged, beside values."""
+    def key_merge(self) -> KeyMerge:
+        """What keys of classes are made of; values are always merged."""
+        return KeyMerge.CENTRE
+
+    @property
+    def sums_values(self) -> bool:
+        """Whether values of members are added to the centre's, instead of averaged with it."""
         return False
+
+    @property
+    def num_merge_tensors(self) -> int:
+        """Tensors of 4 bytes for each score that `classify` holds, at most; class_idx is one."""
+        return 1
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes that `classify` holds beside them, whatever the number of entries."""
+        return 0
 
     @property
     def keeps_mass(self) -> bool:
@@ -215,13 +293,8 @@ class Merger(Component):
         return 1.0
 
     @abstractmethod
-    def assign(self, context: CompactionContext, selection: Selection) -> torch.Tensor:
-        """Assign every candidate to a class.
-
-        Returns:
-            class_idx: shape of `selection.merge_idx`, int32 - rank of the kept entry that takes
-            the candidate, or the row's budget: the zero class, which is dropped.
-        """
+    def classify(self, context: CompactionContext, scores: Scores, selection: Selection) -> Classes:
+        """Assign every candidate to a class."""
 
 
 SCORERS: Registry[Scorer] = Scorer.registry

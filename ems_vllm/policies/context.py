@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
@@ -24,6 +24,11 @@ SLICE_BYTES = 32 << 20
 
 # Below any mean square of real logits.
 _EPS = 1e-12
+
+
+def _alone(tensor: Tensor) -> tuple[Tensor, int]:
+    """The sum over ranks, and how many they are, where there is one."""
+    return tensor, 1
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class CompactionContext:
             e. Others mix entries of any positions.
         rows_together: Consecutive rows that share blocks: the kv_heads of a request, where each is
             a row. Divides num_rows.
+        output_weights: By layer, [hidden_size, num_heads * head_size], float - what turns the
+            outputs of the heads of this rank into the layer's; empty where no component asks.
+        sum_of_ranks: Sums a tensor over the ranks that hold other kv_heads of the same layers.
         is_protected: [num_layers, num_rows, num_kv_heads, max_entries], bool, or None for none -
             entries beside the sinks that always stay as they are. Budgets hold them and the sinks.
     """
@@ -90,6 +98,8 @@ class CompactionContext:
     rotations: Sequence[Rotation | None] = ()
     rows_together: int = 1
     is_protected: Tensor | None = None
+    output_weights: Sequence[Tensor] = ()
+    sum_of_ranks: Callable[[Tensor], tuple[Tensor, int]] = _alone
 
     @property
     def num_layers(self) -> int:
@@ -245,6 +255,16 @@ class CompactionContext:
             queries = queries.unflatten(3, (self.num_kv_heads, -1)).transpose(2, 3)
             keys[layers, rows] = _key_of_one(queries.flatten(3, 4), self.scale)
         return keys if self.key_scales is None else keys.div_(self.key_scales[:, None, None, None])
+
+    def mean_of_heads(self, scores: Tensor) -> Tensor:
+        """Scores of a layer, for its kv_heads alike: their mean, over all ranks.
+
+        Args:
+            scores: [num_layers, num_rows, num_kv_heads, max_entries], float32; overwritten.
+        """
+        assert self.rows_together == 1, "kv_heads that are rows have entries of their own"
+        total, num_ranks = self.sum_of_ranks(scores.sum(2, keepdim=True))
+        return scores.copy_(total.div_(num_ranks * self.num_kv_heads))
 
     def key_norms(self) -> Tensor:
         """Euclidean norms of the entries' keys, as stored.

@@ -13,7 +13,6 @@ import torch
 from ems_vllm.policies.context import SLICE_BYTES, slices
 
 if TYPE_CHECKING:
-    from ems_vllm.policies.base import Scores
     from ems_vllm.policies.context import CompactionContext
 
 # Of an entry while the best are sought: its rank, sorted with its place, and both once more.
@@ -58,11 +57,16 @@ class Coverage:
         return next((n for n in range(least, most) if held[n - 1] >= wanted), most)
 
 
-def held_shares(context: CompactionContext, scores: Scores) -> torch.Tensor:
+def held_shares(
+    context: CompactionContext, ranked: torch.Tensor, compared: torch.Tensor
+) -> torch.Tensor:
     """Shares of the score that the best entries hold, by how many blocks of them stay.
 
-    Best by what entries are selected by; counted is `Scores.compared`. A kv_head in which nothing
-    is scored loses nothing.
+    A kv_head in which nothing is scored loses nothing.
+
+    Args:
+        ranked: What entries are selected by, like Scores.weights.
+        compared: What is counted, Scores.compared.
 
     Returns:
         [num_rows, max_budget / block_size], float64: for 1, 2, ... blocks, summed over layers and
@@ -74,19 +78,20 @@ def held_shares(context: CompactionContext, scores: Scores) -> torch.Tensor:
         dtype=torch.float64,
         device=context.device,
     )
-    is_eligible = context.is_eligible.expand_as(scores.weights)
+    is_eligible = context.is_eligible.expand_as(ranked)
     at_once = SLICE_BYTES // (_BYTES_EACH * context.num_kv_heads * context.max_entries)
     for layers, rows in slices(range(context.num_layers), context.num_rows, max(1, at_once)):
         is_reserved = ~is_eligible[layers, rows]
-        ranked = scores.weights[layers, rows].masked_fill(is_reserved, torch.inf)
+        order = ranked[layers, rows].masked_fill(is_reserved, torch.inf)
         # Below any score.
-        ranked.masked_fill_(~context.is_entry[:, rows], -1.0)
-        best = ranked.topk(num_best).indices
-        compared = scores.compared[layers, rows]
-        of_blocks = compared.gather(-1, best).unflatten(-1, (-1, context.block_size))
+        order.masked_fill_(~context.is_entry[:, rows], -1.0)
+        # Of the same rank, the first ones, as ops.select_entries has it.
+        best = order.sort(dim=-1, descending=True, stable=True).indices[..., :num_best]
+        counted = compared[layers, rows]
+        of_blocks = counted.gather(-1, best).unflatten(-1, (-1, context.block_size))
         # In float64, so that what else is padded with it does not decide.
         of_best = of_blocks.sum(-1, dtype=torch.float64).cumsum_(-1)
-        total = compared.sum(-1, dtype=torch.float64, keepdim=True)
+        total = counted.sum(-1, dtype=torch.float64, keepdim=True)
         shares = of_best.div_(total).clamp_(max=1.0).masked_fill_(total <= 0, 1.0)
         held[rows] += shares.sum((0, 2))
     return held

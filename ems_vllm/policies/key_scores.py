@@ -27,6 +27,9 @@ _TINY = 1e-20
 # and a copy that torch may make of either.
 _NUM_MATRICES = 3
 
+SCRATCH_BYTES = SLICE_BYTES
+"""What `key_scores` holds beside what it returns."""
+
 
 @dataclass(frozen=True)
 class KeyScores:
@@ -56,7 +59,7 @@ def key_scores(context: CompactionContext, *, with_leverage: bool = True) -> Key
     head_size = context.key_cache.shape[-1]
     num_floats = 2 + (_NUM_MATRICES * head_size if with_leverage else 0)
     at_once = max(1, SLICE_BYTES // (4 * context.num_kv_heads * head_size * num_floats))
-    for alike, rotation in _turned_alike(context):
+    for alike, rotation in turned_alike(context):
         for layers, rows in slices(alike, context.num_rows, at_once):
             _write(context, layers, rows, rotation, scores)
     return scores
@@ -109,7 +112,7 @@ def _whitening(products: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factors, inverse, upper=False, out=inverse)
 
 
-def _turned_alike(context: CompactionContext) -> Iterator[tuple[range, Rotation | None]]:
+def turned_alike(context: CompactionContext) -> Iterator[tuple[range, Rotation | None]]:
     """Consecutive layers whose keys RoPE turned by the same angles."""
     rotations = context.rotations or [None] * context.num_layers
 

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm import ops
-from ems_vllm.policies import protection
+from ems_vllm.policies import protection, selection
 from ems_vllm.policies.context import SLICE_BYTES
+from ems_vllm.policies.coverage import held_shares
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from ems_vllm.policies.coverage import Coverage
 
 # What is alive after scoring, in tensors of the shape of a score: weights, carry, mass, and at most
-# as much for each of kept_idx, merge_idx and class_idx.
-_SELECTION_TENSORS = 6
+# as much for each of kept_idx and merge_idx.
+_SELECTION_TENSORS = 5
 # The same where scores are dealt by, before anything is selected: weights, carry, mass, what is
 # ranked, and its best with their places as int64.
 _DEALING_TENSORS = 7
@@ -74,9 +75,13 @@ class Policy:
         return left // self._bytes_per_entry(num_kv_heads, protects)
 
     def _bytes_per_entry(self, num_kv_heads: int, protects: bool) -> int:
-        num_selected = _SELECTION_TENSORS + (_MASS_TENSORS if self._keeps_mass else 0)
-        num_dealing = _DEALING_TENSORS if self.allocator.deals_by_scores else 0
-        num_tensors = max(self.scorer.num_score_tensors, num_dealing, num_selected)
+        num_merged = self.merger.num_merge_tensors + (_MASS_TENSORS if self._keeps_mass else 0)
+        num_tensors = max(
+            self.scorer.num_score_tensors,
+            _DEALING_TENSORS if self.allocator.deals_by_scores else 0,
+            # Entries are ranked before classes are made of them.
+            _SELECTION_TENSORS + max(self.selector.num_rank_tensors, num_merged),
+        )
         num_masks = _PROTECTION_MASKS if protects else 0
         return (4 * num_tensors + num_masks) * num_kv_heads + _ROW_BYTES
 
@@ -86,7 +91,12 @@ class Policy:
 
     def _scratch_bytes(self, protects: bool) -> int:
         takes_slices = self._keeps_mass or protects or self.coverage is not None
-        return max(self.scorer.scratch_bytes, SLICE_BYTES if takes_slices else 0)
+        return max(
+            self.scorer.scratch_bytes,
+            self.selector.scratch_bytes,
+            self.merger.scratch_bytes,
+            SLICE_BYTES if takes_slices else 0,
+        )
 
     def compact(self, context: CompactionContext) -> torch.Tensor:
         """Write the kept and merged entries of every row into its target columns, in place.
@@ -100,25 +110,34 @@ class Policy:
         """The first half of `compact`; does not depend on budgets, nor on where entries go."""
         return self.scorer.score(context)
 
+    def held_shares(self, context: CompactionContext, scores: Scores) -> torch.Tensor:
+        """What a coverage goes by: see coverage.held_shares."""
+        return held_shares(context, self.selector.rank(context, scores), scores.compared)
+
     def place(self, context: CompactionContext, scores: Scores) -> torch.Tensor:
         """The second half of `compact`."""
-        selection = protection.select(context, scores, self.selector, self.merger)
-        class_idx = protection.assign(context, selection, self.merger)
+        ranked = protection.raised(context, self.selector.rank(context, scores))
+        selected = selection.select(context, ranked, self.merger)
+        del ranked
+        found = self.merger.classify(context, scores, selected)
+        classes = protection.open_classes(context, selected, found)
         carries = scores.carry is not None
+        attention = scores.weights if scores.mass is None else scores.mass
         ops.merge_compact(
             context.key_cache,
             context.value_cache,
             context.accumulated_pages if carries else None,
-            scores.weights if scores.mass is None else scores.mass,
+            attention if classes.weights is None else classes.weights,
             scores.carry,
-            self.merger.merges_keys,
+            self.merger.key_merge,
+            self.merger.sums_values,
             context.mass_keys() if self._keeps_mass else None,
             context.block_table,
-            selection.kept_idx,
-            selection.merge_idx,
-            class_idx,
+            selected.kept_idx,
+            selected.merge_idx,
+            classes.class_idx,
             context.budgets,
             context.target_columns,
             context.rows_together,
         )
-        return selection.kept_idx
+        return selected.kept_idx

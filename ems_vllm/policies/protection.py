@@ -8,7 +8,6 @@ a mask, and what the operators are given is changed around them.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,7 +17,7 @@ from ems_vllm.policies.context import SLICE_BYTES
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ems_vllm.policies.base import Merger, Scores, Selection, Selector
+    from ems_vllm.policies.base import Classes, Selection
     from ems_vllm.policies.context import CompactionContext
 
 # Below any score that is not 0, and not so small that a device takes it for 0.
@@ -27,43 +26,39 @@ _TINY = torch.finfo(torch.float32).tiny
 _BYTES_EACH = 16
 
 
-def select(
-    context: CompactionContext, scores: Scores, selector: Selector, merger: Merger
-) -> Selection:
-    """What a selector selects if protected entries have the highest scores of their kv_head.
+def raised(context: CompactionContext, ranked: Tensor) -> Tensor:
+    """What a selector ranks by, with protected entries above all others of their kv_head.
 
     A budget that holds all of them, and the sinks, keeps them all: the caller sees to that. A
     merger's `mass_limit` counts them as what they are raised to.
     """
-    is_protected = context.is_protected
-    if is_protected is not None:
-        highest = scores.weights.amax(-1, keepdim=True).clamp_(min=_TINY)
-        above = torch.nextafter(highest, torch.full_like(highest, torch.inf))
-        scores = replace(scores, weights=torch.where(is_protected, above, scores.weights))
-    return selector.select(context, scores, merger)
+    if context.is_protected is None:
+        return ranked
+    highest = ranked.amax(-1, keepdim=True).clamp_(min=_TINY)
+    above = torch.nextafter(highest, torch.full_like(highest, torch.inf))
+    return torch.where(context.is_protected, above, ranked)
 
 
-def assign(context: CompactionContext, selection: Selection, merger: Merger) -> Tensor:
-    """What a merger assigns, but nothing to a protected entry: that goes to the zero class.
+def open_classes(context: CompactionContext, selection: Selection, classes: Classes) -> Classes:
+    """What a merger found, but nothing joins a protected entry: that goes to the zero class.
 
-    Returns:
-        class_idx: See Merger.assign.
+    Args:
+        classes: Its class_idx is changed in place.
     """
-    class_idx = merger.assign(context, selection)
-    is_protected, kept_idx = context.is_protected, selection.kept_idx
+    is_protected, kept_idx, class_idx = context.is_protected, selection.kept_idx, classes.class_idx
     num_members, num_centres = class_idx.shape[-1], kept_idx.shape[-1]
     if is_protected is None or num_members == 0:
-        return class_idx
+        return classes
     zero_class = context.budgets[None, :, None, None].expand(*class_idx.shape[:-1], 1)
     rows = [each.flatten(0, 2) for each in (is_protected, kept_idx, class_idx, zero_class)]
     # Places are int64, which is as much again as all that is alive here.
     step = max(1, SLICE_BYTES // (_BYTES_EACH * max(num_members, num_centres)))
-    for mask, kept, classes, zero in zip(*(each.split(step) for each in rows), strict=True):
+    for mask, kept, found, zero in zip(*(each.split(step) for each in rows), strict=True):
         is_closed = kept_of(mask, kept)
         # The zero class is no centre, and may be one more than there are.
-        is_closed = is_closed.gather(-1, classes.clamp(max=num_centres - 1).long())
-        classes.copy_(torch.where(is_closed, zero, classes))
-    return class_idx
+        is_closed = is_closed.gather(-1, found.clamp(max=num_centres - 1).long())
+        found.copy_(torch.where(is_closed, zero, found))
+    return classes
 
 
 def kept_of(is_protected: Tensor, kept_idx: Tensor) -> Tensor:

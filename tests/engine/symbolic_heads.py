@@ -212,6 +212,7 @@ class _Group:
             query_dtype=torch.float32,
             rotations=range(self.num_layers),
             sample_stride=1,
+            output_weights=(),
         )
         self.compressed = CompressedGroup(
             tensors,

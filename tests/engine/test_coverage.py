@@ -31,10 +31,10 @@ from engine.unequal_budgets import (
 from engine.workers import answers_of_workers
 
 from ems_vllm.config import RequestOptions
-from ems_vllm.engine.group import compactor
 from ems_vllm.engine.scheduler.compaction_ledger import OrderedCompaction
 from ems_vllm.engine.scheduler.planner import Planner
 from ems_vllm.engine.worker.requests import StepRefused
+from ems_vllm.policies import policy
 from ems_vllm.policies.coverage import held_shares
 
 pytestmark = pytest.mark.slow
@@ -214,13 +214,13 @@ def test_stages_that_have_levels_of_their_own_decide_for_these():
 def test_the_first_stage_of_a_level_decides_for_the_others():
     """As one process does in which the layers of the first stage decide."""
 
-    def of_first_layer(context, scores):
+    def of_first_layer(context, ranked, compared):
         first = SimpleNamespace(
             num_layers=1,
             is_eligible=context.is_eligible[:1],
             **{name: getattr(context, name) for name in _OF_SHARES},
         )
-        return held_shares(first, scores)
+        return held_shares(first, ranked, compared)
 
     # Its layers attend unlike each other.
     compression = {**EMS, "budget": 128, "coverage": 0.4}
@@ -230,7 +230,7 @@ def test_the_first_stage_of_a_level_decides_for_the_others():
         (group,) = probe.worker.compression.groups
         group._compactor._covering._num_heads //= len(group.layer_names)
         before = group_stats(probe)
-        with mock.patch.object(compactor, "held_shares", of_first_layer):
+        with mock.patch.object(policy, "held_shares", of_first_layer):
             expected = probe.generate([LONG, SHORT], 60)
         kept = increase(probe, before, "num_entries_kept")
     assert kept != kept_by_all

@@ -80,7 +80,11 @@ def workspace(recipe, max_model_len, kv_heads=8):
     return sizes.workspace_bytes - KERNEL_SCRATCH_BYTES
 
 
-@pytest.mark.parametrize("recipe", recipes.names())
+# Where kv_heads keep different numbers of entries, each may have those of several.
+ALIKE = [name for name in recipes.names() if not load_config(name).allocator.deals_to_heads]
+
+
+@pytest.mark.parametrize("recipe", ALIKE)
 def test_the_workspace_has_room_for_a_layer_of_the_longest_request(recipe):
     policy = Policy.from_config(load_config(recipe))
     assert workspace(recipe, 32_768) == 64 << 20

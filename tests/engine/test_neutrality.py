@@ -31,6 +31,7 @@ def settings(recipe: str) -> dict[str, object]:
         "recipe": recipe,
         "budget": 64,
         "recent_window": 32,
+        "obs_window": 16,
         "recompress_interval": 32,
         "min_blocks_saved": 1,
     }

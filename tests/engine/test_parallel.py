@@ -26,6 +26,21 @@ def expected():
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [{"recipe": "tova", "selector": "chunks"}, {"recipe": "criticalkv"}],
+    ids=["tova", "criticalkv"],
+)
+def test_ranks_choose_for_all_heads_of_a_layer(settings):
+    """Or read what their own ones have of the layer's output projection."""
+    compression = {**COMPRESSION, **settings}
+    prompts = [tokens(length, seed=length) for length in LENGTHS]
+    with engine(compression, LLAMA, max_model_len=2048) as probe:
+        expected = probe.generate(prompts, MAX_TOKENS)
+    found = answers_of_workers(LLAMA, compression, {"tensor_parallel_size": 2}, prompts, MAX_TOKENS)
+    assert found.answers == expected
+
+
+@pytest.mark.parametrize(
     ("parallel", "layers"),
     [({"tensor_parallel_size": 2}, [4, 4]), ({"pipeline_parallel_size": 2}, [2, 2])],
     ids=["tensor", "pipeline"],

@@ -79,6 +79,7 @@ def merge_compact(cache_dtype, head_size):
         None,
         torch.ones(1, 1, 1, 16),
         None,
+        0,
         False,
         None,
         ints([1]),

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 import ems_vllm
 from ems_vllm import ops
+from ems_vllm.ops import KeyMerge
 from ems_vllm.ops.paging import gather_entries
 
 
@@ -24,7 +25,8 @@ class Case:
     selection: Selection
     weights: torch.Tensor
     carry: torch.Tensor | None
-    merges_keys: bool
+    key_merge: KeyMerge
+    sums_values: bool
     mass_keys: torch.Tensor | None
     accumulated_pages: torch.Tensor | None
     class_idx: torch.Tensor
@@ -40,7 +42,8 @@ class Case:
             None if self.accumulated_pages is None else self.accumulated_pages.clone(),
             self.weights,
             self.carry,
-            self.merges_keys,
+            self.key_merge,
+            self.sums_values,
             self.mass_keys,
             cache.block_table,
             self.selection.kept_idx,
@@ -84,7 +87,8 @@ def make_case(
     rows: list[tuple[int, int, int]],
     *,
     with_scores: bool = True,
-    merges_keys: bool = True,
+    key_merge: KeyMerge = KeyMerge.DIRECTION,
+    sums_values: bool = False,
     with_mass: bool = False,
     share_merged: float = 0.8,
     **shape,
@@ -113,7 +117,8 @@ def make_case(
         selection=selection,
         weights=weights,
         carry=carry if with_scores else None,
-        merges_keys=merges_keys,
+        key_merge=key_merge,
+        sums_values=sums_values,
         mass_keys=mass_keys if with_mass else None,
         accumulated_pages=torch.full(page_shape, float("nan")) if with_scores else None,
         class_idx=class_idx,
@@ -144,13 +149,26 @@ def test_dtype_and_layout(dtype, layout):
 
 
 @pytest.mark.parametrize(
-    ("merges_keys", "with_mass"), [(True, True), (False, True), (False, False)]
+    ("key_merge", "sums_values", "with_mass"),
+    [
+        (KeyMerge.DIRECTION, False, True),
+        (KeyMerge.CENTRE, False, True),
+        (KeyMerge.CENTRE, False, False),
+        (KeyMerge.CENTRE, True, False),
+        (KeyMerge.MEAN, False, False),
+        (KeyMerge.MEAN, True, True),
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("head_size", [64, 80])
-def test_keys_and_mass(dtype, head_size, merges_keys, with_mass):
+def test_what_classes_are_made_of(dtype, head_size, key_merge, sums_values, with_mass):
     case = make_case(
-        ROWS, dtype=dtype, head_size=head_size, merges_keys=merges_keys, with_mass=with_mass
+        ROWS,
+        dtype=dtype,
+        head_size=head_size,
+        key_merge=key_merge,
+        sums_values=sums_values,
+        with_mass=with_mass,
     )
     check(case)
     case.weights[..., ::3] = 0.0
@@ -158,7 +176,7 @@ def test_keys_and_mass(dtype, head_size, merges_keys, with_mass):
 
 
 def test_keys_that_are_neither_merged_nor_given_mass_are_moved_bit_for_bit():
-    case = make_case(ROWS, merges_keys=False, dtype=torch.bfloat16)
+    case = make_case(ROWS, key_merge=KeyMerge.CENTRE, dtype=torch.bfloat16)
     assert_bitwise(case.run(ops.merge_compact)[0], case.run(ops.merge_compact.reference)[0])
 
 
@@ -169,7 +187,7 @@ def test_mass_gives_a_class_the_attention_of_its_entries():
     both = torch.stack([other, torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0])])
     mass_key = query / query.dot(query)
     key, value, _ = class_of_two(
-        [1.0, 2.0], [1.0, 2.0], [0.5, 0.5], merges_keys=False, mass_key=mass_key.tolist()
+        [1.0, 2.0], [1.0, 2.0], [0.5, 0.5], KeyMerge.CENTRE, mass_key=mass_key.tolist()
     )
     values = torch.tensor([[0.2, 0.3], [1.0, 0.0], [0.0, 1.0]])
     expected = (both @ query).softmax(0) @ values
@@ -178,9 +196,9 @@ def test_mass_gives_a_class_the_attention_of_its_entries():
 
 
 def test_mass_is_bounded_by_the_number_of_entries():
-    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [1e-6, 4.0], False, [0.0, 1.0])
+    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [1e-6, 4.0], KeyMerge.CENTRE, [0.0, 1.0])
     torch.testing.assert_close(key, torch.tensor([5.0, math.log(2)]))
-    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [0.0, 4.0], False, [0.0, 1.0])
+    key, _, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [0.0, 4.0], KeyMerge.CENTRE, [0.0, 1.0])
     torch.testing.assert_close(key, torch.tensor([5.0, math.log(2)]))
 
 
@@ -253,8 +271,9 @@ def class_of_two(
     key: list[float],
     member_key: list[float],
     weights: list[float],
-    merges_keys: bool = True,
+    key_merge: KeyMerge = KeyMerge.DIRECTION,
     mass_key: list[float] | None = None,
+    sums_values: bool = False,
 ) -> tuple:
     """(key, value, score) after merging entry 1 into entry 0."""
     cache = paged_cache([2], num_kv_heads=1, block_size=2, head_size=64)
@@ -270,7 +289,8 @@ def class_of_two(
         scores,
         torch.tensor(weights)[one_head],
         torch.tensor([2.0, 3.0])[one_head],
-        merges_keys,
+        key_merge,
+        sums_values,
         None if mass_key is None else pad(torch.tensor(mass_key), (0, 62))[one_head],
         cache.block_table,
         int_tensor([0])[one_head],
@@ -290,6 +310,16 @@ def test_worked_example():
     torch.testing.assert_close(key, torch.tensor([3.0, 4.0]))
     torch.testing.assert_close(value, torch.tensor([3 / 7, 4 / 7]))
     assert score == 5.0
+
+
+def test_means_of_keys_and_sums_of_values():
+    key, value, _ = class_of_two([5.0, 0.0], [0.0, 2.0], [3.0, 1.0], KeyMerge.MEAN)
+    torch.testing.assert_close(key, torch.tensor([15 / 4, 2 / 4]))
+    torch.testing.assert_close(value, torch.tensor([3 / 4, 1 / 4]))
+    _, value, _ = class_of_two(
+        [5.0, 0.0], [0.0, 2.0], [2.0, 1.0], KeyMerge.CENTRE, sums_values=True
+    )
+    torch.testing.assert_close(value, torch.tensor([1.0, 0.5]))
 
 
 def test_zero_member_adds_no_direction():
@@ -329,7 +359,8 @@ def test_every_16_bit_value_survives_conversion(dtype):
         None,
         weights,
         None,
-        True,
+        KeyMerge.DIRECTION,
+        False,
         None,
         cache.block_table,
         ranks,
@@ -421,10 +452,10 @@ def test_a_group_is_not_split_between_batches(implementation):
 def test_a_group_that_no_grid_takes(implementation):
     num_rows = 65_536
     args = make_case([(0, 0, 0)], num_kv_heads=1, head_size=64).args()
-    for index in (3, 4, 8, 9, 10):
+    for index in (3, 4, 9, 10, 11):
         args[index] = args[index].expand(-1, num_rows, -1, -1)
-    args[7] = args[7].expand(num_rows, -1)
-    args[11:] = [args[11].repeat(num_rows), args[12].repeat(num_rows), num_rows]
+    args[8] = args[8].expand(num_rows, -1)
+    args[12:] = [args[12].repeat(num_rows), args[13].repeat(num_rows), num_rows]
     if implementation == "cpu":
         ops.merge_compact(*args)
         return
@@ -457,15 +488,16 @@ def test_opcheck():
         (2, lambda t: None, "accumulated_pages and carry must be given together or not at all"),
         (2, lambda t: t[..., 1:], r"accumulated_pages must have shape \[2, \*, 2, 8\]"),
         (3, lambda t: t[..., :20], r"carry must be as long as weights \(20\), got 33"),
+        (5, lambda t: 3, "key_merge must be 0, 1 or 2, got 3"),
         (
-            6,
+            7,
             lambda t: torch.ones(2, 1, 2, 63),
             r"mass_keys must be as long as a key \(64\), got 63",
         ),
-        (8, lambda t: t + 100, r"kept_idx\[0\] must be in 0\.\.32, got 1\d\d"),
-        (10, lambda t: t[..., 1:], r"class_idx must be as long as merge_idx \(8\), got 7"),
-        (12, lambda t: t + 2, r"target_columns\[0\] must be in 0\.\.3, got 4"),
-        (12, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
+        (9, lambda t: t + 100, r"kept_idx\[0\] must be in 0\.\.32, got 1\d\d"),
+        (11, lambda t: t[..., 1:], r"class_idx must be as long as merge_idx \(8\), got 7"),
+        (13, lambda t: t + 2, r"target_columns\[0\] must be in 0\.\.3, got 4"),
+        (13, lambda t: t + 1, rf"block_table\[0, 4\] must be in 0\.\.5, got {2**30}"),
     ],
 )
 @pytest.mark.cpu_only

@@ -16,6 +16,11 @@ NUM_LAYERS, NUM_KV_HEADS, GROUP, HEAD_SIZE, WINDOW = 2, 2, 2, 16, 4
 NUM_SINKS = 2
 _ANGLES = torch.outer(torch.arange(512.0), 100.0 ** -torch.linspace(0, 1, HEAD_SIZE // 4))
 # Of half of the dimensions.
+HIDDEN_SIZE = 24
+OUTPUT_WEIGHTS = torch.randn(
+    (NUM_LAYERS, HIDDEN_SIZE, NUM_KV_HEADS * GROUP * HEAD_SIZE),
+    generator=torch.Generator().manual_seed(7),
+)
 ROTATION = Rotation(torch.cat([_ANGLES.cos(), _ANGLES.sin()], dim=1), is_neox=True)
 
 
@@ -83,9 +88,10 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         query_ring=ring,
         ring_rows=ints(range(len(rows))),
         num_queries=ints(min(WINDOW, row.tail) for row in rows),
-        end_positions=ints(1000 + row.num_entries + row.tail for row in rows),
+        end_positions=ints(300 + row.num_entries + row.tail for row in rows),
         is_untouched=torch.tensor([row.num_represented == 0 for row in rows]),
         rotations=[ROTATION] * NUM_LAYERS,
+        output_weights=OUTPUT_WEIGHTS,
     )
 
 

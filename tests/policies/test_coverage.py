@@ -11,22 +11,31 @@ from hypothesis import given
 from hypothesis import strategies as st
 from policies.contexts import BLOCK_SIZE, NUM_KV_HEADS, NUM_LAYERS, NUM_SINKS, Row, build_context
 from policies.test_contract import ROWS, compacted
-from policies.test_contract import recipe as recipe
 
-from ems_vllm.config import load_config
+from ems_vllm.config import load_config, recipes
 from ems_vllm.policies.base import Scores
 from ems_vllm.policies.coverage import Coverage, held_shares
+from ems_vllm.policies.policy import Policy
 
 NUM_HEADS = NUM_LAYERS * NUM_KV_HEADS
 
 
-def shares_one_by_one(context, scores: Scores, row: int, count: int) -> float:
+@pytest.fixture(params=[n for n in recipes.names() if not load_config(n).selector.goes_by_budget])
+def recipe(request):
+    return request.param
+
+
+def held(context, scores: Scores) -> torch.Tensor:
+    return held_shares(context, scores.weights, scores.compared)
+
+
+def shares_one_by_one(context, ranked, scores: Scores, row: int, count: int) -> float:
     """What the best `count` entries of a row hold, summed over heads."""
     total = 0.0
     for layer in range(context.num_layers):
         for head in range(context.num_kv_heads):
             num_entries = int(context.num_entries[row])
-            weights = scores.weights[layer, row, head, :num_entries].tolist()
+            weights = ranked[layer, row, head, :num_entries].tolist()
             compared = scores.compared[layer, row, head, :num_entries].tolist()
             sinks = range(int(context.num_protected[row]))
             order = sorted(range(num_entries), key=lambda e: (e not in sinks, -weights[e]))
@@ -37,37 +46,40 @@ def shares_one_by_one(context, scores: Scores, row: int, count: int) -> float:
 
 def test_shares_are_those_of_the_entries_that_would_stay(recipe):
     context = build_context(ROWS)
-    scores = load_config(recipe).scorer.score(context)
-    held = held_shares(context, scores)
+    policy = Policy.from_config(load_config(recipe))
+    scores = policy.score(context)
+    held = policy.held_shares(context, scores)
+    ranked = policy.selector.rank(context, scores)
     assert held.shape == (len(ROWS), context.max_budget // BLOCK_SIZE)
     for row, item in enumerate(ROWS):
         found = held[row, : item.budget // BLOCK_SIZE].tolist()
         expected = [
-            shares_one_by_one(context, scores, row, BLOCK_SIZE * (n + 1)) for n in range(len(found))
+            shares_one_by_one(context, ranked, scores, row, BLOCK_SIZE * (n + 1))
+            for n in range(len(found))
         ]
         assert found == pytest.approx(expected, abs=NUM_HEADS * 1e-5)
 
 
 def test_a_row_does_not_depend_on_the_others(recipe):
-    scorer = load_config(recipe).scorer
+    policy = Policy.from_config(load_config(recipe))
     context = build_context(ROWS)
-    held = held_shares(context, scorer.score(context))
+    held = policy.held_shares(context, policy.score(context))
     for row, item in enumerate(ROWS):
         alone = build_context([item])
-        (expected,) = held_shares(alone, scorer.score(alone))
+        (expected,) = policy.held_shares(alone, policy.score(alone))
         torch.testing.assert_close(held[row, : len(expected)], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_all_entries_hold_everything():
     context = build_context([Row(num_entries=40, tail=5, budget=40)])
     scores = load_config("ems").scorer.score(context)
-    assert held_shares(context, scores)[0, -1].item() == pytest.approx(NUM_HEADS, abs=1e-6)
+    assert held(context, scores)[0, -1].item() == pytest.approx(NUM_HEADS, abs=1e-6)
 
 
 def test_heads_in_which_nothing_is_scored_lose_nothing():
     context = build_context([Row(num_entries=40, tail=5, budget=16)])
     weights = torch.zeros_like(context.new_scores())
-    assert held_shares(context, Scores(weights)).tolist() == [[NUM_HEADS, NUM_HEADS]]
+    assert held(context, Scores(weights)).tolist() == [[NUM_HEADS, NUM_HEADS]]
 
 
 def test_what_is_reserved_counts_first():
@@ -75,8 +87,8 @@ def test_what_is_reserved_counts_first():
     weights = torch.zeros_like(context.new_scores())
     # A sink that nobody looks at takes the place of the least of the best.
     weights[..., 8:16] = torch.arange(1.0, 9.0)
-    (held,) = held_shares(context, Scores(weights)).tolist()
-    assert held == pytest.approx([NUM_HEADS * (36 - sum(range(1, NUM_SINKS + 1))) / 36])
+    (found,) = held(context, Scores(weights)).tolist()
+    assert found == pytest.approx([NUM_HEADS * (36 - sum(range(1, NUM_SINKS + 1))) / 36])
 
 
 HELD = st.lists(st.floats(0, 1), min_size=1, max_size=40).map(sorted)
@@ -94,8 +106,6 @@ def test_the_fewest_blocks_within_bounds(held, share, min_budget, reserved, befo
 
 def test_a_compaction_of_all_there_is_changes_nothing():
     """Where less is held than may stay, everything does: bit for bit, where it was."""
-    from ems_vllm.policies.policy import Policy
-
     rows = [Row(num_entries=40, tail=5, budget=40, num_represented=9, seed=5)]
     _, before, after = compacted(Policy.from_config(load_config("ems")), rows)
     for old, new in zip(before[:2], after[:2], strict=True):

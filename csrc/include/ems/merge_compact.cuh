@@ -135,6 +135,7 @@ merge_classes_kernel(MergeCompactParams p, int64_t first_item, ClassLists lists,
     float sums[Layout::kPerLane][Layout::kPerVector] = {};
     float total_weight = 0;
     float centre_norm = 0;
+    const bool by_direction = p.key_merge == KeyMerge::kDirection;
     for (int32_t i = first - 1; i < end; ++i) {
       const bool is_centre = i == first - 1;
       if (!is_centre) reader.load(p, item, members[i]);
@@ -150,7 +151,7 @@ merge_classes_kernel(MergeCompactParams p, int64_t first_item, ClassLists lists,
       }
       const float norm = sqrtf(sum_of_warp(square));
       if (is_centre) centre_norm = norm;
-      const float key_factor = norm > 0 ? weight / norm : 0.0f;
+      const float key_factor = !by_direction ? weight : norm > 0 ? weight / norm : 0.0f;
 #pragma unroll
       for (int v = 0; v < Layout::kPerLane; ++v) {
         if (!Reader::exists(v)) continue;
@@ -168,23 +169,26 @@ merge_classes_kernel(MergeCompactParams p, int64_t first_item, ClassLists lists,
       for (int j = 0; j < Layout::kPerVector; ++j) square += sums[v][j] * sums[v][j];
     }
     const float norm = sqrtf(sum_of_warp(square));
-    if (total_weight <= 0 || (p.merges_keys && (norm == 0 || centre_norm == 0))) {
+    const float divisor = p.sums_values ? weights[centre] : total_weight;
+    if (divisor <= 0 || total_weight <= 0 || (by_direction && (norm == 0 || centre_norm == 0))) {
       reader = unchanged;
     } else {
       reader = unchanged;
       const float mass = log_mass(weights[centre], total_weight, end - first);
       const float* mass_key =
           p.mass_keys.data == nullptr ? nullptr : p.mass_keys.at(item.layer, item.row, item.head);
-      const bool changes_key = p.merges_keys || (mass_key != nullptr && mass != 0);
+      const bool is_centres = p.key_merge == KeyMerge::kCentre;
+      const bool changes_key = !is_centres || (mass_key != nullptr && mass != 0);
+      const float factor = by_direction ? centre_norm / norm : 1 / total_weight;
 #pragma unroll
       for (int v = 0; v < Layout::kPerLane; ++v) {
         if (!Reader::exists(v) || (Reader::is_key(v) && !changes_key)) continue;
         T* elements = reinterpret_cast<T*>(reader.vectors[v].words);
 #pragma unroll
         for (int j = 0; j < Layout::kPerVector; ++j) {
-          float number = sums[v][j] / total_weight;
+          float number = sums[v][j] / divisor;
           if (Reader::is_key(v)) {
-            number = p.merges_keys ? sums[v][j] * (centre_norm / norm) : unchanged.element(v, j);
+            number = is_centres ? unchanged.element(v, j) : sums[v][j] * factor;
             if (mass_key != nullptr) {
               number += mass * mass_key[Reader::vector_index(v) * Layout::kPerVector + j];
             }

@@ -112,6 +112,13 @@ struct AssignClassesParams {
   HeadRows<int32_t> class_idx;        // [num_layers, num_rows, num_kv_heads, max_merges] int32
 };
 
+// What the key of a class is made of, before mass is added.
+enum class KeyMerge : int32_t {
+  kCentre = 0,     // the centre's alone
+  kDirection = 1,  // directions of all, weighted; the centre's norm
+  kMean = 2,       // weighted mean
+};
+
 struct MergeCompactParams {
   DType dtype;  // of both caches
   int64_t num_layers;
@@ -124,8 +131,9 @@ struct MergeCompactParams {
       accumulated_pages;  // [num_layers, num_pages, num_kv_heads, block_size] float32, nullable
   HeadRows<const float> weights;  // [num_layers, num_rows, num_kv_heads, max_entries] float32
   HeadRows<const float>
-      carry;         // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
-  bool merges_keys;  // directions of keys are merged
+      carry;           // [num_layers, num_rows, num_kv_heads, max_entries] float32, nullable
+  KeyMerge key_merge;  // what becomes of a class's keys
+  bool sums_values;    // the values of members are added, by their weight over the centre's
   HeadRows<const float>
       mass_keys;           // [num_layers, num_rows, num_kv_heads, head_size] float32, nullable
   BlockTable block_table;  // [num_rows, num_columns] int32

@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 
     from ems_vllm.engine.group.compaction_rows import CompactionRows
     from ems_vllm.engine.group.layer_stack import LayerStack
+    from ems_vllm.engine.group.ranks import Ranks
     from ems_vllm.engine.group.tensors import GroupTensors
 
 
-def context_of(tensors: GroupTensors, rows: CompactionRows, stack: LayerStack) -> CompactionContext:
+def context_of(
+    tensors: GroupTensors, rows: CompactionRows, stack: LayerStack, ranks: Ranks
+) -> CompactionContext:
     """Requests as rows, in some layers of a group."""
     scores = None if tensors.scores is None else tensors.scores[stack.layers]
     ring = None if tensors.query_ring is None else tensors.query_ring.queries[stack.layers]
-    return _context(tensors, rows, stack, stack.key_cache, stack.value_cache, scores, ring)
+    context = _context(tensors, rows, stack, stack.key_cache, stack.value_cache, scores, ring)
+    return replace(context, sum_of_ranks=ranks.sum)
 
 
 def context_of_heads(
@@ -107,5 +111,6 @@ def _context(
         is_untouched=moved(rows.is_untouched),
         key_scales=key_scales,
         rotations=tensors.rotations[stack.layers],
+        output_weights=tensors.output_weights[stack.layers],
         rows_together=rows.rows_together,
     )

@@ -13,9 +13,9 @@ import torch
 
 from ems_vllm.engine.group.compaction_context import context_of, context_of_heads, with_targets
 from ems_vllm.engine.group.compaction_rows import CompactionRows, by_head, dealt, rows_of
-from ems_vllm.engine.group.covering import Covering, OfRanks, alone
+from ems_vllm.engine.group.covering import Covering
 from ems_vllm.engine.group.protection import ProtectedEntries, ProtectedWave, num_reserved
-from ems_vllm.policies.coverage import held_shares
+from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
@@ -44,7 +44,7 @@ class Compactor:
         workspace_bytes: Bound of what the policy allocates; exceeded only where a single layer of a
             single request does.
         heads: What kv_heads own; None where all of a layer keep as much.
-        of_ranks: Gathers what ranks must decide together.
+        ranks: Others that hold kv_heads of the same layers.
 
     Attributes:
         protected: What requests protect.
@@ -56,7 +56,7 @@ class Compactor:
         policy: Policy,
         workspace_bytes: int,
         heads: HeadTables | None = None,
-        of_ranks: OfRanks = alone,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     ) -> None:
         self._tensors = tensors
         self._policy = policy
@@ -64,11 +64,12 @@ class Compactor:
         self._block_size = tensors.spec.block_size
         self._num_sinks = policy.selector.num_sink_tokens
         self._workspace_bytes = workspace_bytes
+        self._ranks = ranks
         self._covering = None
         if policy.coverage is not None:
             num_heads = tensors.num_layers * tensors.spec.num_kv_heads
             self._covering = Covering(
-                policy.coverage, num_heads, self._block_size, self._num_sinks, of_ranks
+                policy.coverage, num_heads, self._block_size, self._num_sinks, ranks
             )
         self.counters = CompactionCounters()
         self.protected = ProtectedEntries(self._block_size, tensors.device)
@@ -106,7 +107,7 @@ class Compactor:
     def _context(
         self, requests: CompactionRows, part: LayerStack, protected: ProtectedWave | None
     ) -> CompactionContext:
-        context = context_of(self._tensors, requests, part)
+        context = context_of(self._tensors, requests, part, self._ranks)
         if protected is None:
             return context
         mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
@@ -140,7 +141,7 @@ class Compactor:
         (part,) = parts
         context = self._context(requests, part, protected)
         scores = self._policy.score(context)
-        decided = covering.decided(wave, held_shares(context, scores))
+        decided = covering.decided(wave, self._policy.held_shares(context, scores))
         kept = self._rows(decided)
         kept_idx = self._policy.place(with_targets(context, kept), scores)
         if protected is not None:
@@ -152,7 +153,7 @@ class Compactor:
         self, requests: CompactionRows, part: LayerStack, protected: ProtectedWave | None
     ) -> torch.Tensor:
         context = self._context(requests, part, protected)
-        return held_shares(context, self._policy.score(context))
+        return self._policy.held_shares(context, self._policy.score(context))
 
     def _compact_heads(self, wave: Sequence[Compaction], heads: HeadTables) -> None:
         requests, protected = self._rows(wave), self.protected.wave(wave)

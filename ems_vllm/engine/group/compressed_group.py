@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from ems_vllm.engine.group.compactor import Compactor
-from ems_vllm.engine.group.covering import OfRanks, alone
+from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
@@ -25,7 +25,7 @@ class CompressedGroup:
         policy: Chooses what stays and what is merged.
         workspace_bytes: Bound of the scratch memory of a compaction.
         heads: Pages that kv_heads own; None where all of a layer keep as much.
-        of_ranks: See Compactor.
+        ranks: See Compactor.
 
     Attributes:
         heads: As given.
@@ -38,12 +38,12 @@ class CompressedGroup:
         policy: Policy,
         workspace_bytes: int,
         heads: HeadTables | None = None,
-        of_ranks: OfRanks = alone,
+        ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.heads = heads
-        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, of_ranks)
+        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, ranks)
         self.counters = self._compactor.counters
 
     def release(self, req_ids: Sequence[str]) -> None:

@@ -3,24 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from ems_vllm.engine.group.protection import num_reserved
 
 if TYPE_CHECKING:
+    from ems_vllm.engine.group.ranks import Ranks
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.coverage import Coverage
-
-OfRanks: TypeAlias = "Callable[[torch.Tensor], list[torch.Tensor]]"
-"""The same tensor of every rank that holds other kv_heads of the same layers, on the host."""
-
-
-def alone(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Of a rank that has all kv_heads."""
-    return [tensor]
 
 
 class Covering:
@@ -31,7 +24,7 @@ class Covering:
         num_heads: kv_heads of all layers of the group, on this rank.
         block_size: Tokens per block.
         num_sinks: First entries that always stay.
-        of_ranks: Gathers what ranks must decide together.
+        ranks: What must be decided together goes to them.
     """
 
     def __init__(
@@ -40,13 +33,13 @@ class Covering:
         num_heads: int,
         block_size: int,
         num_sinks: int,
-        of_ranks: OfRanks = alone,
+        ranks: Ranks,
     ) -> None:
         self._coverage = coverage
         self._num_heads = num_heads
         self._block_size = block_size
         self._num_sinks = num_sinks
-        self._of_ranks = of_ranks
+        self._ranks = ranks
 
     def decided(self, orders: Sequence[Compaction], shares: torch.Tensor) -> list[Compaction]:
         """Compactions that keep what is needed; waits for the device.
@@ -55,7 +48,7 @@ class Covering:
             orders: As rows, with all that they may keep.
             shares: Of policies.coverage.held_shares, summed over the layers of this rank.
         """
-        of_ranks = self._of_ranks(shares.cpu())
+        of_ranks = self._ranks.gather(shares.cpu())
         # In the order of the ranks, so that all come to the same.
         held = torch.stack(of_ranks).sum(0).tolist()
         num_heads = len(of_ranks) * self._num_heads

@@ -36,6 +36,7 @@ class GroupTensors:
         query_dtype: dtype in which queries are recorded and scored.
         rotations: RoPE of the layers, in layer order; None where a layer has none that is known.
         sample_stride: Of the prompt's queries, one in so many is accumulated.
+        output_weights: Of the layers' output projections, in layer order; see CompactionContext.
     """
 
     group_id: int
@@ -49,6 +50,7 @@ class GroupTensors:
     query_dtype: torch.dtype
     rotations: Sequence[Rotation | None]
     sample_stride: int
+    output_weights: Sequence[torch.Tensor]
 
     @classmethod
     def bind(
@@ -64,6 +66,7 @@ class GroupTensors:
         query_dtype: torch.dtype,
         rotations: Sequence[Rotation | None],
         sample_stride: int,
+        output_weights: Sequence[torch.Tensor] = (),
     ) -> GroupTensors:
         """Bring the caches of a group together with what is kept beside them.
 
@@ -91,6 +94,7 @@ class GroupTensors:
             query_dtype=query_dtype,
             rotations=rotations,
             sample_stride=sample_stride,
+            output_weights=output_weights,
         )
 
     def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:

@@ -18,17 +18,19 @@ from ems_vllm.engine.attention.live_columns import LiveColumns
 from ems_vllm.engine.cache_dtype import unquantised_cache
 from ems_vllm.engine.group.cache_scales import LayerScales, has_scales_per_head, layer_scales
 from ems_vllm.engine.group.compressed_group import CompressedGroup
+from ems_vllm.engine.group.output_projection import output_weights
 from ems_vllm.engine.group.query_ring import QueryRing
 from ems_vllm.engine.group.rope import rotations
 from ems_vllm.engine.group.score_store import ScoreStore
 from ems_vllm.engine.group.tensors import GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.head_tables import head_tables
-from ems_vllm.engine.worker.ranks import of_ranks
+from ems_vllm.engine.worker.ranks import RANKS
 from ems_vllm.engine.worker.refusals import (
     HEAD_SCALES,
     MIXED_QUERY_HEADS,
     MIXED_SCALES,
+    NO_OUTPUT_WEIGHTS,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
 )
@@ -118,10 +120,11 @@ class GroupBuilder:
             query_dtype=self.vllm_config.model_config.dtype,
             rotations=rotations(self.model, [self.layers[name] for name in owners]),
             sample_stride=self.config.sample_stride,
+            output_weights=self._output_weights(owners),
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20
-        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads, of_ranks)
+        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads, RANKS)
 
     def rewriter(self, group: CompressedGroup, batch_of: BatchOf) -> MetadataRewriter:
         """What the metadata builders of a group call."""
@@ -175,6 +178,16 @@ class GroupBuilder:
         if len(heads) > 1 and self.policy.scorer.uses_window:
             raise self._refused(MIXED_QUERY_HEADS, heads=sorted(heads))
         return scales.pop()
+
+    def _output_weights(self, owners: Sequence[str]) -> list[torch.Tensor]:
+        if not self.policy.selector.reads_output_weights:
+            return []
+        found = output_weights(self.model, [self.layers[name] for name in owners])
+        for name, weight in zip(owners, found, strict=True):
+            if weight is None:
+                selector = self.policy.selector.name()
+                raise NO_OUTPUT_WEIGHTS.error(selector, self.config.recipe, name=name)
+        return [weight for weight in found if weight is not None]
 
     def _refused(self, refusal: Any, **details: Any) -> ConfigError:
         model = self.vllm_config.model_config.model

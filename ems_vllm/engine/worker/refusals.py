@@ -57,6 +57,11 @@ MIXED_GROUP = Refusal(
     "group with layers of another kind",
     "drop --disable-hybrid-kv-cache-manager and VLLM_KV_CACHE_LAYOUT",
 )
+NO_OUTPUT_WEIGHTS = Refusal(
+    "kv_compression_config.selector",
+    "{name} has no output projection whose weights can be read",
+    "choose another selector, as top_k, or serve a checkpoint whose projection is not quantised",
+)
 LAYER_REFUSALS = (
     NO_FULL_ATTENTION,
     LAYER_SHARES,
@@ -68,4 +73,5 @@ LAYER_REFUSALS = (
     MIXED_SCALES,
     MIXED_QUERY_HEADS,
     HEAD_SCALES,
+    NO_OUTPUT_WEIGHTS,
 )

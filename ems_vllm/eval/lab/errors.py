@@ -4,13 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
-from ems_vllm.config.errors import ConfigError, shown
 from ems_vllm.eval.transformers_engine.attention import visible_behind
+from ems_vllm.eval.transformers_engine.projection import output_projections
 
 if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.engine import TransformersEngine
@@ -135,12 +135,6 @@ def projections(engine: TransformersEngine) -> list[torch.nn.Linear]:
     Raises:
         ConfigError: there are none by the usual name.
     """
-    layers: Any = engine.model.get_decoder().layers
-    found = [getattr(layers[index].self_attn, "o_proj", None) for index in engine.compressed_layers]
-    if any(projection is None for projection in found):
-        name = engine.model.config.name_or_path
-        raise ConfigError(
-            f"model={shown(name)} has attention without `o_proj`, so its errors are unknown: give "
-            "--no-errors."
-        )
-    return [projection for projection in found if projection is not None]
+    return output_projections(
+        engine.model, engine.compressed_layers, "give --no-errors, which leaves their errors open"
+    )

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ class CompactionSettings:
         scale: Softmax scale of the model.
         rotation: RoPE of the compressed layers; None for none.
         protected: Spans of positions that stay as they are, in order and apart.
+        output_weights: Of the output projections, by index of a layer; see CompactionContext.
     """
 
     policy: Policy
@@ -36,6 +37,7 @@ class CompactionSettings:
     scale: float
     rotation: Rotation | None = None
     protected: tuple[Span, ...] = ()
+    output_weights: Mapping[int, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ def compaction_context(
     table: torch.Tensor,
     ring: torch.Tensor,
     accumulated_pages: torch.Tensor | None,
+    layers: Sequence[int],
 ) -> CompactionContext:
     """What the policy sees of rows that are compacted together.
 
@@ -82,8 +85,9 @@ def compaction_context(
         table: [num_rows, num_columns], int32.
         ring: [num_layers, num_rows, obs_window, num_heads, head_size].
         accumulated_pages: [num_layers, num_pages, num_kv_heads, block_size], or None.
+        layers: Their indices in the model.
     """
-    num_rows = len(table)
+    num_rows, weights = len(table), settings.output_weights
     num_sinks = settings.policy.selector.num_sink_tokens
 
     def ints(values: Sequence[int]) -> torch.Tensor:
@@ -112,6 +116,7 @@ def compaction_context(
         is_untouched=ints([counts.is_untouched] * num_rows).bool(),
         rotations=[settings.rotation] * keys.shape[0],
         rows_together=counts.rows_together,
+        output_weights=[weights[layer] for layer in layers] if weights else (),
     )
 
 

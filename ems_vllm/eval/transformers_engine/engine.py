@@ -31,6 +31,7 @@ from ems_vllm.eval.transformers_engine.plans import (
     scored_queries,
 )
 from ems_vllm.eval.transformers_engine.prefill import Prefilled, PromptObserver, prefill
+from ems_vllm.eval.transformers_engine.projection import output_projections
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.eval.transformers_engine.request import CompressedRequest
 from ems_vllm.eval.transformers_engine.rope import rotation_of
@@ -248,11 +249,25 @@ class TransformersEngine:
     ) -> CompressedRequest:
         policy = Policy.from_config(config)
         protected = options.protect.ranges if options.protect else ()
+        reads_weights = policy.selector.reads_output_weights
         settings = CompactionSettings(
-            policy, config.obs_window, config.sample_stride, self.scale, self.rotation, protected
+            policy=policy,
+            obs_window=config.obs_window,
+            sample_stride=config.sample_stride,
+            scale=self.scale,
+            rotation=self.rotation,
+            protected=protected,
+            output_weights=self._output_weights() if reads_weights else {},
         )
         stored_as = cache_format or prompt.cache.cache_format
         return CompressedRequest(self.model, settings, levels, prompt, stored_as)
+
+    def _output_weights(self) -> dict[int, torch.Tensor]:
+        found = output_projections(
+            self.model, self.compressed_layers, "choose another selector, as top_k"
+        )
+        weights = [projection.weight for projection in found]
+        return dict(zip(self.compressed_layers, weights, strict=True))
 
 
 def _unsupported(model: PreTrainedModel) -> str | None:

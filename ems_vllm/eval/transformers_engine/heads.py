@@ -128,6 +128,7 @@ class CompressedHeads(CompressedLevel):
             table.view(num_rows, width),
             recorded,
             accumulated_pages,
+            [layer],
         )
         held = self._held(at, tail)
         context = self._protected.protect(context, [held])

@@ -17,7 +17,6 @@ from ems_vllm.eval.transformers_engine.compaction import (
 )
 from ems_vllm.eval.transformers_engine.paging import from_pages, to_pages
 from ems_vllm.eval.transformers_engine.protection import ProtectedPositions
-from ems_vllm.policies.coverage import held_shares
 
 if TYPE_CHECKING:
     from ems_vllm.eval.transformers_engine.cache import StoredCache
@@ -167,7 +166,7 @@ class CompressedLevel:
 
     def _num_covered(self, coverage: Coverage, context: CompactionContext, scores: Scores) -> int:
         """Blocks that a coverage keeps."""
-        (held,) = held_shares(context, scores).tolist()
+        (held,) = self._settings.policy.held_shares(context, scores).tolist()
         num_heads = context.num_layers * context.num_kv_heads
         reserved = int(context.num_reserved.max())
         before = self._tail - self._first
@@ -201,7 +200,7 @@ class CompressedLevel:
         recorded = ring(queries[:, -window:], window, num_processed)
         accumulated_pages = self._accumulated_pages(num_live)
         return compaction_context(
-            self._settings, counts, keys, values, table, recorded, accumulated_pages
+            self._settings, counts, keys, values, table, recorded, accumulated_pages, self.layers
         )
 
     def _held(self, layer: int, tail: int) -> list[torch.Tensor]:

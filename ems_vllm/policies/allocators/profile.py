@@ -13,6 +13,7 @@ from ems_vllm.head_shares import HeadShares
 from ems_vllm.layer_shares import LayerShares
 from ems_vllm.policies.base import ALLOCATORS, Allocator
 from ems_vllm.policies.levels import in_levels
+from ems_vllm.policies.paper import Paper
 
 _Ratio = Annotated[float, Field(gt=0, lt=1)]
 _Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -108,6 +109,8 @@ class ProfileAllocator(Allocator):
     docs/budgets.md). So that is measured once for a model (`ems-vllm profile`), and requests are
     served with the result.
     """
+
+    papers = (Paper("KVzip", "Kim et al.", 2025, "2505.23416"),)
 
     profile: LayerProfile
     """What `ems-vllm profile` measured: the name of a profile that ships, the path of a YAML file,

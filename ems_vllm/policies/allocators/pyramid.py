@@ -9,6 +9,7 @@ from pydantic import Field
 
 from ems_vllm.policies.base import ALLOCATORS, Allocator
 from ems_vllm.policies.levels import in_levels
+from ems_vllm.policies.paper import Paper
 
 if TYPE_CHECKING:
     from ems_vllm.layer_shares import LayerShares
@@ -22,6 +23,8 @@ class PyramidAllocator(Allocator):
     the first as much more than the mean as that is less. Ours: layers in levels, and what happens
     where the first layer would keep more than there is - from there on all move towards everything.
     """
+
+    papers = (Paper("PyramidKV", "Cai et al.", 2024, "2406.02069"),)
 
     beta: Annotated[float, Field(gt=1, le=1000)] = 20.0
     """How steep it is: the last layer keeps 1 / beta of the mean."""

@@ -9,9 +9,12 @@ import torch
 from pydantic import Field
 
 from ems_vllm import ops
-from ems_vllm.policies.base import MERGERS, Merger, Selection
+from ems_vllm.ops import KeyMerge
+from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.paper import EMS
 
 if TYPE_CHECKING:
+    from ems_vllm.policies.base import Scores, Selection
     from ems_vllm.policies.context import CompactionContext
 
 
@@ -30,6 +33,8 @@ class EMSMerger(Merger):
     values alone changes nothing; merging values and keeping the members' attention mass makes them
     better (ours, `CompactionContext.mass_keys`). The last is the default.
     """
+
+    papers = (EMS,)
 
     merge_keys: bool = False
     """Merge directions of keys too, weighted by attention, and keep the centre's norm."""
@@ -52,8 +57,8 @@ class EMSMerger(Merger):
         return self.max_candidates_per_center
 
     @property
-    def merges_keys(self) -> bool:
-        return self.merge_keys
+    def key_merge(self) -> KeyMerge:
+        return KeyMerge.DIRECTION if self.merge_keys else KeyMerge.CENTRE
 
     @property
     def keeps_mass(self) -> bool:
@@ -63,7 +68,7 @@ class EMSMerger(Merger):
     def mass_limit(self) -> float:
         return self.relevant_mass
 
-    def assign(self, context: CompactionContext, selection: Selection) -> torch.Tensor:
+    def classify(self, context: CompactionContext, scores: Scores, selection: Selection) -> Classes:
         class_idx = torch.empty_like(selection.merge_idx)
         ops.assign_classes(
             context.key_cache,
@@ -76,4 +81,4 @@ class EMSMerger(Merger):
             self.similarity_threshold,
             class_idx,
         )
-        return class_idx
+        return Classes(class_idx)

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.policies.base import MERGERS, Merger, Selection
+from ems_vllm.policies.base import MERGERS, Classes, Merger
 
 if TYPE_CHECKING:
+    from ems_vllm.policies.base import Scores, Selection
     from ems_vllm.policies.context import CompactionContext
 
 
@@ -17,5 +18,5 @@ if TYPE_CHECKING:
 class NoMerger(Merger):
     """What does not stay is dropped."""
 
-    def assign(self, context: CompactionContext, selection: Selection) -> torch.Tensor:
-        return torch.empty_like(selection.merge_idx)
+    def classify(self, context: CompactionContext, scores: Scores, selection: Selection) -> Classes:
+        return Classes(torch.empty_like(selection.merge_idx))

@@ -13,6 +13,7 @@ from ems_vllm.policies.alignment import Order, by_quantile, deviation
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
 from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.key_scores import key_scores
+from ems_vllm.policies.paper import EMS, Paper
 from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
@@ -60,6 +61,13 @@ class EMSScorer(Scorer):
     Pooling is SnapKV's idea; that it looks back only is ours: a model that copies attends to where
     the copy begins, and reads on from there when the prompt has long been compressed.
     """
+
+    papers = (
+        EMS,
+        Paper("VATP", "Guo et al.", 2024, "2406.12335"),
+        Paper("Compactor", "Chari & Van Durme", 2025, "2507.08143"),
+        Paper("KeyDiff", "Park et al.", 2025, "2504.15364"),
+    )
 
     alignment: Literal["quantile", "mean"] = "quantile"
     """How the orders get one measure: by their ranks (ours), or by their means."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.paper import Paper
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -21,6 +22,8 @@ class H2OScorer(Scorer):
     `CompactionContext.accumulated_scores`); the recent half of the paper's budget is
     `recent_window`, beside the budget.
     """
+
+    papers = (Paper("H2O", "Zhang et al.", 2023, "2306.14048"),)
 
     @property
     def uses_accumulated(self) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.paper import Paper
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -22,6 +23,8 @@ class KnormScorer(Scorer):
     order as the paper's negated norm, and positive, as a weight in a merge must be. Needs no
     queries, so a hit in the prefix cache changes nothing.
     """
+
+    papers = (Paper("L2 norm", "Devoto et al.", 2024, "2406.11430"),)
 
     def score(self, context: CompactionContext) -> Scores:
         weights = context.key_norms().add_(_EPS).reciprocal_()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field, field_validator
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.pooling import Pooling, odd, pool
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ class SnapKVScorer(Scorer):
     implementations for grouped-query attention do. Smoothing after a recompression runs over
     entries, which need no longer be neighbours in the text.
     """
+
+    papers = (Paper("SnapKV", "Li et al.", 2024, "2404.14469"),)
 
     kernel_size: Annotated[int, Field(ge=1, le=63)] = 5
     """Width of the pooling over neighbouring entries, odd; 1 switches it off."""

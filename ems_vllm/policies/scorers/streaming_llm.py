@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.paper import Paper
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
@@ -20,6 +21,8 @@ class StreamingLLMScorer(Scorer):
     Paper: Xiao et al. 2023, arXiv:2309.17453. Deviation: positions are not reassigned inside the
     cache, because vLLM stores keys after RoPE and generation goes on at the true positions.
     """
+
+    papers = (Paper("StreamingLLM", "Xiao et al.", 2023, "2309.17453"),)
 
     def score(self, context: CompactionContext) -> Scores:
         device = context.key_cache.device
