@@ -14,14 +14,17 @@ from pathlib import Path
 
 import tables
 from pages import configuration, life
+from tables import measured
 
 from ems_vllm.engine.frontend.compatibility import HARMONY_ROLES, RULES
 from ems_vllm.engine.refusal import Refusal
 from ems_vllm.engine.worker.refusals import LAYER_REFUSALS
+from ems_vllm.methods.measured import described
 from ems_vllm.patches.catalogue import PATCHES
 from ems_vllm.patches.contracts import CONTRACTS
 
 DOCS = Path(__file__).resolve().parent
+MEASURED = DOCS.parent / "configs" / "measured" / "smollm2.yaml"
 _NOTE = "<!-- Written by docs/generate.py; change the code it reads, not this page. -->\n"
 
 
@@ -185,6 +188,8 @@ PAGES = {
 
 
 def main() -> None:
+    MEASURED.write_text(measured.measured(), encoding="utf-8")
+    described.cache_clear()
     for name, write in PAGES.items():
         (DOCS / name).write_text(_NOTE + write(), encoding="utf-8")
     for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))):

@@ -7,35 +7,22 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ems_vllm import plan_command
-from ems_vllm.config import ConfigError, load_config, recipes
+from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.eval import command as eval_command
+from ems_vllm.methods import command as methods_command
 
 app = typer.Typer(
     name="ems-vllm",
-    help="KV-cache compression for vLLM: plan capacities, inspect recipes, evaluate.",
+    help="KV-cache compression for vLLM: plan capacities, compare methods, evaluate.",
     no_args_is_help=True,
     add_completion=False,
 )
 plan_command.register(app)
 eval_command.register(app)
-
-
-@app.command("recipes")
-def list_recipes() -> None:
-    """List the recipes that ship with this package."""
-    table = Table("recipe", "size", "scorer", "allocator", "selector", "merger", "neutral to hits")
-    for name in recipes.names():
-        config = load_config(name)
-        assert config is not None
-        size = f"budget {config.budget}" if config.budget is not None else f"ratio {config.ratio}"
-        parts = (config.scorer, config.allocator, config.selector, config.merger)
-        neutral = "yes" if config.is_neutral_to_hits else "no"
-        table.add_row(name, size, *(part.name() for part in parts), neutral)
-    Console().print(table)
+methods_command.register(app)
 
 
 @app.command()

@@ -178,10 +178,36 @@ def test_plan_of_a_pool_that_other_layers_share_is_refused(config, kinds, tmp_pa
     assert kinds in str(refusal)
 
 
-def test_recipes_are_listed_and_shown():
-    listed = run("recipes").output
-    for name in recipes.names():
-        assert name in listed
+def test_methods_are_listed_with_what_they_need():
+    listed = run("methods", "--json")
+    found = {one["name"]: one for one in json.loads(listed.output)["methods"]}
+    assert list(found) == recipes.names()
+    assert found["knorm"]["needs"] == []
+    assert found["pyramidkv"]["needs"] == ["last queries", "unequal layers"]
+    assert found["adakv"]["needs"] == ["last queries", "unequal heads"]
+    assert found["criticalkv"]["needs"] == ["last queries", "output projections"]
+    assert found["ems"]["needs"] == ["attention of the prompt", "last queries"]
+    for one in found.values():
+        assert one["keeps"]
+        assert all(paper["method"] and paper["authors"] for paper in one["papers"])
+        # Ours alone is the control.
+        assert one["papers"] or one["name"] == "random"
+    assert {"url": "https://arxiv.org/abs/2404.14469"}.items() <= found["snapkv"]["papers"][
+        0
+    ].items()
+    not_served = json.loads(listed.output)["not_served"]
+    assert all(one["why"] and one["instead"] for one in not_served)
+
+
+def test_methods_are_listed_for_people():
+    listed = run("methods").output
+    one = run("methods", "chunkkv").output
+    assert all(name in listed for name in recipes.names())
+    assert "https://arxiv.org/abs/2502.00299" in one
+    assert "method='emz' is not a recipe" in str(run("methods", "emz").exception)
+
+
+def test_recipes_are_shown():
     shown = json.loads(run("show", "ems").stdout)
     assert shown["scorer"]["name"] == "ems"
     assert shown["budget"] == 1024

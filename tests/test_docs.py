@@ -28,6 +28,13 @@ def test_generated_page_is_current(name):
     )
 
 
+def test_what_the_command_knows_of_methods_is_current():
+    expected = GENERATOR["measured"].measured()
+    assert GENERATOR["MEASURED"].read_text(encoding="utf-8") == expected, (
+        "run `python docs/generate.py`"
+    )
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_measured_figures_are_those_of_the_results(page):
     text = page.read_text(encoding="utf-8")

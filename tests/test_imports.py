@@ -19,7 +19,7 @@ LAYERS = {
         ("ops",),
         ("policies",),
         ("config",),
-        ("capacity",),
+        ("capacity", "methods"),
         ("plan_command",),
         ("eval",),
         ("patches",),
@@ -51,7 +51,7 @@ LAYERS = {
         ("script", "questions"),
         ("records",),
         ("server", "report", "transformers_engine"),
-        ("lab", "profiling"),
+        ("lab", "calibration"),
         ("command",),
     ),
 }

@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable
 from functools import partial
 
+from tables import methods
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
-from tables.catalogue import catalogue
 from tables.coverage import kept
 from tables.markdown import percent
 from tables.peers import behind, change, peers
@@ -159,7 +159,10 @@ def _by_interval() -> list[Column]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
-    "catalogue": catalogue,
+    "methods": methods.catalogue,
+    "methods-measured": methods.measured,
+    "methods-not-served": methods.not_served,
+    "methods-parts": methods.parts,
     "smollm2-recipes": partial(
         recipes,
         _SMOLLM2,

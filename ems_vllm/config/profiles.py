@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finds layer profiles: the YAML files of `configs/profiles/`, or a file of the operator's own."""
+"""Finds profiles of models: YAML files of `configs/profiles/`, or a file of the operator's own."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pydantic import ValidationError
 
 from ems_vllm.config import recipes
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown
-from ems_vllm.policies.allocators.profile import LayerProfile
+from ems_vllm.policies.model_profile import LayerProfile
+
+# Components that read one.
+_READERS = ("profile", "compresskv")
 
 
 def _folder() -> Any:
@@ -48,7 +51,7 @@ def load(profile: str, key: str) -> dict[str, Any]:
 
 def _choices() -> str:
     """What names a profile."""
-    file = "the path of a .yaml file that `ems-vllm profile` wrote"
+    file = "the path of a .yaml file that `ems-vllm calibrate` wrote"
     return f"{', '.join(names())}, or {file}" if names() else file
 
 
@@ -64,7 +67,7 @@ def resolved(component: Any, key: str) -> Any:
     Raises:
         ConfigError: there is no such profile, or it is none.
     """
-    if not isinstance(component, dict) or component.get("name") != "profile":
+    if not isinstance(component, dict) or component.get("name") not in _READERS:
         return component
     if component.get("profile") is None:
         raise ConfigError(f"{key}.profile is missing: give {_choices()}.")

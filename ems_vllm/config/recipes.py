@@ -46,6 +46,17 @@ def load(recipe: str) -> dict[str, Any]:
     )
 
 
+def described(recipe: str) -> tuple[str, str]:
+    """Where a recipe that ships comes from, and what stays: its file begins "Name (...): what"."""
+    lines = []
+    for line in (_folder() / f"{recipe}.yaml").read_text(encoding="utf-8").splitlines()[1:]:
+        if not line.startswith("# ") or line.startswith("# Any setting"):
+            break
+        lines.append(line.removeprefix("# "))
+    source, _, says = " ".join(lines).partition(": ")
+    return source, says.rstrip(".")
+
+
 def read_file(path: Path, key: str) -> dict[str, Any]:
     """The mapping in a YAML file; `key` names the setting that pointed to it."""
     source = f"{key}={shown(str(path))}"

@@ -189,7 +189,7 @@ class KVCompressionConfig(BaseModel):
     @field_validator("scorer", mode="before")
     @classmethod
     def _scorer(cls, value: Any) -> Any:
-        return _component(SCORERS, "scorer", value)
+        return _component(SCORERS, "scorer", profiles.resolved(value, f"{KEY_PREFIX}scorer"))
 
     @field_validator("allocator", mode="before")
     @classmethod

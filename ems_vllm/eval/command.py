@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands `ems-vllm eval`, `score`, `report` and `profile`."""
+"""The commands `ems-vllm eval`, `score`, `report` and `calibrate`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from ems_vllm.config.errors import ConfigError, shown
-from ems_vllm.eval.profiling.command import profile
+from ems_vllm.eval.calibration.command import calibrate
 from ems_vllm.eval.records.budget import Budget
 from ems_vllm.eval.records.results import EvalResult, MethodResult
 
@@ -167,7 +167,7 @@ def register(app: typer.Typer) -> None:
     app.command("eval")(evaluate)
     app.command()(score)
     app.command()(report)
-    app.command()(profile)
+    app.command()(calibrate)
 
 
 def _write_report(results: list[EvalResult], output: Path, console: Console) -> None:

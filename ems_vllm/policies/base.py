@@ -129,6 +129,20 @@ class Scorer(Component):
         return self.uses_accumulated or self.uses_window
 
     @property
+    def reads_profile(self) -> bool:
+        """Whether it depends on what was measured of a model."""
+        return False
+
+    def missing(self, layers: list[int], num_heads: int) -> str | None:
+        """What a profile lacks for some layers of a model; None for nothing.
+
+        Args:
+            layers: Their indices in the model.
+            num_heads: Query heads of each, on all ranks.
+        """
+        return None
+
+    @property
     def num_score_tensors(self) -> int:
         """Float32 tensors of the shape of a score that `score` holds at a time, at most.
 
@@ -168,6 +182,16 @@ class Allocator(Component):
     def head_shares(self) -> Mapping[int, HeadShares] | None:
         """By layer, how its kv_heads share what it keeps, whatever the prompt; None for nothing."""
         return None
+
+    @property
+    def deals_to_layers(self) -> bool:
+        """Whether layers may keep different numbers of entries."""
+        return False
+
+    @property
+    def reads_profile(self) -> bool:
+        """Whether it depends on what was measured of a model."""
+        return False
 
     @property
     def deals_by_scores(self) -> bool:

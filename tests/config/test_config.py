@@ -127,7 +127,7 @@ def test_a_coverage_keeps_some_entries_in_any_case(min_budget, least):
 
 
 PROFILE = {"ratios": [0.25, 0.5], "fractions": {0: [0.4, 0.6], 1: [0.1, 0.4]}}
-_FILE = "the path of a .yaml file that `ems-vllm profile` wrote."
+_FILE = "the path of a .yaml file that `ems-vllm calibrate` wrote."
 _CHOICES = f"{', '.join(profiles.names())}, or {_FILE}"
 
 
@@ -275,7 +275,7 @@ def test_a_profile_without_kv_heads_is_not_dealt_by_them():
         load_config(with_profile(PROFILE, per_head=True))
     assert str(error.value) == (
         "kv_compression_config.allocator: per_head=True is not allowed: its profile says nothing "
-        "of kv_heads; measure one with `ems-vllm profile`, or set it to false."
+        "of kv_heads; measure one with `ems-vllm calibrate`, or set it to false."
     )
 
 

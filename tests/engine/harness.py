@@ -28,6 +28,17 @@ _ENVIRONMENT = {
 
 ROOT = Path(__file__).resolve().parents[2]
 LLAMA = str(ROOT / "models" / "random-llama")
+# A profile of it, in which heads of both halves are the best of a layer.
+QUERY_HEADS = {
+    "ratios": [0.5],
+    "fractions": {layer: [0.5] for layer in range(4)},
+    "query_heads": {
+        0: [5, 2, 7, 0, 1, 3, 4, 6],
+        1: [0, 1, 2, 3, 4, 5, 6, 7],
+        2: [7, 6, 5, 0, 1, 2, 3, 4],
+        3: [4, 1, 6, 3, 0, 2, 5, 7],
+    },
+}
 QWEN3 = str(ROOT / "models" / "random-qwen3")
 BLOCK_SIZE = 16
 

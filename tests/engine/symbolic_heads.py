@@ -213,6 +213,8 @@ class _Group:
             rotations=range(self.num_layers),
             sample_stride=1,
             output_weights=(),
+            layer_ids=range(self.num_layers),
+            first_head=0,
         )
         self.compressed = CompressedGroup(
             tensors,

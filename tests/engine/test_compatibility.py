@@ -264,7 +264,7 @@ def test_a_profile_of_another_model_is_refused(vllm_config):
     assert str(refusal.value) == (
         "kv_compression_config.allocator='profile' is not allowed: its profile has a layer 29, but "
         "the model has 4 layers, counted from 0; give a profile of this model, or measure one with "
-        "`ems-vllm profile`."
+        "`ems-vllm calibrate`."
     )
 
 

@@ -64,7 +64,12 @@ def answer_in_chunks(probe, size):
         scheduler.max_num_scheduled_tokens = usual
 
 
-ALL = {name: settings(name) for name in recipes.names()}
+def fits_any_model(name):
+    config = load_config(name)
+    return not (config.scorer.reads_profile or config.allocator.reads_profile)
+
+
+ALL = {name: settings(name) for name in recipes.names() if fits_any_model(name)}
 # A query is sampled for its position, whoever computes it, and when.
 SAMPLED = {**settings("ems"), "sample_stride": 4}
 

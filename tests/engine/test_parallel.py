@@ -2,7 +2,7 @@
 """Tensor and pipeline parallelism over gloo: answers equal to one process."""
 
 import pytest
-from engine.harness import LLAMA, engine, tokens
+from engine.harness import LLAMA, QUERY_HEADS, engine, tokens
 from engine.workers import answers_of_workers
 
 pytestmark = pytest.mark.slow
@@ -27,8 +27,12 @@ def expected():
 
 @pytest.mark.parametrize(
     "settings",
-    [{"recipe": "tova", "selector": "chunks"}, {"recipe": "criticalkv"}],
-    ids=["tova", "criticalkv"],
+    [
+        {"recipe": "tova", "selector": "chunks"},
+        {"recipe": "criticalkv"},
+        {"recipe": "compresskv", "scorer": {"profile": QUERY_HEADS}},
+    ],
+    ids=["tova", "criticalkv", "compresskv"],
 )
 def test_ranks_choose_for_all_heads_of_a_layer(settings):
     """Or read what their own ones have of the layer's output projection."""

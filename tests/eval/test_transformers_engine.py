@@ -18,7 +18,7 @@ from unittest import mock
 
 import pytest
 import torch
-from engine.harness import LLAMA, engine, tokens
+from engine.harness import LLAMA, QUERY_HEADS, engine, tokens
 
 from ems_vllm.config import KVCompressionConfig, RequestOptions, load_config
 from ems_vllm.eval.transformers_engine.answer import generated
@@ -59,6 +59,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Of all heads of a layer; by output projections; by positions; and mergers of their own.
     "tova": {"recipe": "tova", "selector": "chunks"},
     "criticalkv": {"recipe": "criticalkv"},
+    "compresskv": {"recipe": "compresskv", "scorer": {"profile": QUERY_HEADS}},
     "expected_attention": {"recipe": "expected_attention", "obs_window": 16},
     "triattention": {"recipe": "triattention", "obs_window": 16, "merger": "cam"},
     "kvmerger": {"recipe": "kvmerger"},

@@ -92,6 +92,7 @@ def build_context(rows: Sequence[Row]) -> CompactionContext:
         is_untouched=torch.tensor([row.num_represented == 0 for row in rows]),
         rotations=[ROTATION] * NUM_LAYERS,
         output_weights=OUTPUT_WEIGHTS,
+        layer_ids=range(NUM_LAYERS),
     )
 
 

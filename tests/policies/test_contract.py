@@ -121,5 +121,4 @@ def test_every_component_is_documented_and_used_by_a_recipe_or_default(registry)
         assert cls.__doc__
         assert cls.name() == name
     used = {getattr(load_config(recipe), registry.kind).name() for recipe in recipes.names()}
-    # A profile is of one model, and compensation is for heads that a calibration chooses.
-    assert used == set(registry) - {"profile", "compensation"}
+    assert used == set(registry)

@@ -76,6 +76,24 @@ def test_tova_is_the_newest_querys_attention_in_the_mean_of_all_heads(score):
                 assert_scores(weights, row, layer, head, expected)
 
 
+def test_compresskv_is_the_attention_of_the_best_heads_of_a_layer(score):
+    heads = {0: (2, 0, 1, 3), 1: (3, 1, 0, 2)}
+    profile = {"ratios": (0.5,), "fractions": {0: (0.5,), 1: (0.5,)}, "query_heads": heads}
+    options = {"profile": profile, "num_heads": 2, "kernel_size": 3}
+    context, weights = score({"recipe": "compresskv", "scorer": options})
+    for row in range(len(ROWS)):
+        num_entries = int(context.num_entries[row])
+        for layer in range(2):
+            of_heads = torch.cat(
+                [logits(context, row, layer, head).softmax(-1).sum(0) for head in range(2)]
+            )
+            # In the mean of both kv_heads, as the others are.
+            chosen = sum(of_heads[head] for head in heads[layer][:2]) / 2
+            expected = mean_of_neighbours(chosen[:num_entries], 3)
+            for head in range(2):
+                assert_scores(weights, row, layer, head, expected)
+
+
 def test_cake_is_mean_and_variance_of_attention(score):
     context, weights = score({"recipe": "cake", "scorer": {"gamma": 30.0, "kernel_size": 3}})
     for row, layer, head in each_head():

@@ -112,5 +112,7 @@ def _context(
         key_scales=key_scales,
         rotations=tensors.rotations[stack.layers],
         output_weights=tensors.output_weights[stack.layers],
+        layer_ids=tensors.layer_ids[stack.layers],
+        first_head=tensors.first_head,
         rows_together=rows.rows_together,
     )

@@ -37,6 +37,8 @@ class GroupTensors:
         rotations: RoPE of the layers, in layer order; None where a layer has none that is known.
         sample_stride: Of the prompt's queries, one in so many is accumulated.
         output_weights: Of the layers' output projections, in layer order; see CompactionContext.
+        layer_ids: Indices of the layers in the model.
+        first_head: Of this rank's query heads the first one's index among the layer's.
     """
 
     group_id: int
@@ -51,6 +53,8 @@ class GroupTensors:
     rotations: Sequence[Rotation | None]
     sample_stride: int
     output_weights: Sequence[torch.Tensor]
+    layer_ids: Sequence[int]
+    first_head: int
 
     @classmethod
     def bind(
@@ -66,7 +70,9 @@ class GroupTensors:
         query_dtype: torch.dtype,
         rotations: Sequence[Rotation | None],
         sample_stride: int,
+        layer_ids: Sequence[int],
         output_weights: Sequence[torch.Tensor] = (),
+        first_head: int = 0,
     ) -> GroupTensors:
         """Bring the caches of a group together with what is kept beside them.
 
@@ -95,6 +101,8 @@ class GroupTensors:
             rotations=rotations,
             sample_stride=sample_stride,
             output_weights=output_weights,
+            layer_ids=list(layer_ids),
+            first_head=first_head,
         )
 
     def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:

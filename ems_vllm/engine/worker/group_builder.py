@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.distributed import get_tp_group
+from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.worker.block_table import get_block_table_width
 
 from ems_vllm.engine.attention import OVERRIDES, observable_backend
@@ -31,6 +33,7 @@ from ems_vllm.engine.worker.refusals import (
     MIXED_QUERY_HEADS,
     MIXED_SCALES,
     NO_OUTPUT_WEIGHTS,
+    OTHER_PROFILE,
     SPLIT_BLOCKS,
     UNKNOWN_BACKEND,
 )
@@ -109,6 +112,8 @@ class GroupBuilder:
         """
         owners = self._owners(layer_names)
         scale = self._check(spec, layer_names, owners)
+        layer_ids = [extract_layer_index(name) for name in owners]
+        self._check_profile(layer_ids, owners)
         tensors = GroupTensors.bind(
             group_id=group_id,
             spec=spec,
@@ -121,6 +126,8 @@ class GroupBuilder:
             rotations=rotations(self.model, [self.layers[name] for name in owners]),
             sample_stride=self.config.sample_stride,
             output_weights=self._output_weights(owners),
+            layer_ids=layer_ids,
+            first_head=get_tp_group().rank_in_group * self.layers[owners[0]].num_heads,
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20
@@ -178,6 +185,12 @@ class GroupBuilder:
         if len(heads) > 1 and self.policy.scorer.uses_window:
             raise self._refused(MIXED_QUERY_HEADS, heads=sorted(heads))
         return scales.pop()
+
+    def _check_profile(self, layer_ids: list[int], owners: Sequence[str]) -> None:
+        num_heads = self.layers[owners[0]].num_heads * get_tp_group().world_size
+        reason = self.policy.scorer.missing(layer_ids, num_heads)
+        if reason is not None:
+            raise OTHER_PROFILE.error(self.policy.scorer.name(), self.config.recipe, reason=reason)
 
     def _output_weights(self, owners: Sequence[str]) -> list[torch.Tensor]:
         if not self.policy.selector.reads_output_weights:

@@ -62,6 +62,11 @@ NO_OUTPUT_WEIGHTS = Refusal(
     "{name} has no output projection whose weights can be read",
     "choose another selector, as top_k, or serve a checkpoint whose projection is not quantised",
 )
+OTHER_PROFILE = Refusal(
+    "kv_compression_config.scorer",
+    "its profile is of another model: it {reason}",
+    "measure this one with `ems-vllm calibrate`, and name the file",
+)
 LAYER_REFUSALS = (
     NO_FULL_ATTENTION,
     LAYER_SHARES,
@@ -74,4 +79,5 @@ LAYER_REFUSALS = (
     MIXED_QUERY_HEADS,
     HEAD_SCALES,
     NO_OUTPUT_WEIGHTS,
+    OTHER_PROFILE,
 )

@@ -109,9 +109,9 @@ def log_start(
     _log_within_prompts(logger, config, kv_cache_config, max_model_len)
     if compressed and config.allocator.name() == "uniform":
         logger.info(
-            "KV-cache compression: all layers and kv_heads have equal budgets. `ems-vllm profile` "
-            "measures what each needs, for the allocator `profile`, which may lose far less at the "
-            "same memory (docs/budgets.md: where it does, and where not)."
+            "KV-cache compression: all layers and kv_heads have equal budgets. `ems-vllm "
+            "calibrate` measures what each needs, for the allocator `profile`, which may lose far "
+            "less at the same memory (docs/budgets.md: where it does, and where not)."
         )
     _log_levels(logger, kv_cache_config, max_model_len)
     _log_heads(logger, config, kv_cache_config, max_model_len)

@@ -117,6 +117,7 @@ def compaction_context(
         rotations=[settings.rotation] * keys.shape[0],
         rows_together=counts.rows_together,
         output_weights=[weights[layer] for layer in layers] if weights else (),
+        layer_ids=list(layers),
     )
 
 

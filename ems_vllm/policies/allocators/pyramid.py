@@ -33,6 +33,10 @@ class PyramidAllocator(Allocator):
     """Block tables of a request: layers are dealt to in so many levels, or one by one where there
     are fewer."""
 
+    @property
+    def deals_to_layers(self) -> bool:
+        return True
+
     def shares(self, num_layers: int) -> LayerShares:
         last = 1 / self.beta
         step = (2 - 2 * last) / max(1, num_layers - 1)

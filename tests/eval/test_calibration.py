@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ems-vllm profile`: what the layers of a model need of a text."""
+"""`ems-vllm calibrate`: what the layers of a model need of a text."""
 
 import pytest
 import torch
@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from ems_vllm.cli import app
 from ems_vllm.config import ConfigError, load_config
-from ems_vllm.eval.profiling.command import passages
-from ems_vllm.eval.profiling.fractions import head_fractions, layer_fractions
-from ems_vllm.eval.profiling.reconstruction import peak_attention, reconstruction_peaks
+from ems_vllm.eval.calibration.fractions import head_fractions, layer_fractions
+from ems_vllm.eval.calibration.repetition import peak_attention, reconstruction_peaks
+from ems_vllm.eval.calibration.samples import passages
 from ems_vllm.eval.transformers_engine.attention import observed_by
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 
@@ -49,7 +49,7 @@ def test_a_repetition_is_what_follows_the_text(monkeypatch):
     text, instruction = list(range(40, 90)), [7, 8, 9]
     peaks = reconstruction_peaks(engine, text, instruction)
     # Processed at once, and in chunks.
-    monkeypatch.setattr("ems_vllm.eval.profiling.reconstruction._CHUNK", 11)
+    monkeypatch.setattr("ems_vllm.eval.calibration.repetition._CHUNK", 11)
     assert reconstruction_peaks(engine, text, instruction) == pytest.approx(peaks, abs=1e-5)
     # The same by transformers alone: queries behind the text, keys of everything.
     seen = {}
@@ -84,7 +84,7 @@ def test_passages_lie_apart_and_are_whole():
 
 def test_what_is_written_is_an_allocator_of_this_model(tmp_path):
     out = tmp_path / "profile.yaml"
-    args = ["profile", LLAMA, "--out", str(out), "--length", "200", "--samples", "2"]
+    args = ["calibrate", LLAMA, "--out", str(out), "--length", "200", "--samples", "2"]
     result = CliRunner().invoke(app, args)
     assert result.exit_code == 0, result.output
     written = yaml.safe_load(out.read_text())
@@ -103,7 +103,7 @@ def test_what_is_written_is_an_allocator_of_this_model(tmp_path):
 
 @pytest.mark.parametrize("ratios", ["0.5,0.2", "0", "1", "half", ""])
 def test_ratios_must_ascend_between_0_and_1(tmp_path, ratios):
-    args = ["profile", LLAMA, "--out", str(tmp_path / "p.yaml"), "--ratios", ratios]
+    args = ["calibrate", LLAMA, "--out", str(tmp_path / "p.yaml"), "--ratios", ratios]
     error = CliRunner().invoke(app, args).exception
     assert isinstance(error, ConfigError)
     assert "in ascending order" in str(error)
