@@ -70,7 +70,8 @@ class CompactionContext:
         output_weights: By layer, [hidden_size, num_heads * head_size], float - what turns the
             outputs of the heads of this rank into the layer's; empty where no component asks.
         layer_ids: Indices of the layers in the model; empty where no component asks.
-        first_head: Of this rank's query heads the first one's index among the layer's.
+        first_head, first_kv_head: Of this rank's query heads and kv_heads the first one's index
+            among the layer's.
         sum_of_ranks: Sums a tensor over the ranks that hold other kv_heads of the same layers.
         is_protected: [num_layers, num_rows, num_kv_heads, max_entries], bool, or None for none -
             entries beside the sinks that always stay as they are. Budgets hold them and the sinks.
@@ -103,6 +104,7 @@ class CompactionContext:
     output_weights: Sequence[Tensor] = ()
     layer_ids: Sequence[int] = ()
     first_head: int = 0
+    first_kv_head: int = 0
     sum_of_ranks: Callable[[Tensor], tuple[Tensor, int]] = _alone
 
     @property

@@ -215,6 +215,7 @@ class _Group:
             output_weights=(),
             layer_ids=range(self.num_layers),
             first_head=0,
+            first_kv_head=0,
         )
         self.compressed = CompressedGroup(
             tensors,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a worker refuses once it knows its layers, and what the start-up log says of the others."""
 
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
@@ -8,13 +9,16 @@ import pytest
 import torch
 from engine.harness import LLAMA, engine
 from engine.vllm_imports import get_kv_cache_configs
+from safetensors.torch import load_file
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec
 from vllm.v1.worker.gpu_worker import Worker
 
 from ems_vllm.config import ConfigError, load_config
+from ems_vllm.engine.group.output_projection import output_weights
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.observation import ObservationSettings
+from ems_vllm.engine.worker import group_builder
 from ems_vllm.engine.worker.layer_settings import LayersDiffer, by_layer
 from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.policies.policy import Policy
@@ -48,6 +52,39 @@ class TestQueryHeads:
         recipe = load_config({"recipe": "knorm", "budget": 64})
         monkeypatch.setattr(worker, "_policy", Policy.from_config(recipe))
         assert build_group(worker).tensors.query_ring is None
+
+
+def test_output_projections_are_those_of_the_model(worker):
+    """Also where vLLM has packed them for a CPU."""
+    layers = list(worker._attention_layers().values())
+    found = output_weights(worker.get_model(), layers)
+    stored = load_file(Path(LLAMA) / "model.safetensors")
+    for index, weight in enumerate(found):
+        expected = stored[f"model.layers.{index}.self_attn.o_proj.weight"]
+        torch.testing.assert_close(weight, expected.to(weight.dtype), rtol=1e-5, atol=1e-6)
+
+
+def test_a_layer_without_an_output_projection_is_refused(worker, monkeypatch):
+    recipe = load_config({"recipe": "criticalkv", "budget": 64})
+    monkeypatch.setattr(worker, "_policy", Policy.from_config(recipe))
+    monkeypatch.setattr(group_builder, "output_weights", lambda model, layers: [None] * len(layers))
+    message = (
+        r"selector='critical' .*model\.layers\.0\S* has no output projection whose weights can be "
+        "read; choose another selector"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_group(worker)
+
+
+def test_a_profile_of_another_models_heads_is_refused(worker, monkeypatch):
+    recipe = load_config({"recipe": "compresskv", "budget": 64})
+    monkeypatch.setattr(worker, "_policy", Policy.from_config(recipe))
+    message = (
+        r"scorer='compresskv' .*its profile is of another model: it has 9 query heads in layer 0, "
+        "not 8; measure this one with `ems-vllm calibrate`"
+    )
+    with pytest.raises(ConfigError, match=message):
+        build_group(worker)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def expected():
     [
         {"recipe": "tova", "selector": "chunks"},
         {"recipe": "criticalkv"},
-        {"recipe": "compresskv", "scorer": {"profile": QUERY_HEADS}},
+        {"recipe": "compresskv", "scorer": {"profile": QUERY_HEADS}, "allocator": "uniform"},
     ],
     ids=["tova", "criticalkv", "compresskv"],
 )

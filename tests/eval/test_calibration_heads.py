@@ -93,6 +93,12 @@ def test_what_is_full_leaves_the_rest_to_others():
     assert [of_head[1] for of_head in dealt] == pytest.approx([1.0, 1.0, 1.0, 0.2], abs=1e-3)
 
 
+def test_nothing_has_more_than_a_multiple_of_the_mean():
+    (dealt,) = in_proportion(torch.tensor([[8.0, 1.0, 1.0, 0.0]]), [0.2], most=2.0)
+    # 0.8 of 4 heads: 0.4 is the most, and two share the rest.
+    assert [of_head[0] for of_head in dealt] == pytest.approx([0.4, 0.2, 0.2, 0.0], abs=1e-3)
+
+
 def test_layers_keep_the_same_share_of_their_attention():
     flat, peaked = torch.ones(100), torch.zeros(100)
     peaked[:10] = 1.0
@@ -134,7 +140,7 @@ def test_samples_are_not_measured_twice(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["induction", "attention"])
+@pytest.mark.parametrize("by", ["induction", "attention", "error"])
 def test_a_profile_is_written_with_a_picture(by, tmp_path):
     out = tmp_path / "profile.yaml"
     args = ["calibrate", LLAMA, "--by", by, "--out", str(out), "--length", "200", "--samples", "2"]

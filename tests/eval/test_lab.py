@@ -18,7 +18,6 @@ from ems_vllm.config.cache_shape import CacheShape
 from ems_vllm.eval.lab import variants as sets
 from ems_vllm.eval.lab.__main__ import main
 from ems_vllm.eval.lab.cells import _COMPRESSION, _FORCING, _code, cells
-from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder
 from ems_vllm.eval.lab.forcing import Forced
 from ems_vllm.eval.lab.result import LabResult
 from ems_vllm.eval.lab.runner import Lab
@@ -28,6 +27,7 @@ from ems_vllm.eval.records.budget import Budget, kv_budget
 from ems_vllm.eval.records.method import TRANSFORMERS, Method
 from ems_vllm.eval.records.prompt_files import PromptLine
 from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.attention_errors import AttentionErrors, QueryRecorder
 from ems_vllm.eval.transformers_engine.engine import TransformersEngine
 from ems_vllm.eval.transformers_engine.quantised import FORMATS
 from ems_vllm.eval.transformers_engine.runner import Runner
@@ -144,15 +144,22 @@ def test_errors_are_those_of_the_projection_s_output(engine):
     for own, expected in zip(errors.outputs, outputs, strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
     keys, values = engine.request(prefilled, config, options).entries()
-    assert errors.mean(keys, values, 5) == pytest.approx(0, abs=1e-5)
+    assert errors.by_layer(keys, values, 5).mean().item() == pytest.approx(0, abs=1e-5)
     # Twice the prompt is the same shares of it, and fewer of the new tokens.
     twice_keys, twice_values = (
         [of_layer.repeat(1, 2, 1) for of_layer in entries] for entries in (keys, values)
     )
-    assert errors.mean(twice_keys, twice_values, 5) < 0.1
+    assert errors.by_layer(twice_keys, twice_values, 5).mean().item() < 0.1
     # Layers need not hold equally many entries.
-    assert errors.mean([*twice_keys[:1], *keys[1:]], [*twice_values[:1], *values[1:]], 5) < 0.1
-    assert errors.mean(keys, [10 * of_layer for of_layer in values], 5) == pytest.approx(9, rel=0.1)
+    assert (
+        errors.by_layer([*twice_keys[:1], *keys[1:]], [*twice_values[:1], *values[1:]], 5)
+        .mean()
+        .item()
+        < 0.1
+    )
+    assert errors.by_layer(
+        keys, [10 * of_layer for of_layer in values], 5
+    ).mean().item() == pytest.approx(9, rel=0.1)
 
 
 def test_what_is_measured_again(monkeypatch):

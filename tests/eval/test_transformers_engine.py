@@ -59,7 +59,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     # Of all heads of a layer; by output projections; by positions; and mergers of their own.
     "tova": {"recipe": "tova", "selector": "chunks"},
     "criticalkv": {"recipe": "criticalkv"},
-    "compresskv": {"recipe": "compresskv", "scorer": {"profile": QUERY_HEADS}},
+    "compresskv": {
+        "recipe": "compresskv",
+        "scorer": {"profile": QUERY_HEADS},
+        "allocator": "uniform",
+    },
     "expected_attention": {"recipe": "expected_attention", "obs_window": 16},
     "triattention": {"recipe": "triattention", "obs_window": 16, "merger": "cam"},
     "kvmerger": {"recipe": "kvmerger"},

@@ -1,11 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every composition of policies must hold, whatever it prefers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from policies.contexts import BLOCK_SIZE, NUM_SINKS, Row, build_context, entries
+from policies.contexts import (
+    BLOCK_SIZE,
+    GROUP,
+    HEAD_SIZE,
+    NUM_KV_HEADS,
+    NUM_SINKS,
+    Row,
+    build_context,
+    entries,
+)
 
-from ems_vllm.config import load_config, recipes
+from ems_vllm.config import ConfigError, load_config, recipes
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS
 from ems_vllm.policies.policy import Policy
 
@@ -22,17 +33,38 @@ def recipe(request):
     return request.param
 
 
-@pytest.fixture(params=list(MERGERS))
-def policy(recipe, request):
-    config = load_config(
-        {
-            "recipe": recipe,
-            "budget": 64,
-            "selector": {"num_sink_tokens": NUM_SINKS},
-            "merger": {"name": request.param},
-        }
-    )
+def with_sinks(recipe, parts):
+    """Parts, of which the selector keeps NUM_SINKS sinks."""
+    name = parts.get("selector", load_config(recipe).selector.name())
+    return {**parts, "selector": {"name": name, "num_sink_tokens": NUM_SINKS}}
+
+
+def composed(recipe, **parts):
+    """A recipe with other parts; None where they do not go together."""
+    try:
+        config = load_config({"recipe": recipe, "budget": 64, **parts})
+    except ConfigError as error:
+        if "does not fit together" not in str(error):
+            raise
+        return None
     return Policy.from_config(config)
+
+
+# Every scorer with every merger, and with every selector.
+PAIRS = [
+    *((recipe, {"merger": merger}) for recipe in recipes.names() for merger in MERGERS),
+    *((recipe, {"selector": selector}) for recipe in recipes.names() for selector in SELECTORS),
+]
+POLICIES = {
+    f"{recipe}-{next(iter(parts.values()))}": policy
+    for recipe, parts in PAIRS
+    if (policy := composed(recipe, **with_sinks(recipe, parts))) is not None
+}
+
+
+@pytest.fixture(params=POLICIES)
+def policy(request):
+    return POLICIES[request.param]
 
 
 def compacted(policy, rows):
@@ -75,6 +107,62 @@ def test_nothing_outside_the_targets_is_written(policy):
             old[:, ~targets].contiguous().view(torch.int32),
             new[:, ~targets].contiguous().view(torch.int32),
         )
+
+
+class Exchange:
+    """Sums over ranks that run one after the other: known once all have told theirs."""
+
+    def __init__(self, num_ranks):
+        self.told = [[] for _ in range(num_ranks)]
+
+    def of_rank(self, rank, totals):
+        def summed(tensor):
+            own = self.told[rank]
+            own.append(tensor.clone())
+            known = totals[len(own) - 1] if len(own) <= len(totals) else tensor
+            return known.clone(), len(self.told)
+
+        return summed
+
+
+def test_ranks_of_tensor_parallelism_keep_what_one_process_does(policy):
+    """Each rank has some kv_heads, with their query heads and columns of output projections."""
+    whole, _, after = compacted(policy, ROWS)
+    totals = []
+    while True:
+        exchange = Exchange(NUM_KV_HEADS)
+        found = []
+        for rank in range(NUM_KV_HEADS):
+            context = of_rank(build_context(ROWS), rank, exchange.of_rank(rank, totals))
+            policy.compact(context)
+            found.append(context)
+        told = [torch.stack(of_ranks).sum(0) for of_ranks in zip(*exchange.told, strict=True)]
+        if len(told) == len(totals):
+            break
+        totals = told[: len(totals) + 1]
+    for rank, context in enumerate(found):
+        for mine, theirs in ((context.key_cache, after[0]), (context.value_cache, after[1])):
+            for row in range(len(ROWS)):
+                torch.testing.assert_close(
+                    entries(mine, context, row)[:, 0], entries(theirs, whole, row)[:, rank]
+                )
+
+
+def of_rank(context, head, sum_of_ranks):
+    """What the rank with one kv_head sees."""
+    queries = slice(head * GROUP, (head + 1) * GROUP)
+    columns = slice(head * GROUP * HEAD_SIZE, (head + 1) * GROUP * HEAD_SIZE)
+    return replace(
+        context,
+        key_cache=context.key_cache[:, :, head : head + 1],
+        value_cache=context.value_cache[:, :, head : head + 1],
+        accumulated_pages=context.accumulated_pages[:, :, head : head + 1].contiguous(),
+        query_ring=context.query_ring[:, :, :, queries].contiguous(),
+        output_weights=[weights[:, columns] for weights in context.output_weights],
+        first_head=head * GROUP,
+        first_kv_head=head,
+        sum_of_ranks=sum_of_ranks,
+    )
 
 
 def test_a_row_does_not_depend_on_the_others(policy):

@@ -114,5 +114,6 @@ def _context(
         output_weights=tensors.output_weights[stack.layers],
         layer_ids=tensors.layer_ids[stack.layers],
         first_head=tensors.first_head,
+        first_kv_head=tensors.first_kv_head,
         rows_together=rows.rows_together,
     )

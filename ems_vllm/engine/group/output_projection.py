@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 
 if TYPE_CHECKING:
     from torch import nn
@@ -21,10 +21,9 @@ def output_weights(model: nn.Module, layers: Sequence[Any]) -> list[torch.Tensor
         layers: vLLM's `Attention`.
 
     Returns:
-        For each, [hidden_size, num_heads * head_size of this rank], the model's own memory where it
-        has the weight in this form; None where the module that holds a layer has no such
-        projection, or its weight is quantised on a GPU, where a second copy would need room that
-        nobody set aside.
+        For each, [hidden_size, num_heads * head_size of this rank]: on a GPU the model's own
+        memory, on a CPU a copy. None where the module that holds a layer has no such projection, or
+        its weight is quantised on a GPU, where a copy would need room that nobody set aside.
     """
     found: dict[int, torch.Tensor | None] = {}
     wanted = {id(layer): layer for layer in layers}
@@ -39,20 +38,16 @@ def output_weights(model: nn.Module, layers: Sequence[Any]) -> list[torch.Tensor
 
 @torch.inference_mode()
 def _weight(linear: Any, width: int) -> torch.Tensor | None:
-    weight: Any = getattr(linear, "weight", None)
-    if _is_plain(weight) and weight.dim() == 2 and weight.shape[1] == width:
-        stored: torch.Tensor = weight.data
-        return stored
-    if linear.input_size_per_partition != width or not _is_on_host(linear):
+    if linear.input_size_per_partition != width:
         return None
-    # vLLM keeps packed weights on a CPU: what they make of the identity are the weights.
-    identity = torch.eye(width, dtype=linear.params_dtype)
-    applied: torch.Tensor = linear.quant_method.apply(linear, identity, bias=None)
-    return applied.t().contiguous()
-
-
-def _is_plain(weight: Any) -> bool:
-    return weight is not None and weight.dtype.is_floating_point and weight.dtype.itemsize >= 2
+    if _is_on_host(linear):
+        # vLLM packs weights on a CPU: what they make of the identity are the weights.
+        identity = torch.eye(width, dtype=linear.params_dtype)
+        applied: torch.Tensor = linear.quant_method.apply(linear, identity, bias=None)
+        return applied.t().contiguous()
+    weight: torch.Tensor = linear.weight
+    is_plain = isinstance(linear.quant_method, UnquantizedLinearMethod)
+    return weight.data if is_plain and weight.shape == (linear.output_size, width) else None
 
 
 def _is_on_host(linear: nn.Module) -> bool:

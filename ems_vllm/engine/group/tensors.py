@@ -38,7 +38,8 @@ class GroupTensors:
         sample_stride: Of the prompt's queries, one in so many is accumulated.
         output_weights: Of the layers' output projections, in layer order; see CompactionContext.
         layer_ids: Indices of the layers in the model.
-        first_head: Of this rank's query heads the first one's index among the layer's.
+        first_head, first_kv_head: Of this rank's query heads and kv_heads the first one's index
+            among the layer's.
     """
 
     group_id: int
@@ -55,6 +56,7 @@ class GroupTensors:
     output_weights: Sequence[torch.Tensor]
     layer_ids: Sequence[int]
     first_head: int
+    first_kv_head: int
 
     @classmethod
     def bind(
@@ -73,6 +75,7 @@ class GroupTensors:
         layer_ids: Sequence[int],
         output_weights: Sequence[torch.Tensor] = (),
         first_head: int = 0,
+        first_kv_head: int = 0,
     ) -> GroupTensors:
         """Bring the caches of a group together with what is kept beside them.
 
@@ -103,6 +106,7 @@ class GroupTensors:
             output_weights=output_weights,
             layer_ids=list(layer_ids),
             first_head=first_head,
+            first_kv_head=first_kv_head,
         )
 
     def set_scales(self, layer_scales: Sequence[LayerScales]) -> None:

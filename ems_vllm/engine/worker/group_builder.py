@@ -114,6 +114,8 @@ class GroupBuilder:
         scale = self._check(spec, layer_names, owners)
         layer_ids = [extract_layer_index(name) for name in owners]
         self._check_profile(layer_ids, owners)
+        layer = self.layers[owners[0]]
+        first_head = get_tp_group().rank_in_group * layer.num_heads
         tensors = GroupTensors.bind(
             group_id=group_id,
             spec=spec,
@@ -127,7 +129,9 @@ class GroupBuilder:
             sample_stride=self.config.sample_stride,
             output_weights=self._output_weights(owners),
             layer_ids=layer_ids,
-            first_head=get_tp_group().rank_in_group * self.layers[owners[0]].num_heads,
+            first_head=first_head,
+            # Ranks may share one.
+            first_kv_head=first_head // (layer.num_heads // layer.num_kv_heads),
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20

@@ -32,6 +32,7 @@ class By(StrEnum):
     INDUCTION = "induction"
     RETRIEVAL = "retrieval"
     SEMANTIC = "semantic"
+    ERROR = "error"
 
 
 def calibrate(
@@ -41,7 +42,7 @@ def calibrate(
         By,
         typer.Option(
             help="repetition (KVzip), attention (PrefixKV), induction (RazorAttention), retrieval "
-            "(HeadKV), semantic (CompressKV)"
+            "(HeadKV), semantic (CompressKV's heads), error (CompressKV's layers)"
         ),
     ] = By.REPETITION,
     text_path: Annotated[
@@ -100,6 +101,7 @@ def calibrate(
 def _measure(by: By, tokenizer: Tokenizer, texts: list[str], count: int, length: int) -> Measure:
     from ems_vllm.eval.calibration import samples
     from ems_vllm.eval.calibration.induction import Induction
+    from ems_vllm.eval.calibration.layer_errors import LayerErrors
     from ems_vllm.eval.calibration.retrieval import Retrieval, Semantic
     from ems_vllm.eval.calibration.texts import Mass, Repetition
 
@@ -114,6 +116,8 @@ def _measure(by: By, tokenizer: Tokenizer, texts: list[str], count: int, length:
     parts = [[*special, *part] for part in samples.passages(words, count, length - len(special))]
     if by is By.ATTENTION:
         return Mass(parts)
+    if by is By.ERROR:
+        return LayerErrors(parts)
     return Repetition(parts, tokenizer.encode_plain(_INSTRUCTION))
 
 

@@ -36,7 +36,9 @@ def layer_fractions(of_heads: Sequence[Sequence[Sequence[float]]]) -> list[list[
     return rounded(torch.tensor(of_heads, dtype=torch.float64).mean(1))
 
 
-def in_proportion(importance: torch.Tensor, ratios: Sequence[float]) -> list[list[list[float]]]:
+def in_proportion(
+    importance: torch.Tensor, ratios: Sequence[float], most: float = torch.inf
+) -> list[list[list[float]]]:
     """The fraction that each kv_head keeps if a budget is dealt in proportion to importance.
 
     Whoever has everything leaves the rest to the others, those without any importance coming last.
@@ -44,12 +46,13 @@ def in_proportion(importance: torch.Tensor, ratios: Sequence[float]) -> list[lis
     Args:
         importance: [num_layers, num_kv_heads], >= 0.
         ratios: Fractions that heads keep on the mean.
+        most: Of a head, as a multiple of the mean.
 
     Returns:
         By layer, kv_head and ratio.
     """
     flat = importance.double().flatten()
-    dealt = [_dealt(flat, ratio * len(flat)) for ratio in ratios]
+    dealt = [_dealt(flat, ratio * len(flat), min(1.0, most * ratio)) for ratio in ratios]
     return rounded(torch.stack(dealt, dim=-1).view(*importance.shape, len(ratios)))
 
 
@@ -94,17 +97,17 @@ def rounded(fractions: torch.Tensor) -> Any:
     return scaled(rounded)
 
 
-def _dealt(weights: torch.Tensor, total: float) -> torch.Tensor:
-    """min(1, factor * weights) whose sum is `total`, and what is left for those that weigh 0."""
+def _dealt(weights: torch.Tensor, total: float, most: float) -> torch.Tensor:
+    """min(most, factor * weights) whose sum is `total`; what is left is for those that weigh 0."""
     dealt = torch.zeros_like(weights)
     is_open = weights > 0
     while is_open.any():
         left = total - float(dealt[~is_open].sum())
         wanted = left * weights / weights[is_open].sum()
-        is_full = is_open & (wanted >= 1)
+        is_full = is_open & (wanted >= most)
         if not is_full.any():
             return torch.where(is_open, wanted, dealt)
-        dealt[is_full] = 1.0
+        dealt[is_full] = most
         is_open &= ~is_full
     is_weightless = weights <= 0
     if is_weightless.any():

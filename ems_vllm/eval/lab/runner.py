@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING
 
 from ems_vllm.config import RequestOptions
 from ems_vllm.eval.lab.cells import Cell, prompt_digest
-from ems_vllm.eval.lab.errors import AttentionErrors, QueryRecorder, projections
 from ems_vllm.eval.lab.forcing import Forced, Measurement
 from ems_vllm.eval.lab.journal import Record
 from ems_vllm.eval.transformers_engine.attention import observed_by
+from ems_vllm.eval.transformers_engine.attention_errors import (
+    AttentionErrors,
+    QueryRecorder,
+    projections,
+)
 from ems_vllm.eval.transformers_engine.quantised import FORMATS, PLAIN, CacheFormat
 from ems_vllm.ops import reference_operators
 
@@ -127,7 +131,7 @@ class Lab:
                 num_compared = min(num_compared, due - prefilled.num_tokens)
             found = request.gaps()
             gaps = [found.get(layer) for layer in self._engine.compressed_layers]
-            error = errors.mean(*request.entries(), num_compared, gaps)
+            error = float(errors.by_layer(*request.entries(), num_compared, gaps).mean())
         logprobs = forced.logprobs(request.extend(forced.fed))
         measurement = forced.measure(logits, logprobs, full)
         return measurement.model_copy(update={"attention_error": error, "kv_bytes": kv_bytes})

@@ -26,9 +26,9 @@ class CompressKVScorer(Scorer):
 
     Paper: Lin et al. 2025, CompressKV, arXiv:2508.02401. Which query heads retrieve is measured
     once for a model (`ems-vllm calibrate --by semantic`). Of each layer the best ones alone, by the
-    sum over the recorded queries, choose what all kv_heads keep. The paper's layer budgets, by the
-    error that a cache of 32 tokens makes, are not measured; `allocator: profile` stands in for
-    them. Deviation: runs while decoding, too, every `recompress_interval` tokens.
+    sum over the recorded queries, choose what all kv_heads keep. The paper's layer budgets are
+    `allocator: profile`, of what `ems-vllm calibrate --by error` measures. Deviation: runs while
+    decoding, too, every `recompress_interval` tokens.
     """
 
     papers = (Paper("CompressKV", "Lin et al.", 2025, "2508.02401"),)

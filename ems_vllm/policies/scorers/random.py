@@ -30,8 +30,10 @@ class RandomScorer(Scorer):
         num_heads = num_rows * context.num_kv_heads
         # Entries of one head differ by 1 at any max_entries, so a longer row elsewhere in the
         # batch must not shift the numbers: combine the coordinates instead of flattening them.
-        layer = torch.arange(context.num_layers, device=device).view(-1, 1, 1, 1, 1)
+        layers = list(context.layer_ids) or list(range(context.num_layers))
+        layer = torch.tensor(layers, device=device).view(-1, 1, 1, 1, 1)
         head = torch.arange(num_heads, device=device).view(num_rows, context.num_kv_heads, 1)
+        head += context.first_kv_head
         entry = torch.arange(context.max_entries, device=device)
         index = (layer * 1_000_003 + head) * 16_777_259 + entry
         index ^= self.seed * 2_654_435_769

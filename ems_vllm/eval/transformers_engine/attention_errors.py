@@ -68,14 +68,14 @@ class AttentionErrors:
         ]
 
     @torch.inference_mode()
-    def mean(
+    def by_layer(
         self,
         keys: Sequence[torch.Tensor],
         values: Sequence[torch.Tensor],
         num_tokens: int,
         gaps: Sequence[torch.Tensor | None] = (),
-    ) -> float:
-        """Mean over layers and tokens of |output - full output| / |full output|.
+    ) -> torch.Tensor:
+        """Mean over tokens of |output - full output| / |full output|, [num_layers], float32.
 
         Args:
             keys, values: By layer, [num_kv_heads, num_entries, head_size] - of the prompt.
@@ -96,8 +96,8 @@ class AttentionErrors:
             )
             full = full[:num_tokens]
             norms = full.norm(dim=-1).clamp_min(torch.finfo(full.dtype).tiny)
-            errors.append((output - full).norm(dim=-1) / norms)
-        return float(torch.stack(errors).mean())
+            errors.append(((output - full).norm(dim=-1) / norms).mean())
+        return torch.stack(errors)
 
     @torch.inference_mode()
     def _output(
