@@ -28,6 +28,7 @@ from serving.load import random_prompts
 from serving.report import write
 
 from ems_vllm.eval.records import environment
+from ems_vllm.policies import selection
 
 # The selection is read in this process, where the engine must run, too.
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -93,7 +94,6 @@ class Engine:
         self._llm = llm
         self._num_new_tokens = num_new_tokens
         worker = llm.llm_engine.model_executor.driver_worker.worker
-        self._selector = worker._policy.selector
         (group,) = worker.compression.groups
         self._num_layers = group.tensors.num_layers
 
@@ -105,18 +105,17 @@ class Engine:
 
         params = SamplingParams(max_tokens=self._num_new_tokens, temperature=0, ignore_eos=True)
         selections: list[Any] = []
-        cls = type(self._selector)
-        select = cls.select
+        select = selection.select
 
-        def observed(selector: Any, *args: Any) -> Any:
-            selection = select(selector, *args)
-            selections.append(selection.kept_idx[:, 0].tolist())
-            return selection
+        def observed(*args: Any) -> Any:
+            selected = select(*args)
+            selections.append(selected.kept_idx[:, 0].tolist())
+            return selected
 
-        with mock.patch.object(cls, "select", observed):
+        with mock.patch.object(selection, "select", observed):
             (output,) = self._llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
         # One call may cover a part of the layers; later calls are compactions while decoding.
-        layers = [layer for selection in selections for layer in selection][: self._num_layers]
+        layers = [layer for of_call in selections for layer in of_call][: self._num_layers]
         kept = [frozenset(head) - {-1} for layer in layers for head in layer]
         return Answer(list(output.outputs[0].token_ids), output.num_cached_tokens, kept)
 

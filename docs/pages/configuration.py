@@ -13,6 +13,7 @@ from ems_vllm.config import load_config, recipes
 from ems_vllm.config.protect import KEY, NOTHING, ROLES
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS, Component
+from ems_vllm.policies.model_profile import LayerProfile
 
 _PARTS = ("scorer", "allocator", "selector", "merger")
 
@@ -119,6 +120,8 @@ def _yaml(value: Any) -> str:
             if field.is_required() or getattr(value, name) != field.default
         )
         return ", ".join((value.name(), *options))
+    if isinstance(value, LayerProfile):
+        return "-".join(filter(None, (value.model, value.by)))
     return json.dumps(yaml.safe_load(json.dumps(value))).strip('"')
 
 

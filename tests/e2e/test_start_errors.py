@@ -16,7 +16,7 @@ from processes import fork_vllm
         pytest.param(
             ["--kv-compression", "bogus"],
             "kv_compression='bogus' is not a recipe",
-            "use off, ems,",
+            "use off, adakv,",
             id="unknown recipe",
         ),
         pytest.param(
@@ -70,7 +70,7 @@ from processes import fork_vllm
         pytest.param(
             ["--additional-config", '{"kv_compression": {"recipe": "bogus"}}'],
             "kv_compression='bogus' is not a recipe",
-            "use off, ems,",
+            "use off, adakv,",
             id="unknown recipe in vLLM's own flag",
         ),
     ],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from engine.harness import BLOCK_SIZE, ROOT, engine, tokens
 
-from ems_vllm.policies.selectors.top_k import TopKSelector
+from ems_vllm.policies import selection
 
 pytestmark = pytest.mark.slow
 
@@ -47,14 +47,14 @@ class Origins:
 @pytest.fixture
 def origins():
     origins = Origins()
-    select = TopKSelector.select
+    select = selection.select
 
-    def following(self, context, scores, merger):
-        selection = select(self, context, scores, merger)
-        origins.follow(selection.kept_idx[:, 0], context.max_entries)
-        return selection
+    def following(context, ranked, merger):
+        selected = select(context, ranked, merger)
+        origins.follow(selected.kept_idx[:, 0], context.max_entries)
+        return selected
 
-    with mock.patch.object(TopKSelector, "select", following):
+    with mock.patch.object(selection, "select", following):
         yield origins
 
 
