@@ -28,7 +28,10 @@ COLOURS = ("#d95f02", "#1b6ca8")
 
 
 def draw(result: dict[str, Any]) -> plt.Figure:
-    """A row for each method, a dot for each budget; the least loss of questions on top."""
+    """A row for each method, a dot for each budget; the least loss of questions on top.
+
+    A triangle at the edge is a loss beyond it.
+    """
     found = {
         (one["variant"], one["budget"], one["group"]): one["loss_above_full"]
         for one in result["summaries"]
@@ -45,21 +48,30 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     rows = range(len(names))
     for axes, (group, title) in zip(panels, PANELS.items(), strict=True):
         losses = [[found[name, budget, group] for name in names] for budget in budgets]
-        for row, (low, high) in enumerate(zip(*losses, strict=True)):
-            axes.plot([low, high], [row, row], color="#cccccc", linewidth=1, zorder=1)
+        # One method that is far behind all others would hide what these have apart.
+        edge = 1.15 * sorted(max(pair) for pair in zip(*losses, strict=True))[-2]
+        beyond = [
+            (edge, row) for row, pair in enumerate(zip(*losses, strict=True)) if max(pair) > edge
+        ]
+        losses = [[min(loss, edge) for loss in of_budget] for of_budget in losses]
+        axes.hlines(rows, *losses, color="#cccccc", linewidth=1, zorder=1)
         for budget, colour, marker, of_budget in zip(
             budgets, COLOURS, ("o", "s"), losses, strict=True
         ):
             label = f"{float(budget):.0%} of the cache"
-            axes.scatter(of_budget, rows, s=16, color=colour, marker=marker, label=label, zorder=2)
+            axes.plot(of_budget, rows, marker, color=colour, markersize=4, label=label)
+        for place in beyond:
+            axes.plot(*place, ">", color=COLOURS[0], markersize=7)
+        axes.tick_params(left=False)
+        axes.grid(visible=False, axis="y")
         axes.axvline(0, color="black", linestyle=":", linewidth=1)
         axes.set_title(title, fontsize=9)
-        axes.set_xlabel("loss above the full cache's, nats")
+        axes.set_xlabel("loss, nats per token")
     panels[0].set_yticks(list(rows), names)
     for label in panels[0].get_yticklabels():
         if label.get_text() == FOCUS:
             label.set_fontweight("bold")
-    panels[-1].legend(loc="lower right", fontsize=8)
+    panels[-1].legend(loc="upper right", fontsize=8)
     return figure
 
 

@@ -48,7 +48,7 @@ def draw_row(axes: plt.Axes, y: float, title: str, compacted: bool) -> None:
 
 
 def main() -> None:
-    plt.rcParams["svg.hashsalt"] = "columns"
+    plt.rcParams |= {"svg.hashsalt": "columns", "svg.fonttype": "none"}
     figure, axes = plt.subplots(figsize=(10, 3.6))
     draw_row(axes, 3.0, "before", compacted=False)
     draw_row(axes, 0.0, "after", compacted=True)

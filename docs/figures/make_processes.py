@@ -87,7 +87,7 @@ def draw_messages(axes: plt.Axes, left: float, there: str, back: str) -> None:
 
 
 def main() -> None:
-    plt.rcParams["svg.hashsalt"] = "processes"
+    plt.rcParams |= {"svg.hashsalt": "processes", "svg.fonttype": "none"}
     figure, axes = plt.subplots(figsize=(11, 3.1))
     for number, process in enumerate(PROCESSES):
         draw_process(axes, number * (WIDTH + GAP), process)

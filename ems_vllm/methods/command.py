@@ -6,11 +6,12 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from ems_vllm.methods.measured import described
-from ems_vllm.methods.method import Method, method, methods
+from ems_vllm.methods.method import CODES, Method, method, methods
 from ems_vllm.methods.not_served import NOT_SERVED
 
 _GROUPS = {"last": "asked last", "first": "first", "later": "later", "text": "text"}
@@ -43,18 +44,23 @@ def list_methods(
 
 
 def _overview(chosen: list[Method]) -> Table:
+    """Narrow enough for a terminal of 80 columns: losses of a budget share a cell."""
     budgets = described().get("budgets", [])
-    columns = [f"{float(budget):.0%}: {group}" for budget in budgets for group in _GROUPS.values()]
-    table = Table("method", "needs", *columns, "time")
+    losses_at = (f"loss at {float(budget):.0%}" for budget in budgets)
+    table = Table("method", "needs", *losses_at, "time", box=SIMPLE_HEAD, pad_edge=False)
+    table.caption = f"loss: {', '.join(_GROUPS.values())}. needs: " + ", ".join(
+        f"{code} {need}" for need, code in CODES.items()
+    )
     for one in chosen:
+        measured = one.measured
         losses = [
-            _signed(one.measured.losses.get(budget, {}).get(group)) if one.measured else ""
+            " ".join(f"{loss:+.1f}" for loss in measured.losses.get(budget, {}).values())
+            if measured
+            else ""
             for budget in budgets
-            for group in _GROUPS
         ]
-        cost = one.measured.cost if one.measured else None
-        time = "" if cost is None else f"{cost:.2g}"
-        table.add_row(one.name, ", ".join(one.needs) or "keys, values", *losses, time)
+        time = "" if measured is None or measured.cost is None else f"{measured.cost:.2g}"
+        table.add_row(one.name, "".join(CODES[need] for need in one.needs), *losses, time)
     return table
 
 

@@ -14,6 +14,15 @@ from ems_vllm.policies.base import Component
 from ems_vllm.policies.paper import Paper
 
 PARTS = ("scorer", "allocator", "selector", "merger")
+# What a method may need, and how a narrow table says it.
+CODES = {
+    "attention of the prompt": "A",
+    "last queries": "Q",
+    "output projections": "O",
+    "a profile of the model": "P",
+    "unequal layers": "L",
+    "unequal heads": "H",
+}
 
 
 @dataclass(frozen=True)
@@ -89,15 +98,15 @@ def methods() -> list[Method]:
 
 def _needs(config: Any) -> tuple[str, ...]:
     scorer, allocator = config.scorer, config.allocator
-    needs = {
-        "attention of the prompt": scorer.uses_accumulated,
-        "last queries": scorer.uses_window,
-        "output projections": config.selector.reads_output_weights,
-        "a profile of the model": scorer.reads_profile or allocator.reads_profile,
-        "unequal layers": allocator.deals_to_layers,
-        "unequal heads": allocator.deals_to_heads,
-    }
-    return tuple(need for need, is_so in needs.items() if is_so)
+    is_so = (
+        scorer.uses_accumulated,
+        scorer.uses_window,
+        config.selector.reads_output_weights,
+        scorer.reads_profile or allocator.reads_profile,
+        allocator.deals_to_layers,
+        allocator.deals_to_heads,
+    )
+    return tuple(need for need, needed in zip(CODES, is_so, strict=True) if needed)
 
 
 def summary(cls: type[Component]) -> str:
