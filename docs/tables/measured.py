@@ -44,4 +44,4 @@ def measured() -> str:
             if name in found or name in costs
         },
     }
-    return _HEAD + yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=100)
+    return _HEAD + yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=90)
