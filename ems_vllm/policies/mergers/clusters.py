@@ -9,8 +9,8 @@ import torch
 from pydantic import Field
 
 from ems_vllm import ops
-from ems_vllm.ops import KeyMerge
-from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.averaging import AveragingMerger
+from ems_vllm.policies.base import MERGERS, Classes
 from ems_vllm.policies.centres import entry_weights
 from ems_vllm.policies.paper import Paper
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @MERGERS.register("clusters")
-class ClustersMerger(Merger):
+class ClustersMerger(AveragingMerger):
     """Every dropped entry joins the kept entry with the most similar key; all count alike.
 
     After ClusterKV (Liu et al. 2024, arXiv:2412.03213), Multipole Attention (Hooper et al. 2025,
@@ -44,18 +44,6 @@ class ClustersMerger(Merger):
 
     least_similarity: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Cosine of keys below which an entry joins no cluster and is dropped."""
-
-    @property
-    def candidates_per_center(self) -> None:
-        return None
-
-    @property
-    def key_merge(self) -> KeyMerge:
-        return KeyMerge.MEAN
-
-    @property
-    def keeps_mass(self) -> bool:
-        return self.keep_mass
 
     @property
     def num_merge_tensors(self) -> int:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.ops import KeyMerge
-from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.averaging import AveragingMerger
+from ems_vllm.policies.base import MERGERS, Classes
 from ems_vllm.policies.centres import class_or_zero, entry_weights
 from ems_vllm.policies.paper import Paper
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @MERGERS.register("compensation")
-class CompensationMerger(Merger):
+class CompensationMerger(AveragingMerger):
     """The mean key and value of everything dropped, as one entry that counts for all of it.
 
     Paper: Tang et al. 2024, RazorAttention, arXiv:2407.15891, its compensation token. It takes the
@@ -30,18 +30,6 @@ class CompensationMerger(Merger):
 
     keep_mass: bool = True
     """Let it count as often as it has entries; with scorers that record queries."""
-
-    @property
-    def candidates_per_center(self) -> None:
-        return None
-
-    @property
-    def key_merge(self) -> KeyMerge:
-        return KeyMerge.MEAN
-
-    @property
-    def keeps_mass(self) -> bool:
-        return self.keep_mass
 
     @property
     def num_merge_tensors(self) -> int:

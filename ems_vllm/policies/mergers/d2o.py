@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cosine_similarity
 
-from ems_vllm.ops import KeyMerge
-from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.averaging import AveragingMerger
+from ems_vllm.policies.base import MERGERS, Classes
 from ems_vllm.policies.centres import class_or_zero, entry_of, entry_weights
 from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.mergers.clusters import nearest_key
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @MERGERS.register("d2o")
-class D2OMerger(Merger):
+class D2OMerger(AveragingMerger):
     """Merges a dropped entry into the kept one with the most similar key, weighted by the cosine.
 
     Paper: Wan et al. 2024, D2O, arXiv:2406.13035: what is less similar than dropped entries are on
@@ -35,22 +35,6 @@ class D2OMerger(Merger):
     """
 
     papers = (Paper("D2O", "Wan et al.", 2024, "2406.13035"),)
-
-    keep_mass: bool = False
-    """Give a merged entry the attention of what it stands for (ours); with scorers that record
-    queries."""
-
-    @property
-    def candidates_per_center(self) -> None:
-        return None
-
-    @property
-    def key_merge(self) -> KeyMerge:
-        return KeyMerge.MEAN
-
-    @property
-    def keeps_mass(self) -> bool:
-        return self.keep_mass
 
     @property
     def num_merge_tensors(self) -> int:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ems_vllm.ops import KeyMerge
-from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.averaging import AveragingMerger
+from ems_vllm.policies.base import MERGERS, Classes
 from ems_vllm.policies.centres import class_or_zero, entry_of, entry_weights, neighbours
 from ems_vllm.policies.paper import Paper
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @MERGERS.register("elastic")
-class ElasticMerger(Merger):
+class ElasticMerger(AveragingMerger):
     """Averages keys and values of every dropped entry into the kept entry nearest in the text.
 
     Paper: Liu et al. 2024, Elastic Cache, arXiv:2407.18121. Ours: sinks take no members, so an
@@ -27,22 +27,6 @@ class ElasticMerger(Merger):
     """
 
     papers = (Paper("Elastic Cache", "Liu et al.", 2024, "2407.18121"),)
-
-    keep_mass: bool = False
-    """Give a merged entry the attention of as many entries as it stands for (ours); with scorers
-    that record queries."""
-
-    @property
-    def candidates_per_center(self) -> None:
-        return None
-
-    @property
-    def key_merge(self) -> KeyMerge:
-        return KeyMerge.MEAN
-
-    @property
-    def keeps_mass(self) -> bool:
-        return self.keep_mass
 
     @property
     def num_merge_tensors(self) -> int:

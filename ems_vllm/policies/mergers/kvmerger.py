@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field
 
-from ems_vllm.ops import KeyMerge
 from ems_vllm.policies.adjacent import similarity_to_next
-from ems_vllm.policies.base import MERGERS, Classes, Merger
+from ems_vllm.policies.averaging import AveragingMerger
+from ems_vllm.policies.base import MERGERS, Classes
 from ems_vllm.policies.centres import class_or_zero, entry_of, entry_weights, neighbours
 from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.paper import Paper
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 @MERGERS.register("kvmerger")
-class KVMergerMerger(Merger):
+class KVMergerMerger(AveragingMerger):
     """Merges a dropped entry into a kept one if all keys from one to the other are alike.
 
     Paper: Wang et al. 2024, KVMerger, arXiv:2407.08454: sets of consecutive entries, each more
@@ -47,22 +47,6 @@ class KVMergerMerger(Merger):
 
     sigma: Annotated[float, Field(gt=0, le=1e4)] = 5.0
     """Width of the kernel, in the unit of keys."""
-
-    keep_mass: bool = False
-    """Give a merged entry the attention of what it stands for (ours); with scorers that record
-    queries."""
-
-    @property
-    def candidates_per_center(self) -> None:
-        return None
-
-    @property
-    def key_merge(self) -> KeyMerge:
-        return KeyMerge.MEAN
-
-    @property
-    def keeps_mass(self) -> bool:
-        return self.keep_mass
 
     @property
     def num_merge_tensors(self) -> int:
