@@ -26,7 +26,7 @@ SLICE_BYTES = 32 << 20
 _EPS = 1e-12
 
 
-def _alone(tensor: Tensor) -> tuple[Tensor, int]:
+def sum_alone(tensor: Tensor) -> tuple[Tensor, int]:
     """The sum over ranks, and how many they are, where there is one."""
     return tensor, 1
 
@@ -69,7 +69,7 @@ class CompactionContext:
             a row. Divides num_rows.
         output_weights: By layer, [hidden_size, num_heads * head_size], float - what turns the
             outputs of the heads of this rank into the layer's; empty where no component asks.
-        layer_ids: Indices of the layers in the model; empty where no component asks.
+        layer_ids: Indices of the layers in the model; empty where they are not known.
         first_head, first_kv_head: Of this rank's query heads and kv_heads the first one's index
             among the layer's.
         sum_of_ranks: Sums a tensor over the ranks that hold other kv_heads of the same layers.
@@ -105,7 +105,7 @@ class CompactionContext:
     layer_ids: Sequence[int] = ()
     first_head: int = 0
     first_kv_head: int = 0
-    sum_of_ranks: Callable[[Tensor], tuple[Tensor, int]] = _alone
+    sum_of_ranks: Callable[[Tensor], tuple[Tensor, int]] = sum_alone
 
     @property
     def num_layers(self) -> int:

@@ -7,16 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from ems_vllm.policies.context import sum_alone
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def _alone(tensor: Tensor) -> list[Tensor]:
     return [tensor]
-
-
-def _sum_alone(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, 1
 
 
 @dataclass(frozen=True)
@@ -29,4 +27,4 @@ class Ranks:
     """
 
     gather: Callable[[Tensor], list[Tensor]] = _alone
-    sum: Callable[[Tensor], tuple[Tensor, int]] = _sum_alone
+    sum: Callable[[Tensor], tuple[Tensor, int]] = sum_alone

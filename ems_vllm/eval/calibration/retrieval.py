@@ -116,7 +116,7 @@ def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, fact: Fact) 
     """
     length = len(fact.answer)
     span = slice(fact.start, fact.start + length)
-    (weights,) = _at_once(queries, keys, scale)
+    weights = _at_once(queries, keys, scale)
     most = weights.argmax(-1)
     wanted = torch.arange(fact.start, fact.start + length, device=keys.device)
     # Elsewhere in the fact the same token may stand.
@@ -128,14 +128,14 @@ def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, fact: Fact) 
     return torch.stack([hits.float().mean(-1), attended])
 
 
-def _at_once(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> tuple[torch.Tensor]:
+def _at_once(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:
     """[num_kv_heads, group, num_queries, num_tokens], of few queries."""
     num_tokens = keys.shape[1]
     rows = [
         torch.nn.functional.pad(part, (0, num_tokens - part.shape[-1]))
         for part in attention_weights(queries, keys, scale)
     ]
-    return (torch.cat(rows, dim=2),)
+    return torch.cat(rows, dim=2)
 
 
 def _ordered(of_heads: torch.Tensor) -> list[list[int]]:
