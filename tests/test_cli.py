@@ -195,6 +195,8 @@ def test_methods_are_listed_with_what_they_need():
     assert {"url": "https://arxiv.org/abs/2404.14469"}.items() <= found["snapkv"]["papers"][
         0
     ].items()
+    assert set(found["ems"]["measured"]) == {"smollm2", "gemma3-270m"}
+    assert found["ems"]["compaction_time"] == 1
     not_served = json.loads(listed.output)["not_served"]
     assert all(one["why"] and one["instead"] for one in not_served)
 
@@ -204,7 +206,11 @@ def test_methods_are_listed_for_people():
     one = run("methods", "chunkkv").output
     assert all(name in listed for name in recipes.names())
     assert "https://arxiv.org/abs/2502.00299" in one
+    assert "SmolLM2" in one
+    assert "Gemma" in one
+    assert "on Gemma" in " ".join(run("methods", "--model", "gemma3-270m").output.split())
     assert "method='emz' is not a recipe" in str(run("methods", "emz").exception)
+    assert "model='opt' was not measured" in str(run("methods", "--model", "opt").exception)
 
 
 def test_recipes_are_shown():

@@ -160,7 +160,8 @@ def _by_interval() -> list[Column]:
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
     "methods": methods.catalogue,
-    "methods-measured": methods.measured,
+    "methods-measured": partial(methods.measured, "smollm2"),
+    "methods-measured-gemma": partial(methods.measured, "gemma3-270m"),
     "methods-not-served": methods.not_served,
     "methods-parts": methods.parts,
     "smollm2-recipes": partial(

@@ -10,7 +10,11 @@ import yaml
 from ems_vllm.config import recipes
 from tables.markdown import read
 
-_SOURCE, _COSTS = "methods-smollm2-4k.json", "methods-cpu.json"
+_SOURCES = {
+    "smollm2": ("SmolLM2-135M-Instruct", "methods-smollm2-4k.json"),
+    "gemma3-270m": ("Gemma 3 270M", "methods-gemma3-270m-4k.json"),
+}
+_TIMES = "methods-cpu.json"
 _FOCUS = "ems"
 _HEAD = (
     "# SPDX-License-Identifier: Apache-2.0\n"
@@ -19,29 +23,42 @@ _HEAD = (
 _GROUPS = {"last": "last", "first": "first", "later": "later", "continuation": "text"}
 
 
-def measured() -> str:
-    """A YAML file."""
-    lab, costs = read(_SOURCE), read(_COSTS)["seconds"]
+def files() -> dict[str, str]:
+    """YAML by name: the losses on each model, and the times of a compaction."""
+    found = {name: _losses(model, source) for name, (model, source) in _SOURCES.items()}
+    written = {f"{name}.yaml": _written(data, None) for name, data in found.items()}
+    return written | {"compaction.yaml": _written(_times(), False)}
+
+
+def _losses(model: str, source: str) -> dict[str, Any]:
+    lab = read(source)
     found: dict[str, dict[str, Any]] = {}
     for one in lab["summaries"]:
         if one["variant"] in recipes.names() and one["group"] in _GROUPS:
-            of_recipe = found.setdefault(one["variant"], {})
             values: dict[str, Any] = {"loss": round(one["loss_above_full"], 4)}
             if one["of"]:
                 values["right"] = [one["right"], one["of"]]
+            of_recipe = found.setdefault(one["variant"], {})
             of_recipe.setdefault(one["budget"], {})[_GROUPS[one["group"]]] = values
-    written = {
-        "model": "SmolLM2-135M-Instruct",
+    return {
+        "model": model,
         "what": lab["what"],
-        "source": _SOURCE,
+        "source": source,
         "budgets": lab["budgets"],
-        "recipes": {
-            name: {
-                "budgets": found.get(name, {}),
-                **({"cost": float(f"{costs[name] / costs[_FOCUS]:.2g}")} if name in costs else {}),
-            }
-            for name in recipes.names()
-            if name in found or name in costs
-        },
+        "recipes": {name: found[name] for name in recipes.names() if name in found},
     }
-    return _HEAD + yaml.safe_dump(written, sort_keys=False, default_flow_style=None, width=90)
+
+
+def _times() -> dict[str, Any]:
+    seconds = read(_TIMES)["seconds"]
+    relative = {
+        name: float(f"{seconds[name] / seconds[_FOCUS]:.2g}")
+        for name in recipes.names()
+        if name in seconds
+    }
+    return {"source": _TIMES, "recipes": relative}
+
+
+def _written(data: dict[str, Any], flow: bool | None) -> str:
+    # None writes what is innermost on one line.
+    return _HEAD + yaml.safe_dump(data, sort_keys=False, default_flow_style=flow, width=90)

@@ -9,8 +9,8 @@ import json
 import textwrap
 from typing import Any
 
-from ems_vllm.methods.measured import described
-from ems_vllm.methods.method import Method, methods
+from ems_vllm.methods.measured import Measured, described
+from ems_vllm.methods.method import methods
 from ems_vllm.methods.not_served import NOT_SERVED
 from ems_vllm.policies.base import ALLOCATORS, MERGERS, SCORERS, SELECTORS, Component
 from ems_vllm.policies.paper import Paper
@@ -24,19 +24,19 @@ def catalogue() -> str:
     rows = []
     for one in methods():
         papers = ", ".join(_linked(paper) for paper in one.papers) or "ours"
-        time = "" if one.measured is None or one.measured.cost is None else one.measured.cost
+        time = "" if one.compaction_time is None else one.compaction_time
         rows.append([f"`{one.name}`", one.keeps, papers, ", ".join(one.needs), f"{time}"])
     return table(["recipe", "what stays", "papers", "needs", "time"], rows)
 
 
-def measured() -> str:
-    """Losses by recipe, the least of questions first."""
-    budgets = described()["budgets"]
-    found = [one for one in methods() if one.measured is not None and one.measured.losses]
+def measured(model: str) -> str:
+    """Losses on a model by recipe, the least of questions first."""
+    budgets = described(model)["budgets"]
+    found = {one.name: one.measured[model] for one in methods() if model in one.measured}
     rows = []
-    for one in sorted(found, key=_mean_loss):
+    for name, one in sorted(found.items(), key=lambda item: _mean_loss(item[1])):
         cells = [_loss(one, budget, group) for budget in budgets for group in _GROUPS]
-        rows.append([f"`{one.name}`", *cells])
+        rows.append([f"`{name}`", *cells])
     head = [f"{percent(budget)}: {group}" for budget in budgets for group in _GROUPS]
     return table(["", *head], rows)
 
@@ -57,20 +57,16 @@ def parts() -> str:
     return "\n".join(lines[1:])
 
 
-def _mean_loss(one: Method) -> float:
-    assert one.measured is not None
-    of_budgets = one.measured.losses.values()
+def _mean_loss(one: Measured) -> float:
+    of_budgets = one.losses.values()
     losses = [of_budget[group] for of_budget in of_budgets for group in _GROUPS[:3]]
     return sum(losses) / len(losses)
 
 
-def _loss(one: Method, budget: str, group: str) -> str:
-    assert one.measured is not None
-    loss = one.measured.losses.get(budget, {}).get(group)
-    if loss is None:
-        return ""
+def _loss(one: Measured, budget: str, group: str) -> str:
+    loss = one.losses[budget][group]
     text = f"{loss:+.3f}" if group == "text" else f"{loss:+.2f}"
-    right = one.measured.right.get(budget, {}).get(group)
+    right = one.right[budget].get(group)
     return f"{text} ({right[0]} of {right[1]})" if right else text
 
 

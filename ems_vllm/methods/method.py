@@ -9,7 +9,7 @@ from typing import Any
 
 from ems_vllm.config import ConfigError, load_config, recipes
 from ems_vllm.config.errors import shown
-from ems_vllm.methods.measured import Measured, measured
+from ems_vllm.methods.measured import Measured, compaction_time, measured
 from ems_vllm.policies.base import Component
 from ems_vllm.policies.paper import Paper
 
@@ -37,7 +37,8 @@ class Method:
         parts: Names of its components by kind.
         needs: What a server or a model must have for it, in words.
         is_neutral: Whether hits in the prefix cache, preemptions and chunks change no answer.
-        measured: Losses and costs, if there are any.
+        measured: Losses by model, of those on which it was measured.
+        compaction_time: That of `ems` being 1; None where it was not measured.
     """
 
     name: str
@@ -47,7 +48,8 @@ class Method:
     parts: dict[str, str]
     needs: tuple[str, ...]
     is_neutral: bool
-    measured: Measured | None
+    measured: dict[str, Measured]
+    compaction_time: float | None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON data."""
@@ -59,7 +61,8 @@ class Method:
             **self.parts,
             "needs": list(self.needs),
             "neutral_to_hits": self.is_neutral,
-            "measured": None if self.measured is None else self.measured.to_dict(),
+            "measured": {model: one.to_dict() for model, one in self.measured.items()},
+            "compaction_time": self.compaction_time,
         }
 
 
@@ -88,6 +91,7 @@ def method(recipe: str) -> Method:
         needs=_needs(config),
         is_neutral=config.is_neutral_to_hits,
         measured=measured(recipe),
+        compaction_time=compaction_time(recipe),
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -64,9 +65,25 @@ def test_retrieval_counts_answers_that_a_head_looks_up():
     # elsewhere in the fact, and beside it.
     looks = torch.tensor([[5, 4, 3], [4, 3, 2]])
     queries = torch.eye(12)[looks].transpose(0, 1)
-    copied, attended = retrieval.scores(queries, keys, 1.0, fact).flatten(1)
+    copied, attended, peaked = retrieval.scores(queries, keys, 1.0, fact).flatten(1)
     assert copied.tolist() == pytest.approx([1.0, 0.0])
     assert attended.tolist() == pytest.approx([3.0, 2.0], abs=1e-3)
+    assert peaked.tolist() == pytest.approx([3.0, 2.0], abs=1e-3)
+
+
+def test_reasoning_counts_an_answer_only_among_what_a_head_attends_to_most():
+    fact = Fact(prompt=[0] * 3 + [7, 8] + [0] * 4, answer=[7, 8], start=3)
+    torch.manual_seed(2)
+    queries, keys = torch.randn(2, 4, 8), torch.randn(2, 10, 8)
+    _, attended, peaked = retrieval.scores(queries, keys, 0.5, fact).flatten(1)
+    weights = attention(queries, keys, 0.5)
+    for head in range(4):
+        expected = 0.0
+        for row in weights[head]:
+            most = sorted(range(10), key=lambda at, row=row: -row[at])[:2]
+            expected += sum(float(row[at]) for at in most if at in (3, 4))
+        assert peaked[head] == pytest.approx(expected, abs=1e-5)
+    assert (peaked < attended).all()
 
 
 @given(
@@ -122,6 +139,13 @@ def test_facts_lie_at_all_depths_and_are_found_again():
         assert len(fact.prompt) + len(fact.answer) == 400
     assert [fact.start for fact in found] == sorted(fact.start for fact in found)
     assert len({tuple(fact.answer) for fact in found}) == 5
+    for fact in facts(words, Letters(), 5, 400, is_reasoned=True):
+        text = "".join(map(chr, fact.prompt))
+        answer = "".join(map(chr, fact.answer)).strip()
+        named = re.search(rf"the ([a-z-]+) is {answer}\b", text)
+        (holder,) = re.findall(r"what the ([a-z-]+) has is$", text)
+        assert f"The {holder} has the {named[1]}." in text
+        assert fact.prompt[fact.start : fact.start + len(fact.answer)] == fact.answer
     (sample,) = periods(range(50, 60), [0], 1, 41)
     assert sample[1:11] * 4 == sample[1:]
 

@@ -50,19 +50,33 @@ def composed(recipe, **parts):
     return Policy.from_config(config)
 
 
+def working_parts(policy):
+    """What decides what a compaction does: budgets are given to it."""
+    return tuple(part.model_dump_json() for part in (policy.scorer, policy.selector, policy.merger))
+
+
+def distinct(pairs):
+    """By a name of each, policies of which no two do the same."""
+    found = {}
+    for recipe, parts in pairs:
+        policy = composed(recipe, **with_sinks(recipe, parts))
+        if policy is not None:
+            found.setdefault(
+                working_parts(policy), (f"{recipe}-{next(iter(parts.values()))}", policy)
+            )
+    return dict(found.values())
+
+
 # Every scorer with every merger, and with every selector.
-PAIRS = [
-    *((recipe, {"merger": merger}) for recipe in recipes.names() for merger in MERGERS),
-    *((recipe, {"selector": selector}) for recipe in recipes.names() for selector in SELECTORS),
-]
-POLICIES = {
-    f"{recipe}-{next(iter(parts.values()))}": policy
-    for recipe, parts in PAIRS
-    if (policy := composed(recipe, **with_sinks(recipe, parts))) is not None
-}
+POLICIES = distinct(
+    [
+        *((recipe, {"merger": merger}) for recipe in recipes.names() for merger in MERGERS),
+        *((recipe, {"selector": selector}) for recipe in recipes.names() for selector in SELECTORS),
+    ]
+)
 
 
-@pytest.fixture(params=POLICIES)
+@pytest.fixture(scope="module", params=POLICIES)
 def policy(request):
     return POLICIES[request.param]
 
@@ -76,8 +90,14 @@ def compacted(policy, rows):
     return context, before, tensors
 
 
-def test_every_kept_entry_comes_from_the_row_and_sinks_stay(policy):
-    context, before, after = compacted(policy, ROWS)
+@pytest.fixture(scope="module")
+def of_rows(policy):
+    """`compacted`, which several tests look at."""
+    return compacted(policy, ROWS)
+
+
+def test_every_kept_entry_comes_from_the_row_and_sinks_stay(policy, of_rows):
+    context, before, after = of_rows
     for row, item in enumerate(ROWS):
         old_keys, new_keys = (entries(t, context, row) for t in (before[0], after[0]))
         kept = slice(item.num_entries - item.budget, item.num_entries)
@@ -95,8 +115,8 @@ def test_every_kept_entry_comes_from_the_row_and_sinks_stay(policy):
             assert (copies.any(-2).sum(-1) == item.budget).all(), "an entry was kept twice"
 
 
-def test_nothing_outside_the_targets_is_written(policy):
-    context, before, after = compacted(policy, ROWS)
+def test_nothing_outside_the_targets_is_written(of_rows):
+    context, before, after = of_rows
     targets = torch.zeros(context.key_cache.shape[1], dtype=torch.bool)
     for row, item in enumerate(ROWS):
         first = (item.num_entries - item.budget) // BLOCK_SIZE
@@ -125,9 +145,9 @@ class Exchange:
         return summed
 
 
-def test_ranks_of_tensor_parallelism_keep_what_one_process_does(policy):
+def test_ranks_of_tensor_parallelism_keep_what_one_process_does(policy, of_rows):
     """Each rank has some kv_heads, with their query heads and columns of output projections."""
-    whole, _, after = compacted(policy, ROWS)
+    whole, _, after = of_rows
     totals = []
     while True:
         exchange = Exchange(NUM_KV_HEADS)
@@ -165,8 +185,8 @@ def of_rank(context, head, sum_of_ranks):
     )
 
 
-def test_a_row_does_not_depend_on_the_others(policy):
-    context, _, after = compacted(policy, ROWS)
+def test_a_row_does_not_depend_on_the_others(policy, of_rows):
+    context, _, after = of_rows
     for row, item in enumerate(ROWS):
         alone_context, _, alone = compacted(policy, [item])
         for together, single in zip(after[:2], alone[:2], strict=True):

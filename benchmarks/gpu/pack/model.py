@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs a Llama that comes as GGUF without loss, in parts that each fit into a transfer.
 
-Usage: python benchmarks/gpu/pack/model.py smollm2 OUT --parts 30400000
+Usage: python benchmarks/gpu/pack/model.py smollm2 OUT --parts 30000000
 
 The model is got by models/get.py. OUT/0 gets the index and the first part, OUT/1 the second, and so
 on. unpack_model.py puts them together.

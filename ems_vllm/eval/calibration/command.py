@@ -31,6 +31,7 @@ class By(StrEnum):
     ATTENTION = "attention"
     INDUCTION = "induction"
     RETRIEVAL = "retrieval"
+    REASONING = "reasoning"
     SEMANTIC = "semantic"
     ERROR = "error"
 
@@ -42,7 +43,8 @@ def calibrate(
         By,
         typer.Option(
             help="repetition (KVzip), attention (PrefixKV), induction (RazorAttention), retrieval "
-            "(HeadKV), semantic (CompressKV's heads), error (CompressKV's layers)"
+            "(HeadKV), reasoning (HeadKV-R2), semantic (CompressKV's heads), error (CompressKV's "
+            "layers)"
         ),
     ] = By.REPETITION,
     text_path: Annotated[
@@ -102,7 +104,7 @@ def _measure(by: By, tokenizer: Tokenizer, texts: list[str], count: int, length:
     from ems_vllm.eval.calibration import samples
     from ems_vllm.eval.calibration.induction import Induction
     from ems_vllm.eval.calibration.layer_errors import LayerErrors
-    from ems_vllm.eval.calibration.retrieval import Retrieval, Semantic
+    from ems_vllm.eval.calibration.retrieval import Reasoning, Retrieval, Semantic
     from ems_vllm.eval.calibration.texts import Mass, Repetition
 
     special = tokenizer.encode_special()
@@ -110,9 +112,12 @@ def _measure(by: By, tokenizer: Tokenizer, texts: list[str], count: int, length:
     if by is By.INDUCTION:
         known = [token for text in words for token in text]
         return Induction(samples.periods(known, special, count, length), len(special))
-    if by in (By.RETRIEVAL, By.SEMANTIC):
-        facts = samples.facts(words, tokenizer, count, length)
-        return Retrieval(facts) if by is By.RETRIEVAL else Semantic(facts)
+    if by in (By.RETRIEVAL, By.REASONING, By.SEMANTIC):
+        is_reasoned = by is By.REASONING
+        facts = samples.facts(words, tokenizer, count, length, is_reasoned)
+        if by is By.SEMANTIC:
+            return Semantic(facts)
+        return Reasoning(facts) if is_reasoned else Retrieval(facts)
     parts = [[*special, *part] for part in samples.passages(words, count, length - len(special))]
     if by is By.ATTENTION:
         return Mass(parts)

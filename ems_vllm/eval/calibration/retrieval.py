@@ -45,7 +45,7 @@ class _OfFacts(Measure):
 
     @torch.inference_mode()
     def of_sample(self, engine: TransformersEngine, sample: Fact) -> torch.Tensor | None:
-        """[2, num_layers, num_kv_heads, group], float32: see `scores`; None for a wrong answer."""
+        """[3, num_layers, num_kv_heads, group], float32: see `scores`; None for a wrong answer."""
         found: dict[int, torch.Tensor] = {}
         # The query of a token is the one that predicts it.
         tokens = [*sample.prompt, *sample.answer[:-1]]
@@ -76,11 +76,29 @@ class Retrieval(_OfFacts):
     paper = Paper("HeadKV", "Fu et al.", 2024, "2410.19258")
 
     def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
-        copied, _ = torch.stack(list(found)).mean(0)
+        copied, _, _ = torch.stack(list(found)).mean(0)
         of_heads = in_proportion(copied.mean(-1), ratios)
         what = "share of an answer's tokens that a head looks up"
         layers = layer_fractions(of_heads)
         return Calibration(layers, of_heads, _ordered(copied), copied.flatten(1), what)
+
+
+class Reasoning(_OfFacts):
+    """How much of a head's peaks lies on an answer that has to be worked out.
+
+    Paper: Fu et al. 2024, HeadKV-R2, arXiv:2410.19258: of the N tokens that a head attends to most,
+    N being the answer's length, those of the answer count with their attention; prompts tell two
+    facts and what decides between them. Ours: as for Retrieval.
+    """
+
+    paper = Paper("HeadKV-R2", "Fu et al.", 2024, "2410.19258")
+
+    def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
+        _, _, peaked = torch.stack(list(found)).mean(0)
+        of_heads = in_proportion(peaked.mean(-1), ratios)
+        what = "attention to an answer, of the tokens that a head attends to most"
+        layers = layer_fractions(of_heads)
+        return Calibration(layers, of_heads, _ordered(peaked), peaked.flatten(1), what)
 
 
 class Semantic(_OfFacts):
@@ -94,7 +112,7 @@ class Semantic(_OfFacts):
     paper = Paper("CompressKV", "Lin et al.", 2025, "2508.02401")
 
     def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
-        _, attended = torch.stack(list(found)).mean(0)
+        _, attended, _ = torch.stack(list(found)).mean(0)
         of_heads = in_proportion(attended.mean(-1), ratios)
         what = "attention that a head pays to a fact while it is answered"
         layers = layer_fractions(of_heads)
@@ -111,8 +129,9 @@ def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, fact: Fact) 
         fact: What is answered.
 
     Returns:
-        [2, num_kv_heads, group], float32: the share of the answer's tokens that the most attended
-        token of the fact is, and the attention to the whole fact, summed over these queries.
+        [3, num_kv_heads, group], float32: the share of the answer's tokens that the most attended
+        token of the fact is; the attention to the whole fact, summed over these queries; and the
+        part of it by tokens that are among the len(answer) most attended ones of a query.
     """
     length = len(fact.answer)
     span = slice(fact.start, fact.start + length)
@@ -125,7 +144,9 @@ def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, fact: Fact) 
     token = answer[(most - fact.start).clamp(0, length - 1)]
     hits = inside & (token == answer[wanted - fact.start])
     attended = weights[..., span].sum((-1, -2))
-    return torch.stack([hits.float().mean(-1), attended])
+    peaks, at = weights.topk(length, dim=-1)
+    peaked = torch.where((at >= span.start) & (at < span.stop), peaks, 0).sum((-1, -2))
+    return torch.stack([hits.float().mean(-1), attended, peaked])
 
 
 def _at_once(queries: torch.Tensor, keys: torch.Tensor, scale: float) -> torch.Tensor:

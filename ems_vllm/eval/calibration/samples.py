@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 
 _FACT = "\n\nNote: the number of the {name} is {number}.\n\n"
 _QUESTION = "\n\nNote: the number of the {name} is"
+# Which of two numbers is asked for follows from what is said after them.
+_FACTS = (
+    "\n\nNote: the number of the {first} is {first_number}, that of the {second} is "
+    "{second_number}. The {holder} has the {name}.\n\n"
+)
+_QUESTION_OF_HOLDER = "\n\nNote: the number of what the {holder} has is"
 _SEED = 2412
 
 
@@ -60,7 +66,11 @@ def periods(
 
 
 def facts(
-    texts: Sequence[Sequence[int]], tokenizer: Tokenizer, count: int, length: int
+    texts: Sequence[Sequence[int]],
+    tokenizer: Tokenizer,
+    count: int,
+    length: int,
+    is_reasoned: bool = False,
 ) -> list[Fact]:
     """Numbers hidden in parts of texts, at depths from the beginning to the end.
 
@@ -69,6 +79,7 @@ def facts(
         tokenizer: The model's.
         count: Of facts.
         length: Tokens of a prompt and its answer.
+        is_reasoned: Whether two numbers are told, and which is asked for has to be worked out.
 
     Raises:
         ConfigError: the texts are too short, or a number is written in other tokens where it is
@@ -79,11 +90,9 @@ def facts(
     found = []
     parts = passages(texts, count, length)
     for at, part in enumerate(parts):
-        name, number = random_words.pair(rng), random_words.number(rng, 5)
-        told, asked = (
-            tokenizer.encode_plain(text.format(name=name, number=number))
-            for text in (_FACT, _QUESTION)
-        )
+        number = random_words.number(rng, 5)
+        texts_of_fact = _reasoned(rng, number) if is_reasoned else _plain(rng, number)
+        told, asked = (tokenizer.encode_plain(text) for text in texts_of_fact)
         answer = tokenizer.encode_plain(f" {number}")
         offset = _offset(told, answer)
         if offset is None:
@@ -97,6 +106,28 @@ def facts(
         prompt = [*special, *haystack[:depth], *told, *haystack[depth:], *asked]
         found.append(Fact(prompt, answer, len(special) + depth + offset))
     return found
+
+
+def _plain(rng: random.Random, number: str) -> tuple[str, str]:
+    """What is told, and what asks for it."""
+    name = random_words.pair(rng)
+    return _FACT.format(name=name, number=number), _QUESTION.format(name=name)
+
+
+def _reasoned(rng: random.Random, number: str) -> tuple[str, str]:
+    """The same, in two steps, beside another number."""
+    name, other, holder = (random_words.pair(rng) for _ in range(3))
+    numbers = {name: number, other: random_words.number(rng, 5)}
+    first, second = rng.sample([name, other], 2)
+    told = _FACTS.format(
+        first=first,
+        first_number=numbers[first],
+        second=second,
+        second_number=numbers[second],
+        holder=holder,
+        name=name,
+    )
+    return told, _QUESTION_OF_HOLDER.format(holder=holder)
 
 
 def _offset(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
