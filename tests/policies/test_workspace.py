@@ -113,9 +113,12 @@ def no_operators():
         yield
 
 
-def peak(policy: Policy, context: CompactionContext) -> int:
+def peak(policy: Policy, context: CompactionContext, budgets: Collection[int] = ()) -> int:
+    """Most bytes while entries are scored, and placed by each budget: scores have nothing of it."""
     with torch.inference_mode(), Allocations() as allocations:
-        policy.compact(context)
+        scores = policy.score(context)
+        for budget in budgets or [context.max_budget]:
+            policy.place(replace(context, max_budget=budget), scores)
     return allocations.peak
 
 
@@ -161,12 +164,11 @@ def test_what_fits_the_workspace_stays_within(policy, num_rows, num_entries, num
     per_layer = num_rows * num_entries
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads) // per_layer
     assert num_layers >= 1
-    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
-        options = {"num_kv_heads": num_kv_heads, "dtype": dtype}
-        context = meta_context(num_layers, num_rows, num_entries, budget, **options)
-        used = peak(policy, context)
-        assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
-        del context
+    context = meta_context(
+        num_layers, num_rows, num_entries, BLOCK_SIZE, num_kv_heads=num_kv_heads, dtype=dtype
+    )
+    used = peak(policy, context, budgets=(BLOCK_SIZE, num_entries - BLOCK_SIZE))
+    assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
 
 
 @pytest.mark.parametrize(
@@ -177,15 +179,16 @@ def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
     per_layer, num_kv_heads = num_rows * num_entries, 8
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=True) // per_layer
     assert num_layers >= 1
-    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
-        context = meta_context(num_layers, num_rows, num_entries, budget)
-        with torch.inference_mode(), Allocations() as allocations:
-            shape = (num_layers, num_rows, num_kv_heads, num_entries)
-            mask = torch.zeros(shape, dtype=torch.bool, device="meta")
-            policy.compact(replace(context, is_protected=mask))
-        most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=True)
-        assert allocations.peak <= most <= WORKSPACE
-        del context, mask
+    context = meta_context(num_layers, num_rows, num_entries, BLOCK_SIZE)
+    shape = (num_layers, num_rows, num_kv_heads, num_entries)
+    with torch.inference_mode(), Allocations() as allocations:
+        mask = torch.zeros(shape, dtype=torch.bool, device="meta")
+        context = replace(context, is_protected=mask)
+        scores = policy.score(context)
+        for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
+            policy.place(replace(context, max_budget=budget), scores)
+    most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=True)
+    assert allocations.peak <= most <= WORKSPACE
 
 
 @pytest.mark.parametrize("protects", [False, True])
@@ -198,19 +201,18 @@ def test_what_a_coverage_counts_stays_within_too(policy, num_rows, num_entries, 
     per_layer, num_kv_heads = num_rows * num_entries, 8
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=protects) // per_layer
     assert num_layers >= 1
-    for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
-        context = meta_context(num_layers, num_rows, num_entries, budget)
-        with torch.inference_mode(), Allocations() as allocations:
-            if protects:
-                shape = (num_layers, num_rows, num_kv_heads, num_entries)
-                mask = torch.zeros(shape, dtype=torch.bool, device="meta")
-                context = replace(context, is_protected=mask)
-            scores = policy.score(context)
-            policy.held_shares(context, scores)
-            policy.place(context, scores)
-        most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=protects)
-        assert allocations.peak <= most <= WORKSPACE
-        del context, scores
+    context = meta_context(num_layers, num_rows, num_entries, BLOCK_SIZE)
+    with torch.inference_mode(), Allocations() as allocations:
+        if protects:
+            shape = (num_layers, num_rows, num_kv_heads, num_entries)
+            mask = torch.zeros(shape, dtype=torch.bool, device="meta")
+            context = replace(context, is_protected=mask)
+        scores = policy.score(context)
+        policy.held_shares(context, scores)
+        for budget in (BLOCK_SIZE, num_entries - BLOCK_SIZE):
+            policy.place(replace(context, max_budget=budget), scores)
+    most = policy.workspace_bytes(num_layers * per_layer, num_kv_heads, protects=protects)
+    assert allocations.peak <= most <= WORKSPACE
 
 
 @pytest.mark.parametrize("policy", policies(SLICED))
