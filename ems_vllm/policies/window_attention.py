@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ems_vllm.policies.base import Scorer
 from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.reading import Part, parts, softmax_over
 
@@ -111,5 +112,13 @@ def window_attention(
         yield WindowAttention(part, queries.permute(0, 1, 3, 4, 2, 5), ages, is_recorded)
 
 
-SCRATCH_BYTES = SLICE_BYTES
-"""What `window_attention` and its callers hold at a time; see Scorer.scratch_bytes."""
+class WindowScorer(Scorer):
+    """A scorer that looks at recorded queries one by one, by `window_attention`."""
+
+    @property
+    def uses_window(self) -> bool:
+        return True
+
+    @property
+    def scratch_bytes(self) -> int:
+        return SLICE_BYTES

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field, field_validator
 
-from ems_vllm.policies import window_attention
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.pooling import odd, pool
+from ems_vllm.policies.window_attention import WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from ems_vllm.policies.context import CompactionContext
 
 
 @SCORERS.register("cake")
-class CAKEScorer(Scorer):
+class CAKEScorer(WindowScorer):
     """Mean plus `gamma` times variance of the attention of recorded queries, smoothed.
 
     Paper: Qin et al. 2025, CAKE, arXiv:2503.12491, its indicator of tokens: per query head
@@ -40,17 +40,9 @@ class CAKEScorer(Scorer):
 
     _odd = field_validator("kernel_size")(odd)
 
-    @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         weights = context.new_scores()
-        for window in window_attention.window_attention(context):
+        for window in window_attention(context):
             count = window.count[:, None, None, None, None]
             unrecorded = ~window.is_recorded[:, None, None, :, None]
             for at, attention in window.attention(of_entries=True):

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field, field_validator, model_validator
 
-from ems_vllm.policies import window_attention
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.model_profile import LayerProfile
 from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.pooling import odd, pool
+from ems_vllm.policies.window_attention import WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @SCORERS.register("compresskv")
-class CompressKVScorer(Scorer):
+class CompressKVScorer(WindowScorer):
     """Attention that the best retrieval heads of a layer pay, smoothed; alike for all its kv_heads.
 
     Paper: Lin et al. 2025, CompressKV, arXiv:2508.02401. Which query heads retrieve is measured
@@ -55,10 +55,6 @@ class CompressKVScorer(Scorer):
         return self
 
     @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
     def across_heads(self) -> bool:
         return True
 
@@ -76,15 +72,11 @@ class CompressKVScorer(Scorer):
                 return f"has {len(known[layer])} query heads in layer {layer}, not {num_heads}"
         return None
 
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         weights = context.new_scores()
         assert context.query_ring is not None
         chosen = self._chosen(context, context.query_ring.shape[3])
-        for window in window_attention.window_attention(context):
+        for window in window_attention(context):
             of_layers = chosen[window.part.layers, None, :, :, None]
             for at, attention in window.attention(of_entries=True):
                 # Summed over the group; the sum over kv_heads, and ranks, comes at the end.

@@ -8,23 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field, field_validator
 
-from ems_vllm.policies import window_attention
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.pooling import odd, pool
+from ems_vllm.policies.window_attention import WindowAttention, WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ems_vllm.policies.context import CompactionContext
-    from ems_vllm.policies.window_attention import WindowAttention
 
 # No entry has all the attention: outputs without it would not be defined (ours).
 _MOST = 1 - 1e-3
 
 
 @SCORERS.register("dropkv")
-class DropKVScorer(Scorer):
+class DropKVScorer(WindowScorer):
     """Squared change of attention outputs if this entry alone were dropped, over recorded queries.
 
     Source: DropKV, pull request 285 of NVIDIA/kvpress, 2026. Without entry j, a query with
@@ -43,18 +42,10 @@ class DropKVScorer(Scorer):
 
     _odd = field_validator("kernel_size")(odd)
 
-    @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         weights = context.new_scores()
         num_floats = 3 * context.num_kv_heads * context.key_cache.shape[-1]
-        for window in window_attention.window_attention(context, floats_per_entry=num_floats):
+        for window in window_attention(context, floats_per_entry=num_floats):
             outputs = _outputs(window)
             of_outputs = outputs.square().sum(-1, keepdim=True)
             for at, attention in window.attention(of_entries=True):

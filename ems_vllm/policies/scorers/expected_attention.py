@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field
 
-from ems_vllm.policies import window_attention
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.key_scores import turned_alike
 from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.reading import softmax_over
+from ems_vllm.policies.window_attention import WindowAttention, WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ems_vllm.policies.context import CompactionContext
     from ems_vllm.policies.rotation import Rotation
-    from ems_vllm.policies.window_attention import WindowAttention
 
 
 @SCORERS.register("expected_attention")
-class ExpectedAttentionScorer(Scorer):
+class ExpectedAttentionScorer(WindowScorer):
     """Expected attention of the next queries, times |v|, if they are normally distributed.
 
     Paper: Devoto et al. 2025, Expected Attention, arXiv:2510.00636. With the mean q and the
@@ -46,14 +45,6 @@ class ExpectedAttentionScorer(Scorer):
     epsilon: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Added to each expected attention; public code takes 0.01 with head budgets by scores."""
 
-    @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         weights = context.value_norms()
         assert context.query_ring is not None
@@ -61,7 +52,7 @@ class ExpectedAttentionScorer(Scorer):
         # Products of keys with a covariance for each head of the group, and covariances turned.
         of_entry, of_row = 3 * num_heads * head_size, 4 * num_heads * head_size**2
         for layers, rotation in turned_alike(context):
-            for window in window_attention.window_attention(
+            for window in window_attention(
                 context, floats_per_entry=of_entry, floats_per_row=of_row, layers=layers
             ):
                 mean, covariance = self._statistics(window, rotation)

@@ -10,12 +10,12 @@ import torch
 from pydantic import Field, field_validator
 from torch.nn.functional import normalize
 
-from ems_vllm.policies import window_attention
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.context import SLICE_BYTES, slices
 from ems_vllm.policies.paper import Paper
 from ems_vllm.policies.pooling import odd, pool
 from ems_vllm.policies.reading import Part, softmax_over
+from ems_vllm.policies.window_attention import WindowAttention, WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,7 @@ _PER_PAIR, _PER_ENTRY = 6, 4
 
 
 @SCORERS.register("rkv")
-class RKVScorer(Scorer):
+class RKVScorer(WindowScorer):
     """What recorded queries look at, less how much keys repeat each other.
 
     Paper: Cai et al. 2025, R-KV, arXiv:2505.24133, for long reasoning:
@@ -60,14 +60,6 @@ class RKVScorer(Scorer):
 
     _odd = field_validator("kernel_size")(odd)
 
-    @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         attention = pool(_attention(context), context.is_entry, self.kernel_size, "max")
         repeated = _redundancy(context, self.similar, self.span)
@@ -81,14 +73,14 @@ class RKVScorer(Scorer):
 def _attention(context: CompactionContext) -> Tensor:
     """Mean over recorded queries of softmax over entries of the group's largest logits."""
     found = context.new_scores()
-    for window in window_attention.window_attention(context):
+    for window in window_attention(context):
         part = window.part
         is_entry = context.is_entry[0, part.rows, 0][None, :, None, None]
         unrecorded = ~window.is_recorded[:, None, :, None]
 
         def logits(
             at: slice,
-            window: window_attention.WindowAttention = window,
+            window: WindowAttention = window,
             is_entry: Tensor = is_entry,
         ) -> Tensor:
             of_group = window.logits(at).amax(3)

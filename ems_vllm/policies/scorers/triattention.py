@@ -8,22 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from pydantic import Field
 
-from ems_vllm.policies import window_attention
 from ems_vllm.policies.alignment import deviation
-from ems_vllm.policies.base import SCORERS, Scorer, Scores
+from ems_vllm.policies.base import SCORERS, Scores
 from ems_vllm.policies.key_scores import turned_alike
 from ems_vllm.policies.paper import Paper
+from ems_vllm.policies.window_attention import WindowAttention, WindowScorer, window_attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ems_vllm.policies.context import CompactionContext
     from ems_vllm.policies.rotation import Rotation
-    from ems_vllm.policies.window_attention import WindowAttention
 
 
 @SCORERS.register("triattention")
-class TriAttentionScorer(Scorer):
+class TriAttentionScorer(WindowScorer):
     """Logits of the mean query at distances 1, 2, 4, ..., and what single queries may add.
 
     Paper: Mao et al. 2026, TriAttention, arXiv:2604.04921. RoPE turns pairs of dimensions; with
@@ -46,20 +45,12 @@ class TriAttentionScorer(Scorer):
     num_offsets: Annotated[int, Field(ge=1, le=20)] = 17
     """Distances, powers of two from 1."""
 
-    @property
-    def uses_window(self) -> bool:
-        return True
-
-    @property
-    def scratch_bytes(self) -> int:
-        return window_attention.SCRATCH_BYTES
-
     def score(self, context: CompactionContext) -> Scores:
         weights = context.new_scores()
         assert context.query_ring is not None
         group = context.query_ring.shape[3] // context.num_kv_heads
         for layers, rotation in turned_alike(context):
-            for window in window_attention.window_attention(context, layers=layers):
+            for window in window_attention(context, layers=layers):
                 directions, lengths = self._directions(window, rotation)
                 for head in range(group):
                     self._write(
