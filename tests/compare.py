@@ -22,6 +22,13 @@ TOLERANCES = {
         torch.float16: (2**-10, 1e-5),
         torch.float8_e4m3fn: (2**-3, 2**-9),
     },
+    # Sums of some tens of values of about 1 in float32, in any order: an error of their sizes,
+    # where they cancel too.
+    "summed": {
+        torch.float32: (2e-5, 1e-5),
+        torch.bfloat16: (2**-7, 2e-5),
+        torch.float16: (2**-10, 2e-5),
+    },
 }
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -129,10 +129,13 @@ def make_case(
 def check(case: Case) -> None:
     actual, expected = case.run(ops.merge_compact), case.run(ops.merge_compact.reference)
     written = case.written()
-    for before, after, want in zip(
-        (case.cache.key, case.cache.value), actual[:2], expected[:2], strict=True
-    ):
-        assert_close(after, want, "merged")
+    kinds = (
+        "merged" if case.mass_keys is None else "summed",
+        "summed" if case.sums_values else "merged",
+    )
+    caches = (case.cache.key, case.cache.value)
+    for before, after, want, kind in zip(caches, actual[:2], expected[:2], kinds, strict=True):
+        assert_close(after, want, kind)
         assert_untouched(after, before, written[..., None])
     if case.accumulated_pages is not None:
         assert_close(actual[2], expected[2], "scores")
