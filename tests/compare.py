@@ -22,13 +22,6 @@ TOLERANCES = {
         torch.float16: (2**-10, 1e-5),
         torch.float8_e4m3fn: (2**-3, 2**-9),
     },
-    # Sums of some tens of values of about 1 in float32, in any order: an error of their sizes,
-    # where they cancel too.
-    "summed": {
-        torch.float32: (2e-5, 1e-5),
-        torch.bfloat16: (2**-7, 2e-5),
-        torch.float16: (2**-10, 2e-5),
-    },
 }
 
 _INT_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,3 +51,20 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, kind: str) -> Non
     if actual.dtype == torch.float8_e4m3fn:
         actual, expected = actual.float(), expected.float()
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_close_sum(actual: torch.Tensor, expected: torch.Tensor, sizes: torch.Tensor) -> None:
+    """NaN in the same places, and elsewhere as close as sums of some tens of values in float32 are.
+
+    Args:
+        actual: Rounded once, like "merged".
+        expected: Like actual.
+        sizes: The same sums of magnitudes: where values cancel, the error is of their size.
+    """
+    assert actual.dtype == expected.dtype
+    rtol, _ = TOLERANCES["merged"][actual.dtype]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    actual, expected, sizes = (tensor.double() for tensor in (actual, expected, sizes))
+    excess = (actual - expected).abs() - rtol * expected.abs() - 16 * 2**-24 * sizes
+    worst = excess.nan_to_num(-1.0).max().item()
+    assert worst <= 0, f"{worst} more than allowed"
