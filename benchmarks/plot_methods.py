@@ -71,7 +71,8 @@ def draw(result: dict[str, Any]) -> plt.Figure:
     for label in panels[0].get_yticklabels():
         if label.get_text() == FOCUS:
             label.set_fontweight("bold")
-    panels[-1].legend(loc="upper right", fontsize=8)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
     return figure
 
 

@@ -183,8 +183,9 @@ def test_a_profile_is_written_with_a_picture(by, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_model_that_answers_nothing_is_told_so(tmp_path):
-    args = ["calibrate", LLAMA, "--by", "semantic", "--out", str(tmp_path / "p.yaml")]
+@pytest.mark.parametrize("by", ["semantic", "reasoning"])
+def test_a_model_that_answers_nothing_is_told_so(by, tmp_path):
+    args = ["calibrate", LLAMA, "--by", by, "--out", str(tmp_path / "p.yaml")]
     error = CliRunner().invoke(app, [*args, "--length", "200", "--samples", "2"]).exception
     assert isinstance(error, ConfigError)
     assert "answers none of 2 questions of 200 tokens" in str(error)
