@@ -122,13 +122,22 @@ def peak(policy: Policy, context: CompactionContext, budgets: Collection[int] = 
     return allocations.peak
 
 
-# What reads entries in slices of bounded size takes many steps here, and needs no more for a larger
-# cache: a few cases do.
-SLICED = {"cake", "criticalkv", "d2o", "dropkv", "expected_attention", "kvmerger", "lagkv", "rkv"}
+# Parts that read entries in slices of bounded size take many steps here, and need no more for a
+# larger cache: a few cases do, of a few layers.
+SLICED = {"cake", "critical", "d2o", "dropkv", "expected_attention", "kvmerger", "lagkv", "rkv"}
 SLICED |= {"triattention"}
+SLICED_LAYERS = 4
 
 
-def policies(without: Collection[str] = ()) -> list[Any]:
+def of(recipe: str) -> Policy:
+    return Policy.from_config(load_config(recipe))
+
+
+def is_sliced(policy: Policy) -> bool:
+    return any(part.name() in SLICED for part in (policy.scorer, policy.selector, policy.merger))
+
+
+def policies(with_sliced: bool = True) -> list[Any]:
     # Scorers pool alike; ems holds more beside it, and takes longest here.
     poolings = [
         {"recipe": recipe, "scorer": {"pooling": pooling, "kernel_size": 63}}
@@ -140,12 +149,14 @@ def policies(without: Collection[str] = ()) -> list[Any]:
     settings[names.index("rkv")] = {"recipe": "rkv", "scorer": {"span": 512}}
     # Merging holds most, and would hide what scoring does.
     merging = {"merger": {"name": "ems", "max_candidates_per_center": 16}}
-    names.append("ems-not merged")
+    names += ["ems-not merged", "lagkv-long partitions"]
     settings.append({"recipe": "ems", "merger": {"name": "none"}})
+    settings.append({"recipe": "lagkv", "scorer": {"lag": 2048}})
+    found = [Policy.from_config(load_config(merging | item)) for item in settings]
     return [
-        pytest.param(Policy.from_config(load_config(merging | item)), id=name)
-        for item, name in zip(settings, names, strict=True)
-        if name not in without
+        pytest.param(policy, id=name)
+        for policy, name in zip(found, names, strict=True)
+        if with_sliced or not is_sliced(policy)
     ]
 
 
@@ -162,19 +173,22 @@ def policies(without: Collection[str] = ()) -> list[Any]:
 @pytest.mark.parametrize("policy", policies())
 def test_what_fits_the_workspace_stays_within(policy, num_rows, num_entries, num_kv_heads, dtype):
     per_layer = num_rows * num_entries
-    num_layers = policy.max_entries(WORKSPACE, num_kv_heads) // per_layer
-    assert num_layers >= 1
-    context = meta_context(
-        num_layers, num_rows, num_entries, BLOCK_SIZE, num_kv_heads=num_kv_heads, dtype=dtype
-    )
-    used = peak(policy, context, budgets=(BLOCK_SIZE, num_entries - BLOCK_SIZE))
-    assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
+    most = policy.max_entries(WORKSPACE, num_kv_heads) // per_layer
+    assert most >= 1
+    if is_sliced(policy):
+        most = min(most, SLICED_LAYERS)
+    for num_layers in {1, most}:
+        context = meta_context(
+            num_layers, num_rows, num_entries, BLOCK_SIZE, num_kv_heads=num_kv_heads, dtype=dtype
+        )
+        used = peak(policy, context, budgets=(BLOCK_SIZE, num_entries - BLOCK_SIZE))
+        assert used <= policy.workspace_bytes(num_layers * per_layer, num_kv_heads) <= WORKSPACE
 
 
 @pytest.mark.parametrize(
     ("num_rows", "num_entries"), [(1, 32_768), (7, 1312)], ids=["long", "some"]
 )
-@pytest.mark.parametrize("policy", policies(SLICED))
+@pytest.mark.parametrize("policy", policies(with_sliced=False))
 def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
     per_layer, num_kv_heads = num_rows * num_entries, 8
     num_layers = policy.max_entries(WORKSPACE, num_kv_heads, protects=True) // per_layer
@@ -195,7 +209,7 @@ def test_what_protects_entries_stays_within_too(policy, num_rows, num_entries):
 @pytest.mark.parametrize(
     ("num_rows", "num_entries"), [(1, 32_768), (7, 1312)], ids=["long", "some"]
 )
-@pytest.mark.parametrize("policy", policies(SLICED))
+@pytest.mark.parametrize("policy", policies(with_sliced=False))
 def test_what_a_coverage_counts_stays_within_too(policy, num_rows, num_entries, protects):
     policy = replace(policy, coverage=Coverage(0.9, BLOCK_SIZE))
     per_layer, num_kv_heads = num_rows * num_entries, 8
@@ -215,7 +229,7 @@ def test_what_a_coverage_counts_stays_within_too(policy, num_rows, num_entries, 
     assert allocations.peak <= most <= WORKSPACE
 
 
-@pytest.mark.parametrize("policy", policies(SLICED))
+@pytest.mark.parametrize("policy", policies(with_sliced=False))
 def test_a_layer_beyond_the_workspace_stays_within_what_is_set_aside(policy):
     num_entries = 1 << 20
     assert policy.max_entries(WORKSPACE, 8) < num_entries
@@ -223,7 +237,7 @@ def test_a_layer_beyond_the_workspace_stays_within_what_is_set_aside(policy):
     assert WORKSPACE < peak(policy, context) <= policy.workspace_bytes(num_entries, 8)
 
 
-@pytest.mark.parametrize("recipe", sorted(SLICED))
+@pytest.mark.parametrize("recipe", [name for name in recipes.names() if is_sliced(of(name))])
 def test_what_is_read_in_slices_stays_within_for_a_long_prompt(recipe):
     """A layer beyond the workspace, of several steps."""
     num_entries = 1 << 16

@@ -35,7 +35,7 @@ class LagKVScorer(Scorer):
 
     papers = (Paper("LagKV", "Liang et al.", 2025, "2504.04704"),)
 
-    lag: Annotated[int, Field(ge=2, le=4096)] = 128
+    lag: Annotated[int, Field(ge=2, le=2048)] = 128
     """Entries of a partition."""
 
     @property
@@ -44,14 +44,19 @@ class LagKVScorer(Scorer):
 
     def score(self, context: CompactionContext) -> Scores:
         weights = context.new_scores()
-        num_floats = _COPIES * context.num_kv_heads * context.key_cache.shape[-1]
-        for part in parts(context, num_floats, multiple=self.lag):
-            weights[part.place] = self._of_part(part)
+        # Of one kv_head at a time, so that long partitions fit; beside the entries that are ranked,
+        # what their last partition lacks, and the next one.
+        num_floats = _COPIES * context.key_cache.shape[-1]
+        beside = 2 * self.lag * num_floats
+        for part in parts(context, num_floats, floats_per_row=beside, multiple=self.lag):
+            for head in range(context.num_kv_heads):
+                weights[part.place][:, :, head] = self._of_head(part, head)
         return Scores(weights.masked_fill_(~context.is_entry, 0.0))
 
-    def _of_part(self, part: Part) -> Tensor:
-        """Scores of some layers and rows."""
+    def _of_head(self, part: Part, head: int) -> Tensor:
+        """[layers, rows, max_entries]: scores of one kv_head of some layers and rows."""
         context, lag = part.context, self.lag
+        caches = [cache[:, :, head, None] for cache in (context.key_cache, context.value_cache)]
         sinks = context.num_protected[part.rows]
         behind = (context.num_entries[part.rows] - sinks)[:, None]
         num_compared = (behind // lag - 1).clamp(min=0) * lag
@@ -61,19 +66,19 @@ class LagKVScorer(Scorer):
             wider = slice(at.start, at.start + -(-(at.stop - at.start) // lag) * lag + lag)
             spread = sum(
                 _spread(part.vectors(cache, wider, context.num_protected).unflatten(3, (-1, lag)))
-                for cache in (context.key_cache, context.value_cache)
+                for cache in caches
             )
             assert isinstance(spread, torch.Tensor)
-            order = spread.argsort(-1).argsort(-1)
-            ranks.append(order.flatten(3).float().div_(lag))
+            order = spread.argsort(-1).argsort(-1).squeeze(2)
+            ranks.append(order.flatten(2).float().div_(lag))
         place = torch.arange(context.max_entries, device=context.device)
         found = torch.cat(ranks, -1)[..., : context.max_entries]
         # The later, the higher, above any rank: too short a row keeps its end.
         recent = 1 + place / context.num_entries[part.rows, None].clamp(min=1)
         is_compared = place < num_compared
-        found = torch.where(is_compared[None, :, None], found, recent[None, :, None])
+        found = torch.where(is_compared, found, recent)
         # From places behind the sinks to entries.
-        index = (place - sinks[:, None]).clamp_(min=0)[None, :, None].expand_as(found)
+        index = (place - sinks[:, None]).clamp_(min=0).expand_as(found)
         return found.gather(-1, index.long())
 
 
@@ -81,10 +86,10 @@ def _spread(partitions: Tensor) -> Tensor:
     """Softmax over each partition but the last of how entries spread over the next one's range.
 
     Args:
-        partitions: [layers, rows, num_kv_heads, partitions, lag, head_size].
+        partitions: [layers, rows, 1, partitions, lag, head_size].
 
     Returns:
-        [layers, rows, num_kv_heads, partitions - 1, lag].
+        [layers, rows, 1, partitions - 1, lag].
     """
     following = partitions[..., 1:, :, :]
     low, high = following.amin(-2, keepdim=True), following.amax(-2, keepdim=True)
