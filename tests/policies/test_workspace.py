@@ -151,7 +151,7 @@ def policies(with_sliced: bool = True) -> list[Any]:
     merging = {"merger": {"name": "ems", "max_candidates_per_center": 16}}
     names += ["ems-not merged", "lagkv-long partitions"]
     settings.append({"recipe": "ems", "merger": {"name": "none"}})
-    settings.append({"recipe": "lagkv", "scorer": {"lag": 2048}})
+    settings.append({"recipe": "lagkv", "scorer": {"lag": 512}})
     found = [Policy.from_config(load_config(merging | item)) for item in settings]
     return [
         pytest.param(policy, id=name)
