@@ -90,8 +90,7 @@ def facts(
     found = []
     parts = passages(texts, count, length)
     for at, part in enumerate(parts):
-        number = random_words.number(rng, 5)
-        texts_of_fact = _reasoned(rng, number) if is_reasoned else _plain(rng, number)
+        *texts_of_fact, number = _reasoned(rng) if is_reasoned else _plain(rng)
         told, asked = (tokenizer.encode_plain(text) for text in texts_of_fact)
         answer = tokenizer.encode_plain(f" {number}")
         offset = _offset(told, answer)
@@ -108,14 +107,15 @@ def facts(
     return found
 
 
-def _plain(rng: random.Random, number: str) -> tuple[str, str]:
-    """What is told, and what asks for it."""
-    name = random_words.pair(rng)
-    return _FACT.format(name=name, number=number), _QUESTION.format(name=name)
+def _plain(rng: random.Random) -> tuple[str, str, str]:
+    """What is told, what asks for it, and the answer."""
+    name, number = random_words.pair(rng), random_words.number(rng, 5)
+    return _FACT.format(name=name, number=number), _QUESTION.format(name=name), number
 
 
-def _reasoned(rng: random.Random, number: str) -> tuple[str, str]:
+def _reasoned(rng: random.Random) -> tuple[str, str, str]:
     """The same, in two steps, beside another number."""
+    number = random_words.number(rng, 5)
     name, other, holder = (random_words.pair(rng) for _ in range(3))
     numbers = {name: number, other: random_words.number(rng, 5)}
     first, second = rng.sample([name, other], 2)
@@ -127,7 +127,7 @@ def _reasoned(rng: random.Random, number: str) -> tuple[str, str]:
         holder=holder,
         name=name,
     )
-    return told, _QUESTION_OF_HOLDER.format(holder=holder)
+    return told, _QUESTION_OF_HOLDER.format(holder=holder), number
 
 
 def _offset(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
