@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -40,6 +40,10 @@ class Fact:
 class _OfFacts(Measure):
     """Attention while answers are read, by query head."""
 
+    # Which row of `scores` counts, and what it is.
+    _row: ClassVar[int]
+    _what: ClassVar[str]
+
     def __init__(self, samples: Sequence[Fact]) -> None:
         super().__init__(samples)
 
@@ -64,6 +68,12 @@ class _OfFacts(Measure):
             return None
         return torch.stack([found[layer] for layer in engine.compressed_layers], dim=1).cpu()
 
+    def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
+        score = torch.stack(list(found)).mean(0)[self._row]
+        of_heads = in_proportion(score.mean(-1), ratios)
+        layers = layer_fractions(of_heads)
+        return Calibration(layers, of_heads, _ordered(score), score.flatten(1), self._what)
+
 
 class Retrieval(_OfFacts):
     """How often a head's most attended token is the one that is being answered.
@@ -74,13 +84,8 @@ class Retrieval(_OfFacts):
     """
 
     paper = Paper("HeadKV", "Fu et al.", 2024, "2410.19258")
-
-    def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
-        copied, _, _ = torch.stack(list(found)).mean(0)
-        of_heads = in_proportion(copied.mean(-1), ratios)
-        what = "share of an answer's tokens that a head looks up"
-        layers = layer_fractions(of_heads)
-        return Calibration(layers, of_heads, _ordered(copied), copied.flatten(1), what)
+    _row = 0
+    _what = "share of an answer's tokens that a head looks up"
 
 
 class Reasoning(_OfFacts):
@@ -92,13 +97,8 @@ class Reasoning(_OfFacts):
     """
 
     paper = Paper("HeadKV-R2", "Fu et al.", 2024, "2410.19258")
-
-    def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
-        _, _, peaked = torch.stack(list(found)).mean(0)
-        of_heads = in_proportion(peaked.mean(-1), ratios)
-        what = "attention to an answer, of the tokens that a head attends to most"
-        layers = layer_fractions(of_heads)
-        return Calibration(layers, of_heads, _ordered(peaked), peaked.flatten(1), what)
+    _row = 2
+    _what = "attention to an answer, of the tokens that a head attends to most"
 
 
 class Semantic(_OfFacts):
@@ -110,13 +110,8 @@ class Semantic(_OfFacts):
     """
 
     paper = Paper("CompressKV", "Lin et al.", 2025, "2508.02401")
-
-    def result(self, found: Sequence[torch.Tensor], ratios: Sequence[float]) -> Calibration:
-        _, attended, _ = torch.stack(list(found)).mean(0)
-        of_heads = in_proportion(attended.mean(-1), ratios)
-        what = "attention that a head pays to a fact while it is answered"
-        layers = layer_fractions(of_heads)
-        return Calibration(layers, of_heads, _ordered(attended), attended.flatten(1), what)
+    _row = 1
+    _what = "attention that a head pays to a fact while it is answered"
 
 
 def scores(queries: torch.Tensor, keys: torch.Tensor, scale: float, fact: Fact) -> torch.Tensor:
