@@ -108,8 +108,8 @@ def _build_context(
 def compact(policy: Policy, contexts: Sequence[CompactionContext], budget: int) -> None:
     for context in contexts:
         scores = policy.score(context)
-        if policy.allocator.deals_to_heads and not policy.allocator.deals_to_layers:
-            # By scores; what comes out is not used, so that all recipes move as much.
+        if policy.allocator.deals_by_scores:
+            # What comes out is not used, so that all recipes move as much.
             policy.allocator.deal(context, scores, [budget])
         policy.place(context, scores)
 

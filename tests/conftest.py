@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # vLLM's CPU worker uses all cores whatever that says, and threads that spin for each other take the
-# cores from the tests of another worker: three times the time.
+# cores from the tests of another worker: up to three times the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # No test downloads a model; one about a name that does not exist would ask for it five times.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
