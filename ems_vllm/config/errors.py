@@ -14,6 +14,18 @@ class ConfigError(ValueError):
     """A setting of this package is wrong; the message is meant for the operator as it stands."""
 
 
+class RequestError(ConfigError):
+    """A request asks for what it may not have.
+
+    Attributes:
+        reason: One of few, for statistics: the key of `vllm_xargs` that is wrong, or `misspelt`.
+    """
+
+    def __init__(self, message: str, reason: str = "") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def shown(value: Any) -> str:
     """A value as a message shows it: on one line, and not longer than is of use."""
     text = repr(value)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ems_vllm.config.errors import ConfigError, shown
+from ems_vllm.config.errors import RequestError, shown
 from ems_vllm.spans import Span, merged, num_covered
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Protect:
         nothing, protect nothing.
 
         Raises:
-            ConfigError: with the key, the value and what is allowed.
+            RequestError: with the key, the value and what is allowed.
         """
         items: Any = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
@@ -60,10 +60,11 @@ class Protect:
             elif found := _RANGE.fullmatch(item):
                 start, stop = map(int, found.groups())
                 if start >= stop:
-                    raise ConfigError(
+                    raise RequestError(
                         f"vllm_xargs.{KEY}={shown(value)} is not allowed: {item!r} holds no token; "
                         "give the position of the first one and, after it, of the one behind the "
-                        "last."
+                        "last.",
+                        KEY,
                     )
                 ranges.append((start, stop))
             else:
@@ -92,21 +93,23 @@ class Protect:
             setting: How messages call what asks for this; None for this value of `kv_protect`.
 
         Raises:
-            ConfigError: with the key, the numbers and the remedy.
+            RequestError: with the key, the numbers and the remedy.
         """
         if self.roles:
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.{KEY}={shown(self.sent())} is not allowed here: "
                 f"{', '.join(self.roles)} can be found in chat completions only; give ranges of "
-                "the prompt's tokens, such as '0-128'."
+                "the prompt's tokens, such as '0-128'.",
+                KEY,
             )
         if not self.ranges:
             return
         setting = setting or f"vllm_xargs.{KEY}={shown(self.sent())}"
         if self.ranges[-1][1] > prompt_len:
-            raise ConfigError(
+            raise RequestError(
                 f"{setting} is not allowed: the prompt has {prompt_len} tokens, so ranges end at "
-                f"{prompt_len} at the latest; give positions of the prompt."
+                f"{prompt_len} at the latest; give positions of the prompt.",
+                KEY,
             )
         for plan in plans:
             # What is compressed only grows, and budgets stay: the last compaction decides.
@@ -117,17 +120,19 @@ class Protect:
             reserved = num_covered([(0, num_sinks), *self.ranges], end)
             if reserved > kept:
                 covered = num_covered(self.ranges, end)
-                raise ConfigError(
+                raise RequestError(
                     f"{setting} is not allowed: it covers {covered} tokens of what is compressed, "
                     f"which with {num_sinks} sinks makes {reserved}, and {kept} entries are kept; "
                     "protect fewer tokens, ask for a larger kv_budget, or send "
-                    f"{KEY}={NOTHING!r}."
+                    f"{KEY}={NOTHING!r}.",
+                    KEY,
                 )
 
 
-def _not_allowed(value: Any, item: str | None = None) -> ConfigError:
+def _not_allowed(value: Any, item: str | None = None) -> RequestError:
     what = "" if item is None else f"{item!r} is neither a range nor a role; "
-    return ConfigError(
+    return RequestError(
         f"vllm_xargs.{KEY}={shown(value)} is not allowed: {what}give a list of ranges of the "
-        f"prompt's tokens such as '0-128', and of roles ({', '.join(ROLES)}), or {NOTHING!r}."
+        f"prompt's tokens such as '0-128', and of roles ({', '.join(ROLES)}), or {NOTHING!r}.",
+        KEY,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.config.errors import ConfigError, shown, shown_key
+from ems_vllm.config.errors import ConfigError, RequestError, shown, shown_key
 from ems_vllm.config.protect import Protect
 from ems_vllm.plan import PlanSettings
 
@@ -44,41 +44,46 @@ class RequestOptions:
         """Read `SamplingParams.extra_args`; keys of vLLM and other extensions are left alone.
 
         Raises:
-            ConfigError: with the key, the value and what is allowed.
+            RequestError: with the key, the value and what is allowed.
         """
         if not extra_args:
             return cls()
         for key, value in extra_args.items():
             if key not in KEYS and (near := _misspelt(key)):
-                raise ConfigError(
-                    f"vllm_xargs.{shown_key(key)}={shown(value)} is not a setting: use {near!r}."
+                raise RequestError(
+                    f"vllm_xargs.{shown_key(key)}={shown(value)} is not a setting: use {near!r}.",
+                    "misspelt",
                 )
         mode = extra_args.get("kv_compression", "on")
         if mode not in ("on", "off"):
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.kv_compression={shown(mode)} is not allowed: use 'on' or 'off'; the "
-                "method is the server's."
+                "method is the server's.",
+                "kv_compression",
             )
         budget = extra_args.get("kv_budget")
         if budget is not None and (
             isinstance(budget, bool) or not isinstance(budget, int) or budget < 1
         ):
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.kv_budget={shown(budget)} is not allowed: give a whole number of "
-                "entries, at least 1."
+                "entries, at least 1.",
+                "kv_budget",
             )
         ratio = extra_args.get("kv_ratio")
         if ratio is not None:
             if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
-                raise ConfigError(
+                raise RequestError(
                     f"vllm_xargs.kv_ratio={shown(ratio)} is not allowed: give a fraction of the "
-                    "prompt between 0 and 1."
+                    "prompt between 0 and 1.",
+                    "kv_ratio",
                 )
             ratio = float(ratio)
         if budget is not None and ratio is not None:
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.kv_budget={shown(budget)} and vllm_xargs.kv_ratio={ratio} do not fit "
-                "together: send one of them."
+                "together: send one of them.",
+                "kv_budget",
             )
         protect = None
         if extra_args.get("kv_protect") is not None:
@@ -87,9 +92,10 @@ class RequestOptions:
         wishes = {"kv_budget": budget, "kv_ratio": ratio, "kv_protect": protect or None}
         for key, value in wishes.items():
             if mode == "off" and value is not None:
-                raise ConfigError(
+                raise RequestError(
                     f"vllm_xargs.{key}={shown(extra_args[key])} has no effect with "
-                    "vllm_xargs.kv_compression='off': send one of them."
+                    "vllm_xargs.kv_compression='off': send one of them.",
+                    key,
                 )
         return cls(enabled=mode == "on", budget=budget, ratio=ratio, protect=protect)
 
@@ -135,21 +141,23 @@ class RequestOptions:
         """Refuse a request for what the server does not grant.
 
         Raises:
-            ConfigError: `kv_budget` or `kv_ratio` is above the ceiling, or `kv_compression` is off
+            RequestError: `kv_budget` or `kv_ratio` is above the ceiling, or `kv_compression` is off
                 where that is not allowed.
         """
         if not self.enabled and not settings.allow_off:
-            raise ConfigError(
+            raise RequestError(
                 "vllm_xargs.kv_compression='off' is not allowed on this server: leave it out, or "
-                "start the server with allow_off=true."
+                "start the server with allow_off=true.",
+                "kv_compression",
             )
         instead = " or kv_compression='off'" if settings.allow_off else ""
         # A ratio's entries depend on the prompt; the plan caps them at the ceiling.
         ceiling = max(settings.budget or 0, settings.max_budget or 0)
         if self.budget is not None and ceiling and self.budget > ceiling:
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.kv_budget={shown(self.budget)} is not allowed: this server keeps at "
-                f"most {ceiling} entries; send at most that{instead}."
+                f"most {ceiling} entries; send at most that{instead}.",
+                "kv_budget",
             )
         if (
             self.ratio is not None
@@ -157,9 +165,10 @@ class RequestOptions:
             and settings.max_budget is None
             and self.ratio > settings.ratio
         ):
-            raise ConfigError(
+            raise RequestError(
                 f"vllm_xargs.kv_ratio={self.ratio} is not allowed: this server keeps at most "
-                f"{settings.ratio} of a prompt; send at most that{instead}."
+                f"{settings.ratio} of a prompt; send at most that{instead}.",
+                "kv_ratio",
             )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker tells the scheduler about a step; travels on ModelRunnerOutput.
+"""What a worker tells the scheduler; travels on ModelRunnerOutput.
 
-Only where a coverage decides how much of a budget stays: then the scheduler knows no more than that
-it is at most the budget, and learns here which columns it may give back.
+Where a coverage decides how much of a budget stays, the scheduler knows no more than that it is at
+most the budget, and learns here which columns it may give back. What compactions took and merged
+is for statistics, and comes when the device is done with them.
 """
 
 from __future__ import annotations
@@ -12,14 +13,35 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class StepReport:
-    """What a step kept.
+class Measured:
+    """What compactions took and did since the report before, as one worker sees it.
+
+    Entries are those of a kv_head, in the mean of the compressed KV-cache groups and of the
+    kv_heads that this worker holds.
 
     Attributes:
-        first_columns: By order of StepOrders.compactions, the first column that is live afterwards.
+        seconds: By step that compacted.
+        num_entries_merged: Entries that were merged into kept ones.
+        num_entries_evicted: Entries that were dropped.
+    """
+
+    seconds: list[float]
+    num_entries_merged: float
+    num_entries_evicted: float
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a step kept, and what was measured.
+
+    Attributes:
+        first_columns: By order of StepOrders.compactions, the first column that is live afterwards;
+            empty where no coverage decides.
+        measured: Of steps up to this one; None where nothing has ended since the report before.
     """
 
     first_columns: list[int]
+    measured: Measured | None = None
 
 
 # ModelRunnerOutput is a plain dataclass, so an attribute of ours is pickled with it.

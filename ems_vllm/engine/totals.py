@@ -30,9 +30,22 @@ class Totals:
     num_compactions: int = 0
     num_entries_in: float = 0.0
     num_entries_kept: float = 0.0
+    num_entries_merged: float = 0.0
+    """This one and the next as a worker measured them: see report.Measured."""
+    num_entries_evicted: float = 0.0
+    compaction_seconds: list[float] = field(default_factory=list)
+    """By step that compacted, as a worker measured it."""
     num_blocks_freed: int = 0
     num_blocks_saved: int = 0
-    """Now: blocks that running requests have given back."""
+    """Now: see scheduler.dense_pool."""
+    num_bytes_freed: int = 0
+    """By which the next has grown."""
+    num_bytes_saved: int = 0
+    """Now: what the saved blocks take on all devices of the engine."""
+    num_pool_blocks: int = 0
+    """Always: blocks that requests may have."""
+    num_preemptions_avoided: int = 0
+    """See scheduler.dense_pool."""
     num_ended: dict[Outcome, int] = field(default_factory=dict)
     """Requests by outcome."""
 

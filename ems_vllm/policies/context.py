@@ -75,6 +75,7 @@ class CompactionContext:
         sum_of_ranks: Sums a tensor over the ranks that hold other kv_heads of the same layers.
         is_protected: [num_layers, num_rows, num_kv_heads, max_entries], bool, or None for none -
             entries beside the sinks that always stay as they are. Budgets hold them and the sinks.
+        num_merged: [], int64, or None - a counter to which the entries are added that are merged.
     """
 
     key_cache: Tensor
@@ -106,6 +107,7 @@ class CompactionContext:
     first_head: int = 0
     first_kv_head: int = 0
     sum_of_ranks: Callable[[Tensor], tuple[Tensor, int]] = sum_alone
+    num_merged: Tensor | None = None
 
     @property
     def num_layers(self) -> int:

@@ -10,6 +10,7 @@ from ems_vllm import ops
 from ems_vllm.policies import protection, selection
 from ems_vllm.policies.context import SLICE_BYTES
 from ems_vllm.policies.coverage import held_shares
+from ems_vllm.policies.selection import num_members
 
 if TYPE_CHECKING:
     import torch
@@ -121,6 +122,8 @@ class Policy:
         del ranked
         found = self.merger.classify(context, scores, selected)
         classes = protection.open_classes(context, selected, found)
+        if context.num_merged is not None:
+            context.num_merged.add_(num_members(context, selected, classes))
         carries = scores.carry is not None
         attention = scores.weights if scores.mass is None else scores.mass
         ops.merge_compact(

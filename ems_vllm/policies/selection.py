@@ -13,7 +13,7 @@ from ems_vllm.policies.base import Selection
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ems_vllm.policies.base import Merger
+    from ems_vllm.policies.base import Classes, Merger
     from ems_vllm.policies.context import CompactionContext
 
 
@@ -44,6 +44,12 @@ def select(context: CompactionContext, ranked: Tensor, merger: Merger) -> Select
         merge_idx,
     )
     return Selection(kept_idx, merge_idx)
+
+
+def num_members(context: CompactionContext, selection: Selection, classes: Classes) -> Tensor:
+    """[], int64: how many candidates a kept entry takes, of all rows and kv_heads."""
+    joins = classes.class_idx < context.budgets[:, None, None]
+    return joins.logical_and_(selection.merge_idx >= 0).sum()
 
 
 def best(

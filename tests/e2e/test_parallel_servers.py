@@ -34,6 +34,12 @@ def test_every_frontend_refuses_a_bad_request_and_the_engines_live_on(two_of_eac
         assert response.status_code == 400, response.text
         assert "kv_bugdet=64" in response.text
     assert answer(two_of_each, {"kv_budget": 64}).status_code == 200
+    # Whichever process refused it, the page adds them up.
+    metrics = httpx.get(f"{two_of_each.url}/metrics", timeout=30).text
+    refused = re.findall(
+        r'^ems_vllm:requests_refused_total\{[^}]*"misspelt"\} (\S+)', metrics, re.M
+    )
+    assert sum(map(float, refused)) == 8
 
 
 def test_two_engines_answer_as_one(two_of_each, server):

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from e2e.clients import client_of, greedy, prompt, wait_until_idle
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
 
+from ems_vllm.engine.frontend import metric_catalogue
 from ems_vllm.eval.server.process import Server
 
 LONG, SHORT = 900, 60
@@ -105,12 +109,12 @@ def plain_server(start_server: Any) -> Iterator[Server]:
 
 
 def metrics(server: Server) -> dict[str, float]:
-    """Ours, by name and outcome."""
+    """Ours, by name and outcome or reason."""
     page = httpx.get(f"{server.url}/metrics", timeout=30).text
     found = re.findall(r"^ems_vllm:(\w+)\{([^}]*)\} (\S+)", page, re.M)
     values: dict[str, float] = {}
     for name, labels, value in found:
-        outcome = re.search(r'outcome="(\w+)"', labels)
+        outcome = re.search(r'(?:outcome|reason)="(\w+)"', labels)
         key = name if outcome is None else f"{name} {outcome[1]}"
         values[key] = values.get(key, 0.0) + float(value)
     return values
@@ -138,6 +142,40 @@ def test_metrics_count_what_compactions_did(server: Server, client: OpenAI) -> N
     assert found["requests_total off"] == 1
     assert found["requests_total fitted"] == 1
     assert metrics(server)["blocks_saved"] == 0
+    merged, evicted = found["entries_merged_total"], found["entries_evicted_total"]
+    assert merged > 0
+    assert merged + evicted == pytest.approx(freed)
+    # The second of the two alike gives up what the first one gave up, when that has ended.
+    assert found["kv_bytes_freed_total"] == found["blocks_freed_total"] * block_bytes(server)
+    assert found["compaction_time_seconds_count"] == 2
+    assert found["compaction_time_seconds_sum"] > 0
+    assert found["preemptions_avoided_total"] == 0
+
+
+def block_bytes(server: Server) -> int:
+    """Keys and values of a block, in float32."""
+    config = json.loads((Path(server.model) / "config.json").read_text())
+    num_heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    return 2 * 16 * 4 * num_heads * config["head_dim"]
+
+
+def test_refused_requests_are_counted(server: Server, client: OpenAI) -> None:
+    before = metrics(server)
+    for xargs in ({"kv_budget": 0}, {"kv_bugdet": 64}, {"kv_budget": -1}):
+        with pytest.raises(BadRequestError):
+            client.completions.create(prompt="a", **greedy(server, 1, xargs))
+    found = increase(server, before)
+    assert found["requests_refused_total kv_budget"] == 2
+    assert found["requests_refused_total misspelt"] == 1
+
+
+def test_the_page_has_every_metric_of_the_catalogue(server: Server, client: OpenAI) -> None:
+    with pytest.raises(BadRequestError):
+        client.completions.create(prompt="a", **greedy(server, 1, {"kv_budget": 0}))
+    client.completions.create(prompt=prompt(SHORT, seed=11), **greedy(server, 2))
+    page = httpx.get(f"{server.url}/metrics", timeout=30).text
+    found = {family.name for family in text_string_to_metric_families(page)}
+    assert {metric.name for metric in metric_catalogue.ALL} <= found
 
 
 def test_blocks_saved_follow_a_request_that_its_client_leaves(
@@ -148,8 +186,12 @@ def test_blocks_saved_follow_a_request_that_its_client_leaves(
     )
     for _ in range(8):
         next(stream)
-    saved = metrics(server)["blocks_saved"]
+    now = metrics(server)
     stream.close()
+    saved = now["blocks_saved"]
     assert saved >= (LONG - 64) // 16 - 128 // 16
+    assert now["kv_bytes_saved"] == saved * block_bytes(server)
+    # The budget, the recent window, and what it has written meanwhile.
+    assert 128 // 16 + 64 // 16 <= now["blocks_held"] < saved
     wait_until_idle(server)
     assert metrics(server)["blocks_saved"] == 0

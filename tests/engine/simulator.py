@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, deque
+from collections.abc import Iterator
 from typing import Any
 
 from engine.build_scheduler import head_shares_of, scheduler_for
@@ -75,6 +76,8 @@ class Simulator:
         init_none_hash(hash_function)
         self._hasher = get_request_block_hasher(BLOCK_SIZE, hash_function)
         self.planner = getattr(self.scheduler, "planner", None)
+        # Of one layer, whose group the builder makes.
+        self.block_bytes = specs[0].page_size_bytes
 
     def add(
         self, prompt: list[int], max_tokens: int, extra_args: dict[str, Any] | None = None
@@ -253,19 +256,27 @@ class Simulator:
                 for outcome, count in value.items():
                     ended = self.totals.num_ended
                     ended[outcome] = ended.get(outcome, 0) + count
-            elif name == "num_blocks_saved":
-                self.totals.num_blocks_saved = value
+            elif name in ("num_blocks_saved", "num_bytes_saved", "num_pool_blocks"):
+                setattr(self.totals, name, value)
             else:
                 setattr(self.totals, name, getattr(self.totals, name) + value)
         if self.in_flight:
             return
-        saved = sum(
-            self.worker.first_column(req_id, group_id)
-            for req_id, tracked in self.planner.requests.items()
-            for group_id in range(len(self.managers))
-            if not tracked.is_new
-        )
-        assert self.totals.num_blocks_saved == saved
+        saved = set()
+        for req_id, tracked in self.planner.requests.items():
+            for group_id in range(len(self.managers)) if not tracked.is_new else ():
+                num_gone = self.worker.first_column(req_id, group_id)
+                saved.update((group_id, *each) for each in self._contents(req_id, num_gone))
+        assert self.totals.num_blocks_saved == len(saved)
+        assert self.totals.num_bytes_saved == len(saved) * self.block_bytes
+
+    def _contents(self, req_id: str, num_columns: int) -> Iterator[tuple[Any, ...]]:
+        """What tells its leading columns from others, as the prefix cache does."""
+        tokens, content = self.scheduler.requests[req_id].all_token_ids, 0
+        owner = None if self.managers[0].enable_caching else req_id
+        for first in range(0, num_columns * BLOCK_SIZE, BLOCK_SIZE):
+            content = hash((content, *tokens[first : first + BLOCK_SIZE]))
+            yield owner, first, content
 
     def _check_reported(self) -> None:
         """The scheduler holds what the worker keeps, and no more."""

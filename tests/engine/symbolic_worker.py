@@ -260,7 +260,7 @@ class SymbolicWorker:
         for order in orders:
             self._compact(order, requests[order.req_id])
         kept_from = {(order.req_id, order.group_id): order.first for order in orders}
-        self.report = kept.keep(kept_from)
+        self.report = StepReport(kept.keep(kept_from))
         return kept.held(planned, list(requests))
 
     def _decide(self, order: Any) -> Any:

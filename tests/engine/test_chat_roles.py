@@ -98,7 +98,9 @@ def config(**settings: Any) -> Any:
     compression = {"recipe": "ems", "budget": 64, "recent_window": 32, **settings}
     return SimpleNamespace(
         additional_config={"kv_compression": compression},
-        model_config=SimpleNamespace(max_model_len=4096, get_total_num_hidden_layers=lambda: 4),
+        model_config=SimpleNamespace(
+            max_model_len=4096, get_total_num_hidden_layers=lambda: 4, served_model_name="m"
+        ),
         cache_config=SimpleNamespace(block_size=16),
     )
 

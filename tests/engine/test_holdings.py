@@ -94,6 +94,48 @@ def test_a_preempted_request_holds_as_much_in_the_end(probe):
     assert [one.num_entries for (one,) in found] == [one.num_entries for (one,) in undisturbed]
 
 
+def totals_of(probe, lengths):
+    """What is counted while prompts are answered, all at a time."""
+    accounts = probe.scheduler.planner.accounts
+    accounts.take_totals()
+    holdings(probe, lengths)
+    return accounts.take_totals()
+
+
+def test_what_is_not_kept_was_merged_or_evicted(probe):
+    found = totals_of(probe, (700, 333))
+    assert found.num_entries_in > found.num_entries_kept > 0
+    gone = found.num_entries_in - found.num_entries_kept
+    assert found.num_entries_merged + found.num_entries_evicted == pytest.approx(gone)
+    # Two candidates for each kept entry, and few of them alike: the model's weights are random.
+    assert 0 < found.num_entries_merged < 2 * found.num_entries_kept
+    assert found.num_entries_evicted > 0
+
+
+def test_every_step_that_compacts_is_timed(probe):
+    found = totals_of(probe, (700,))
+    assert len(found.compaction_seconds) == found.num_compactions > 1
+    assert all(seconds > 0 for seconds in found.compaction_seconds)
+
+
+@pytest.mark.parametrize(
+    ("settings", "merges"),
+    [
+        ({**EMS, "merger": {"name": "none"}}, False),
+        # Heads of a layer with unequal budgets, each a row of its own.
+        ({**EMS, "allocator": {"name": "ada"}}, True),
+        (COVERAGE, True),
+    ],
+    ids=["no merger", "by head", "coverage"],
+)
+def test_merged_entries_are_counted_however_it_is_compacted(settings, merges):
+    with engine(settings, LLAMA, max_model_len=2048) as probe:
+        found = totals_of(probe, (700, 333))
+    gone = found.num_entries_in - found.num_entries_kept
+    assert found.num_entries_merged + found.num_entries_evicted == pytest.approx(gone)
+    assert (found.num_entries_merged > 0) == merges
+
+
 @pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 def test_what_a_coverage_keeps_is_said(async_scheduling):
     with engine(COVERAGE, LLAMA, max_model_len=2048, async_scheduling=async_scheduling) as probe:

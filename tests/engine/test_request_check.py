@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+from prometheus_client import REGISTRY
 from vllm import SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine.input_processor import InputProcessor
@@ -12,7 +13,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from ems_vllm.engine.frontend.request_check import check_prompt, check_request
 from ems_vllm.patches.frontend import patch_input_processor
 
-COMPRESSED = SimpleNamespace(additional_config={"kv_compression": {"recipe": "ems", "budget": 64}})
+COMPRESSED = SimpleNamespace(
+    additional_config={"kv_compression": {"recipe": "ems", "budget": 64}},
+    model_config=SimpleNamespace(served_model_name="m"),
+)
 DENSE = SimpleNamespace(additional_config={})
 
 
@@ -28,6 +32,29 @@ def test_bad_extra_arguments_are_refused_with_the_parameter():
     with pytest.raises(VLLMValidationError, match=r"kv_budget=65 .* at most 64") as refusal:
         check_request(COMPRESSED, params(kv_budget=65))
     assert refusal.value.parameter == "vllm_xargs"
+
+
+@pytest.mark.parametrize(
+    ("extra_args", "reason"),
+    [
+        ({"kv_budget": 65}, "kv_budget"),
+        ({"kv_ratio": 2}, "kv_ratio"),
+        ({"kv_compression": "maybe"}, "kv_compression"),
+        ({"kv_compression": "off", "kv_ratio": 0.5}, "kv_ratio"),
+        ({"kv_protect": ["nobody"]}, "kv_protect"),
+        ({"kv_bugdet": 1}, "misspelt"),
+    ],
+    ids=str,
+)
+def test_refused_requests_are_counted_by_reason(extra_args, reason):
+    def count():
+        labels = {"model_name": "m", "reason": reason}
+        return REGISTRY.get_sample_value("ems_vllm:requests_refused_total", labels) or 0
+
+    before = count()
+    with pytest.raises(VLLMValidationError):
+        check_request(COMPRESSED, params(**extra_args))
+    assert count() == before + 1
 
 
 def test_good_extra_arguments_and_other_servers_pass():

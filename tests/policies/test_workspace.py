@@ -102,6 +102,7 @@ def meta_context(
             rotations=[Rotation(torch.empty(num_entries, head_size), is_neox=True)] * num_layers,
             layer_ids=[0] * num_layers,
             output_weights=[torch.empty((1024, 4 * num_kv_heads * head_size))] * num_layers,
+            num_merged=torch.empty((), dtype=torch.int64),
         )
 
 

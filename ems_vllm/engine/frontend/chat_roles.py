@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ems_vllm.config import settings_of
 from ems_vllm.config.errors import shown
 from ems_vllm.config.protect import KEY, Protect
-from ems_vllm.engine.frontend.request_check import check_room, options_of
+from ems_vllm.engine.frontend.request_check import check_room, options_of, refusal
 from ems_vllm.spans import merged
 
 if TYPE_CHECKING:
@@ -54,12 +54,11 @@ async def protect_roles(
             is protected has no room.
     """
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-    from vllm.exceptions import VLLMValidationError
 
     config = settings_of(vllm_config)
     if config is None or not isinstance(request, ChatCompletionRequest):
         return
-    options = options_of(config, request.vllm_xargs)
+    options = options_of(vllm_config, request.vllm_xargs)
     is_own = options.protect is not None
     wanted = options.protect if options.protect is not None else Protect(roles=config.protect)
     if not options.enabled or not wanted.roles:
@@ -80,11 +79,13 @@ async def protect_roles(
             ranges.append(span)
         elif is_own:
             sent = (request.vllm_xargs or {}).get(KEY)
-            raise VLLMValidationError(
+            raise refusal(
+                vllm_config,
                 f"vllm_xargs.{KEY}={shown(sent)} is not allowed: {role!r} is not in the "
                 "conversation, or the chat template does not show where; leave it out, or give a "
                 "range of the prompt's tokens such as '0-128'.",
                 parameter="vllm_xargs",
+                reason=KEY,
             )
     found = Protect(merged(ranges))
     # What is found is sent, also where it is nothing: the server's roles are done with.
@@ -96,7 +97,7 @@ async def protect_roles(
     check_room(
         vllm_config,
         config,
-        options_of(config, request.vllm_xargs),
+        options_of(vllm_config, request.vllm_xargs),
         len(chat.token_ids),
         request.max_tokens if most is None else most,
         setting,

@@ -4,71 +4,94 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ems_vllm.engine.totals import take_totals
+import prometheus_client
+
+from ems_vllm.engine.frontend.metric_catalogue import (
+    COUNTERS,
+    GAUGES,
+    HISTOGRAM,
+    REFUSED,
+    REQUESTS,
+)
+from ems_vllm.engine.totals import Outcome, take_totals
 
 if TYPE_CHECKING:
+    from vllm.config import VllmConfig
     from vllm.v1.metrics.loggers import PrometheusStatLogger, StatLoggerManager
     from vllm.v1.metrics.stats import SchedulerStats
 
+    from ems_vllm.engine.totals import Totals
+
 _LABELS = ["model_name", "engine"]
-_ENTRIES = "of a kv_head, in the mean of the compressed KV-cache groups"
+# Seconds.
+_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 
 
 class Metrics:
     """The metrics of this process.
 
     Args:
-        counter, gauge: Of prometheus_client, or what a server has in their place.
+        counter, gauge, histogram: Of prometheus_client, or what a server has in their place.
     """
 
-    def __init__(self, counter: Any, gauge: Any) -> None:
-        self._compactions = counter(
-            "ems_vllm:compactions",
-            "Compactions: steps that compressed a request, counted by request.",
-            _LABELS,
-        )
-        self._entries_in = counter(
-            "ems_vllm:entries_in", f"Entries that compactions have found, {_ENTRIES}.", _LABELS
-        )
-        self._entries_kept = counter(
-            "ems_vllm:entries_kept", f"Entries that compactions have kept, {_ENTRIES}.", _LABELS
-        )
-        self._blocks_freed = counter(
-            "ems_vllm:blocks_freed", "Blocks that compactions have given back.", _LABELS
-        )
-        self._blocks_saved = gauge(
-            "ems_vllm:blocks_saved",
-            "Blocks that running requests would hold besides, were they not compressed.",
-            _LABELS,
-            multiprocess_mode="mostrecent",
-        )
-        self._requests = counter(
-            "ems_vllm:requests",
-            "Requests that have ended, by outcome: compressed; fitted, being never longer than "
-            "what may be held; off, as they asked.",
-            [*_LABELS, "outcome"],
-        )
+    def __init__(self, counter: Any, gauge: Any, histogram: Any) -> None:
+        self._counters = {
+            field: counter(metric.name, metric.help, _LABELS) for field, metric in COUNTERS.items()
+        }
+        self._gauges = {
+            field: gauge(metric.name, metric.help, _LABELS, multiprocess_mode="mostrecent")
+            for field, metric in GAUGES.items()
+        }
+        self._requests = counter(REQUESTS.name, REQUESTS.help, [*_LABELS, "outcome"])
+        self._refused = counter(REFUSED.name, REFUSED.help, ["model_name", "reason"])
+        self._seconds = histogram(HISTOGRAM.name, HISTOGRAM.help, _LABELS, buckets=_BUCKETS)
+        # By the labels of an engine, blocks that its requests may have; 0 for not yet known.
+        self._pools: dict[tuple[Any, ...], int] = {}
 
     def record(self, stats: SchedulerStats, labels: list[Any]) -> None:
-        """Count what came with the statistics of a step."""
+        """Count what came with the statistics of a step of an engine."""
+        of_engine = tuple(labels)
+        if of_engine not in self._pools:
+            self._begin(labels)
+            self._pools[of_engine] = 0
         totals = take_totals(stats)
-        if totals is None:
-            return
-        self._compactions.labels(*labels).inc(totals.num_compactions)
-        self._entries_in.labels(*labels).inc(totals.num_entries_in)
-        self._entries_kept.labels(*labels).inc(totals.num_entries_kept)
-        self._blocks_freed.labels(*labels).inc(totals.num_blocks_freed)
-        self._blocks_saved.labels(*labels).set(totals.num_blocks_saved)
+        if totals is not None:
+            self._count(totals, labels)
+            self._pools[of_engine] = totals.num_pool_blocks
+        if num_blocks := self._pools[of_engine]:
+            self._set("num_blocks_held", round(stats.kv_cache_usage * num_blocks), labels)
+
+    def _begin(self, labels: list[Any]) -> None:
+        """Show what has not happened as 0."""
+        for metric in (*self._counters.values(), *self._gauges.values(), self._seconds):
+            metric.labels(*labels)
+        for outcome in get_args(Outcome):
+            self._requests.labels(*labels, outcome)
+
+    def _count(self, totals: Totals, labels: list[Any]) -> None:
+        for field, counter in self._counters.items():
+            counter.labels(*labels).inc(getattr(totals, field))
+        for field in ("num_blocks_saved", "num_bytes_saved"):
+            self._set(field, getattr(totals, field), labels)
         for outcome, count in totals.num_ended.items():
             self._requests.labels(*labels, outcome).inc(count)
+        for seconds in totals.compaction_seconds:
+            self._seconds.labels(*labels).observe(seconds)
+
+    def _set(self, field: str, value: int, labels: list[Any]) -> None:
+        self._gauges[field].labels(*labels).set(value)
+
+    def refused(self, model_name: str, reason: str) -> None:
+        """A request was answered with an HTTP 400."""
+        self._refused.labels(model_name, reason).inc()
 
 
 @functools.cache
-def _metrics(counter: Any, gauge: Any) -> Metrics:
+def _metrics(counter: Any, gauge: Any, histogram: Any) -> Metrics:
     # A name can be registered once in a process, and vLLM makes new loggers when it scales.
-    return Metrics(counter, gauge)
+    return Metrics(counter, gauge, histogram)
 
 
 def record(manager: StatLoggerManager, stats: SchedulerStats | None, engine: int | None) -> None:
@@ -79,14 +102,25 @@ def record(manager: StatLoggerManager, stats: SchedulerStats | None, engine: int
         stats: Of a step, if there are any.
         engine: Whose.
     """
-    if stats is None or not stats.kv_connector_stats:
+    if stats is None:
         return
     logger = _prometheus(manager)
     if logger is None:
         take_totals(stats)
         return
-    labels = logger.per_engine_labelvalues[engine or 0]
-    _metrics(logger._counter_cls, logger._gauge_cls).record(stats, labels)
+    metrics = _metrics(logger._counter_cls, logger._gauge_cls, logger._histogram_cls)
+    metrics.record(stats, logger.per_engine_labelvalues[engine or 0])
+
+
+def record_refusal(vllm_config: VllmConfig, reason: str) -> None:
+    """Count a request that is refused before any engine knows of it.
+
+    Args:
+        vllm_config: Of the server.
+        reason: One of few.
+    """
+    own = (prometheus_client.Counter, prometheus_client.Gauge, prometheus_client.Histogram)
+    _metrics(*own).refused(str(vllm_config.model_config.served_model_name), reason)
 
 
 def _prometheus(manager: StatLoggerManager) -> PrometheusStatLogger | None:

@@ -6,12 +6,14 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ems_vllm.config import ConfigError, RequestOptions, settings_of
-from ems_vllm.config.errors import shown
+from ems_vllm.config import RequestOptions, settings_of
+from ems_vllm.config.errors import RequestError, shown
 from ems_vllm.config.protect import KEY
+from ems_vllm.engine.frontend.metrics import record_refusal
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.exceptions import VLLMValidationError
 
     from ems_vllm.config import KVCompressionConfig
 
@@ -27,9 +29,8 @@ def check_request(vllm_config: VllmConfig, params: Any) -> None:
         VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
     """
     extra_args = getattr(params, "extra_args", None)
-    config = settings_of(vllm_config) if extra_args else None
-    if config is not None:
-        options_of(config, extra_args)
+    if extra_args and settings_of(vllm_config) is not None:
+        options_of(vllm_config, extra_args)
 
 
 def check_api_request(vllm_config: VllmConfig, request: Any) -> str | None:
@@ -47,19 +48,19 @@ def check_api_request(vllm_config: VllmConfig, request: Any) -> str | None:
     Raises:
         VLLMValidationError: an HTTP 400 with the key, the value and what is allowed.
     """
-    from vllm.exceptions import VLLMValidationError
-
     config = settings_of(vllm_config)
     if config is None:
         return None
     # Where the API has no such field, vLLM keeps what a client sent all the same.
-    options = options_of(config, getattr(request, "vllm_xargs", None))
+    options = options_of(vllm_config, getattr(request, "vllm_xargs", None))
     if options.enabled and getattr(request, "use_beam_search", False):
         remedy = "; send vllm_xargs.kv_compression='off' with it" if config.allow_off else ""
-        raise VLLMValidationError(
+        raise refusal(
+            vllm_config,
             f"use_beam_search=True cannot be combined with kv_compression={config.recipe!r}: beams "
             f"attend to their whole cache{remedy}, or drop use_beam_search.",
             parameter="use_beam_search",
+            reason="use_beam_search",
         )
     return config.recipe if options.enabled else "off"
 
@@ -81,7 +82,7 @@ def check_protection(vllm_config: VllmConfig, prompt_len: int, params: Any) -> N
     config = settings_of(vllm_config)
     if config is None:
         return
-    options = options_of(config, extra_args)
+    options = options_of(vllm_config, extra_args)
     if options.protect:
         max_tokens = getattr(params, "max_tokens", None)
         check_room(vllm_config, config, options, prompt_len, max_tokens)
@@ -106,8 +107,6 @@ def check_room(
     Raises:
         VLLMValidationError: an HTTP 400 with the key, the numbers and the remedy.
     """
-    from vllm.exceptions import VLLMValidationError
-
     if not options.protect:
         return
     model = vllm_config.model_config
@@ -118,29 +117,51 @@ def check_room(
     num_sinks = config.selector.num_sink_tokens
     try:
         options.protect.check(prompt_len, num_tokens, plans, num_sinks, setting)
-    except ConfigError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    except RequestError as error:
+        raise refusal(vllm_config, str(error), "vllm_xargs", error.reason) from None
 
 
-def options_of(config: KVCompressionConfig, extra_args: Any) -> RequestOptions:
+def options_of(vllm_config: VllmConfig, extra_args: Any) -> RequestOptions:
     """What a request may have of what it asks for.
+
+    Args:
+        vllm_config: Of a server with compression.
+        extra_args: Its `vllm_xargs`.
 
     Raises:
         VLLMValidationError: it may not have it.
     """
-    from vllm.exceptions import VLLMValidationError
-
     if extra_args is not None and not isinstance(extra_args, Mapping):
-        raise VLLMValidationError(
+        raise refusal(
+            vllm_config,
             f"vllm_xargs={shown(extra_args)} is not allowed: send an object.",
             parameter="vllm_xargs",
+            reason="no_object",
         )
+    config = settings_of(vllm_config)
+    assert config is not None, "a request was checked on a server without compression"
     try:
         options = RequestOptions.parse(extra_args)
         options.check_ceiling(config.plan_settings)
-    except ConfigError as error:
-        raise VLLMValidationError(str(error), parameter="vllm_xargs") from None
+    except RequestError as error:
+        raise refusal(vllm_config, str(error), "vllm_xargs", error.reason) from None
     return options
+
+
+def refusal(
+    vllm_config: VllmConfig, message: str, parameter: str, reason: str
+) -> VLLMValidationError:
+    """Becomes an HTTP 400, and is counted.
+
+    Args:
+        message: With the key, the value and the remedy.
+        parameter: What it is about, for the client.
+        reason: One of few, for statistics.
+    """
+    from vllm.exceptions import VLLMValidationError
+
+    record_refusal(vllm_config, reason)
+    return VLLMValidationError(message, parameter=parameter)
 
 
 def check_prompt(vllm_config: VllmConfig, prompt: Any, params: Any) -> None:
@@ -174,14 +195,14 @@ def check_resumable(vllm_config: VllmConfig, params: Any) -> None:
     Raises:
         VLLMValidationError: the request would be compressed.
     """
-    from vllm.exceptions import VLLMValidationError
-
     config = settings_of(vllm_config)
     if config is None:
         return
     if RequestOptions.parse(getattr(params, "extra_args", None)).enabled:
-        raise VLLMValidationError(
+        raise refusal(
+            vllm_config,
             f"A streamed prompt cannot be combined with kv_compression={config.recipe!r}: send the "
             "whole prompt, or vllm_xargs.kv_compression='off' with every part of it.",
             parameter="prompt",
+            reason="streamed_prompt",
         )

@@ -48,6 +48,8 @@ class Compactor:
 
     Attributes:
         protected: What requests protect.
+        num_merged: [], int64, on the device - entries of all layers and kv_heads that were merged
+            since the start.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Compactor:
                 policy.coverage, num_heads, self._block_size, self._num_sinks, ranks
             )
         self.counters = CompactionCounters()
+        self.num_merged = torch.zeros((), dtype=torch.int64, device=tensors.device)
         self.protected = ProtectedEntries(self._block_size, tensors.device)
 
     @torch.inference_mode()
@@ -108,10 +111,10 @@ class Compactor:
         self, requests: CompactionRows, part: LayerStack, protected: ProtectedWave | None
     ) -> CompactionContext:
         context = context_of(self._tensors, requests, part, self._ranks)
-        if protected is None:
-            return context
-        mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
-        return replace(context, is_protected=mask)
+        mask = None
+        if protected is not None:
+            mask = protected.of_requests(part.layers, context.num_kv_heads, context.max_entries)
+        return replace(context, is_protected=mask, num_merged=self.num_merged)
 
     def _compact_requests(self, wave: Sequence[Compaction], max_layers: int) -> None:
         requests, protected = self._rows(wave), self.protected.wave(wave)
@@ -167,10 +170,11 @@ class Compactor:
                 if shared is not None:
                     rows = dealt(rows, requests, kept[layer], self._block_size)
                 context = context_of_heads(self._tensors, requests, rows, part)
+                mask = None
                 if protected is not None:
                     held = owned[layer] * self._block_size
                     mask = protected.of_heads(layer, held, context.max_entries)
-                    context = replace(context, is_protected=mask)
+                context = replace(context, is_protected=mask, num_merged=self.num_merged)
                 if shared is None:
                     kept[layer], kept_idx = self._deal_and_compact(requests, rows, context)
                 else:

@@ -29,6 +29,8 @@ class CompressedGroup:
 
     Attributes:
         heads: As given.
+        counters: What was compacted since the start.
+        num_merged: See Compactor.
     """
 
     def __init__(
@@ -45,6 +47,12 @@ class CompressedGroup:
         self.heads = heads
         self._compactor = Compactor(tensors, policy, workspace_bytes, heads, ranks)
         self.counters = self._compactor.counters
+        self.num_merged = self._compactor.num_merged
+
+    @property
+    def num_heads(self) -> int:
+        """Kv_heads of all its layers, on this rank."""
+        return self.tensors.num_layers * self.tensors.spec.num_kv_heads
 
     def release(self, req_ids: Sequence[str]) -> None:
         """Requests gave their blocks back."""

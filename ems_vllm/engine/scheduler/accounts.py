@@ -7,11 +7,12 @@ coverage has said how much it kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ems_vllm.engine.holding import Holding, attach_holding
+from ems_vllm.engine.scheduler.dense_pool import DensePool
 from ems_vllm.engine.totals import Totals
 
 if TYPE_CHECKING:
@@ -20,7 +21,24 @@ if TYPE_CHECKING:
     from vllm.v1.engine import EngineCoreOutput
 
     from ems_vllm.engine.orders import Compaction
+    from ems_vllm.engine.report import Measured
     from ems_vllm.engine.totals import Outcome
+
+
+ContentsOf: TypeAlias = Callable[[str, int, int, int], Sequence[Hashable]]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The blocks of an engine.
+
+    Attributes:
+        num_blocks: That requests may have.
+        block_bytes: Of one, on all devices of the engine.
+    """
+
+    num_blocks: int
+    block_bytes: int
 
 
 @dataclass
@@ -52,12 +70,18 @@ class Accounts:
 
     Args:
         block_sizes: Tokens per block of the compressed groups, by their index.
+        pool: The blocks.
+        contents_of: Of a request's columns in a group, from one on and before another, what tells
+            them from columns of other content.
     """
 
-    def __init__(self, block_sizes: Mapping[int, int]) -> None:
+    def __init__(self, block_sizes: Mapping[int, int], pool: Pool, contents_of: ContentsOf) -> None:
         self._block_sizes = block_sizes
+        self._pool = pool
+        self._contents_of = contents_of
         self._accounts: dict[str, _Account] = {}
-        self._totals = Totals()
+        self._dense_pool = DensePool()
+        self._totals = self._no_totals()
         self._has_changed = False
         # What the frontend does not know yet; outlives the account of a request that has ended.
         self._news: dict[str, Holding] = {}
@@ -73,7 +97,7 @@ class Accounts:
         account = self._accounts.get(req_id)
         if account is None:
             return
-        self._totals.num_blocks_saved -= sum(account.first_columns.values())
+        self._dense_pool.released(req_id)
         self._has_changed = True
         account.first_columns.clear()
         account.since = None
@@ -116,7 +140,28 @@ class Accounts:
         self._totals.num_entries_in += entries_in
         self._totals.num_entries_kept += entries_kept
         self._totals.num_blocks_freed += first - before
-        self._totals.num_blocks_saved += first - before
+        contents = self._contents_of(order.req_id, order.group_id, before, first)
+        num_saved = self._dense_pool.lost(order.req_id, order.group_id, contents, first - before)
+        self._totals.num_bytes_freed += num_saved * self._pool.block_bytes
+
+    def measured(self, measured: Measured) -> None:
+        """A worker reports what compactions took and merged."""
+        totals = self._totals
+        totals.compaction_seconds += measured.seconds
+        totals.num_entries_merged += measured.num_entries_merged
+        totals.num_entries_evicted += measured.num_entries_evicted
+        self._has_changed = True
+
+    def scheduled(self, num_free: int, last_admitted_first: Iterable[tuple[str, int]]) -> None:
+        """A step was scheduled.
+
+        Args:
+            num_free: Blocks of the pool that are free.
+            last_admitted_first: Requests that run, and how many blocks each would hold, dense.
+        """
+        num_avoided = self._dense_pool.crowded_out(num_free, last_admitted_first)
+        self._totals.num_preemptions_avoided += num_avoided
+        self._has_changed = self._has_changed or num_avoided > 0
 
     def _tell_of(self, req_id: str, account: _Account) -> None:
         sizes = self._block_sizes
@@ -143,5 +188,10 @@ class Accounts:
         if not self._has_changed:
             return None
         totals, self._has_changed = self._totals, False
-        self._totals = Totals(num_blocks_saved=totals.num_blocks_saved)
+        self._totals = self._no_totals()
+        totals.num_blocks_saved = self._dense_pool.num_blocks
+        totals.num_bytes_saved = self._dense_pool.num_blocks * self._pool.block_bytes
         return totals
+
+    def _no_totals(self) -> Totals:
+        return Totals(num_pool_blocks=self._pool.num_blocks)

@@ -13,7 +13,7 @@ columns are hashed when the request ends uncompressed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +61,13 @@ class CompressedAttentionManager(FullAttentionManager):
         """Blocks of the columns from `first_column` on that hold the first `num_tokens` tokens."""
         stop = -(-num_tokens // self.block_size)
         return [block.block_id for block in self.req_to_blocks[request_id][first_column:stop]]
+
+    def column_hashes(self, request: Request, first: int, end: int) -> Sequence[Hashable]:
+        """Of columns [first, end), as the prefix cache knows them; fewer where they have none."""
+        if not self.enable_caching:
+            return ()
+        per_column = self.block_size // self.block_pool.hash_block_size
+        return request.block_hashes[(first + 1) * per_column - 1 : end * per_column : per_column]
 
     @classmethod
     @contextmanager

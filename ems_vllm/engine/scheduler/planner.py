@@ -10,12 +10,12 @@ needed. A request that finds none does not run any further in this step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.orders import Compaction, RecordedQueries, ScoredChunk, StepOrders
-from ems_vllm.engine.scheduler.accounts import Accounts
+from ems_vllm.engine.scheduler.accounts import Accounts, Pool
 from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger, OrderedCompaction
 from ems_vllm.engine.scheduler.dealer import Dealer
 from ems_vllm.engine.scheduler.request import NEVER, SchedulerRequest
@@ -36,6 +36,7 @@ class Planner:
     Args:
         managers: Of the compressed KV-cache groups.
         num_blocks: Blocks of the cache.
+        block_bytes: Of one, on all devices.
         max_num_seqs: Most requests that run at a time.
         decode_query_len: Tokens of a decoding request in a step, drafts included.
         cuts_anywhere: Whether a chunk may end wherever it suits. Where states of Mamba layers are
@@ -53,6 +54,7 @@ class Planner:
         self,
         managers: Sequence[CompressedAttentionManager],
         num_blocks: int,
+        block_bytes: int,
         max_num_seqs: int,
         decode_query_len: int,
         cuts_anywhere: bool = True,
@@ -61,6 +63,7 @@ class Planner:
     ) -> None:
         self.requests: dict[str, SchedulerRequest] = {}
         self._managers = list(managers)
+        self._by_group = {manager.kv_cache_group_id: manager for manager in managers}
         self._decode_query_len = decode_query_len
         self._cuts_anywhere = cuts_anywhere
         self._num_sinks = num_sinks
@@ -74,7 +77,10 @@ class Planner:
         self._unreported: dict[int, list[OrderedCompaction]] = {}
         self._is_reported = is_reported
         self.accounts = Accounts(
-            {manager.kv_cache_group_id: manager.block_size for manager in managers}
+            {manager.kv_cache_group_id: manager.block_size for manager in managers},
+            # One of them stands for columns that were given back.
+            Pool(num_blocks - 1, block_bytes),
+            self._contents_of,
         )
         self._num_steps = 0
         # Whether a request that is to be admitted must wait in the step that is being scheduled.
@@ -236,7 +242,7 @@ class Planner:
         return orders
 
     def processed(self, orders: StepOrders, report: StepReport | None) -> None:
-        """The output of a step has come, with what its compactions kept where a coverage decides.
+        """The output of a step has come, and what a worker reports with it.
 
         Raises:
             RuntimeError: the report is missing, or is of other compactions.
@@ -245,8 +251,14 @@ class Planner:
             self._reported(orders, report)
         if orders.compactions:
             planned = [order.first for order in orders.compactions]
-            firsts = planned if report is None else report.first_columns
+            firsts = report.first_columns if self._is_reported and report else planned
             self.accounts.compacted(orders.step, orders.compactions, firsts)
+        if report is not None and report.measured is not None:
+            self.accounts.measured(report.measured)
+
+    def _contents_of(self, req_id: str, group_id: int, first: int, end: int) -> Sequence[Hashable]:
+        manager = self._by_group[group_id]
+        return manager.column_hashes(self.requests[req_id].request, first, end)
 
     def _reported(self, orders: StepOrders, report: StepReport | None) -> None:
         ordered = self._unreported.pop(orders.step, [])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 
 from ems_vllm.config import settings_of
 from ems_vllm.engine.orders import attach, attached
@@ -23,11 +24,14 @@ from ems_vllm.engine.totals import attach_totals
 from ems_vllm.vllm_versions import bounds_cache_hits
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from vllm.v1.core.sched.output import SchedulerOutput
 
     # For type checkers; the real base is the scheduler that this is mixed into.
     from vllm.v1.core.sched.scheduler import Scheduler as _Base
     from vllm.v1.engine import EngineCoreOutputs
+    from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
@@ -52,6 +56,7 @@ class CompressionSchedulerMixin(_Base):
         self.planner = Planner(
             managers,
             num_blocks=self.kv_cache_config.num_blocks,
+            block_bytes=_block_bytes(self.kv_cache_config) * self.parallel_config.world_size,
             max_num_seqs=self.max_num_running_reqs,
             decode_query_len=1 + self.num_spec_tokens,
             cuts_anywhere=not self.need_mamba_block_aligned_split,
@@ -107,9 +112,33 @@ class CompressionSchedulerMixin(_Base):
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)
-        if stats is not None and (totals := self.planner.accounts.take_totals()) is not None:
+        if stats is None:
+            return None
+        accounts = self.planner.accounts
+        num_free = self.kv_cache_manager.block_pool.get_num_free_blocks()
+        accounts.scheduled(num_free, self._dense_blocks())
+        if (totals := accounts.take_totals()) is not None:
             attach_totals(stats, totals)
         return stats
+
+    def _dense_blocks(self) -> Iterator[tuple[str, int]]:
+        """Requests that run, the last admitted first, and the columns of their block tables."""
+        managers = self.kv_cache_manager.coordinator.single_type_managers
+        for request in reversed(self.running):
+            req_id = request.request_id
+            yield req_id, sum(len(manager.req_to_blocks.get(req_id, ())) for manager in managers)
+
+
+def _block_bytes(kv_cache_config: KVCacheConfig) -> int:
+    """What a block takes on a device; groups with fewer layers leave part of it unused."""
+    return max(map(_page_bytes, kv_cache_config.kv_cache_groups))
+
+
+def _page_bytes(group: KVCacheGroupSpec) -> int:
+    spec = group.kv_cache_spec
+    # This one's pages are those of all its layers already.
+    num_layers = 1 if isinstance(spec, UniformTypeKVCacheSpecs) else len(group.layer_names)
+    return int(spec.page_size_bytes * num_layers)
 
 
 class CompressingScheduler(CompressionSchedulerMixin, Scheduler):

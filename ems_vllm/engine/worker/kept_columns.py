@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ems_vllm.engine.report import StepReport
 from ems_vllm.engine.worker.requests import StepRefused
 from ems_vllm.engine.worker.stages import UNDECIDED, Stage
 
@@ -89,12 +88,15 @@ class KeptColumns:
             kept_before=tail_before - before,
         )
 
-    def keep(self, kept_from: Mapping[tuple[str, int], int]) -> StepReport:
+    def keep(self, kept_from: Mapping[tuple[str, int], int]) -> list[int]:
         """Take note of what `compactions` have kept, and tell the next stage.
 
         Args:
             kept_from: By request and group of which this worker has layers, the first column of
                 what was kept.
+
+        Returns:
+            See StepReport.first_columns.
         """
         firsts = []
         for order, first in zip(self._planned, self._decided, strict=True):
@@ -104,7 +106,7 @@ class KeptColumns:
                 columns[order.group_id] = (first, order.tail)
             firsts.append(first)
         self._stage.pass_on(firsts)
-        return StepReport(firsts)
+        return firsts
 
     def held(self, planned: StepOrders, req_ids: Sequence[str]) -> StepOrders:
         """Orders of a step, once its compactions are done, in terms of what is held.

@@ -7,6 +7,7 @@ import functools
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from vllm.distributed.parallel_state import get_pp_group
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import Attention
 
@@ -21,6 +22,7 @@ from ems_vllm.engine.worker.group_builder import GroupBuilder
 from ems_vllm.engine.worker.kept_columns import KeptColumns
 from ems_vllm.engine.worker.layer_choice import LayerChoice, choose_layers, mixed_layer
 from ems_vllm.engine.worker.memory import Footprint
+from ems_vllm.engine.worker.meter import Meter
 from ems_vllm.engine.worker.progress_log import ProgressLog
 from ems_vllm.engine.worker.refusals import MIXED_GROUP, NO_FULL_ATTENTION
 from ems_vllm.engine.worker.reporting import report_steps
@@ -123,13 +125,16 @@ class CompressionWorkerMixin(_Base):
                 stage = PipelineStage()
             sizes = {group.tensors.group_id: group.tensors.spec.block_size for group in groups}
             kept = KeptColumns(sizes, stage)
-        self.compression = StepRunner(groups, batch_order(runner), kept)
+        # The scheduler gets the output of this worker alone.
+        is_heard = self.is_driver_worker and get_pp_group().is_last_rank
+        meter = Meter(groups) if groups and is_heard else None
+        self.compression = StepRunner(groups, batch_order(runner), kept, meter)
         batch_of = self.compression.batch
         self.rewriters = tuple(builder.rewriter(group, batch_of) for group in groups)
         for rewriter in self.rewriters:
             bind(rewriter, runner, layers)
         self._observe_steps(runner)
-        if kept is not None and stage.is_last:
+        if meter is not None or (kept is not None and stage.is_last):
             report_steps(runner, self.compression)
         if self.rank == 0:
             self._progress_log = ProgressLog(logger, groups)

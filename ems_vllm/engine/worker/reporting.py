@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def report_steps(runner: Any, compression: StepRunner) -> None:
-    """Have the output of every step say what the step kept.
+    """Have the output of every step say what the step kept, and what was measured.
 
     vLLM's runners give it out when tokens are sampled, after `execute_model`, and it may be read
     later, when it has reached the host.
@@ -29,14 +29,13 @@ def report_steps(runner: Any, compression: StepRunner) -> None:
 
     @functools.wraps(sample_tokens)
     def sample_and_report(*args: Any, **kwargs: Any) -> Any:
-        report, compression.report = compression.report, None
-        return _reporting(sample_tokens(*args, **kwargs), report)
+        return _reporting(sample_tokens(*args, **kwargs), compression.take_report())
 
     runner.sample_tokens = sample_and_report
 
 
 def _reporting(output: Any, report: StepReport | None) -> Any:
-    if report is None or not report.first_columns:
+    if report is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
         get_output = output.get_output

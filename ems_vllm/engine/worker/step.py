@@ -11,7 +11,7 @@ metadata builders and layers work through attention/bindings.py.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ import numpy as np
 
 from ems_vllm.engine.group.batch import Batch
 from ems_vllm.engine.orders import StepOrders, attached
+from ems_vllm.engine.report import StepReport
 from ems_vllm.engine.worker.requests import StepRefused, WorkerRequests
 
 if TYPE_CHECKING:
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
     from ems_vllm.engine.group.compressed_group import CompressedGroup
     from ems_vllm.engine.orders import Compaction
-    from ems_vllm.engine.report import StepReport
     from ems_vllm.engine.worker.kept_columns import KeptColumns
+    from ems_vllm.engine.worker.meter import Meter
 
     BatchOrder = Callable[[CommonAttentionMetadata], Sequence[str]]
 
@@ -57,9 +58,7 @@ class StepRunner:
         groups: The compressed KV-cache groups.
         batch_order: Gives the request of every row of a batch; the model runner knows.
         kept: What is held of requests, where a coverage decides; None where all of a budget stays.
-
-    Attributes:
-        report: What the scheduler is to know of the latest step; None for nothing.
+        meter: Measures compactions, where somebody is told; else None.
     """
 
     def __init__(
@@ -67,10 +66,12 @@ class StepRunner:
         groups: Sequence[CompressedGroup],
         batch_order: BatchOrder,
         kept: KeptColumns | None = None,
+        meter: Meter | None = None,
     ) -> None:
         self.groups = list(groups)
-        self.report: StepReport | None = None
         self._kept = kept
+        self._meter = meter
+        self._kept_from: list[int] = []
         self._requests = WorkerRequests()
         self._batch_order = batch_order
         self._step: _Step | None = None
@@ -114,10 +115,14 @@ class StepRunner:
 
     def _compact(self, orders: Sequence[Compaction]) -> list[dict[str, int]]:
         """Compact all groups; by group and request, the first column of what is kept."""
-        return [
-            group.compact([order for order in orders if order.group_id == group.tensors.group_id])
-            for group in self.groups
-        ]
+        meter = self._meter if orders else None
+        with nullcontext() if meter is None else meter.measuring():
+            return [
+                group.compact(
+                    [order for order in orders if order.group_id == group.tensors.group_id]
+                )
+                for group in self.groups
+            ]
 
     def _compact_covered(
         self, kept: KeptColumns, planned: StepOrders, req_ids: Sequence[str]
@@ -131,8 +136,16 @@ class StepRunner:
             for group, of_group in zip(self.groups, found, strict=True)
             for req_id, first in of_group.items()
         }
-        self.report = kept.keep(kept_from)
+        self._kept_from = kept.keep(kept_from)
         return kept.held(planned, req_ids)
+
+    def take_report(self) -> StepReport | None:
+        """What the scheduler is to know, once the output of a step is made; None for nothing."""
+        first_columns, self._kept_from = self._kept_from, []
+        measured = self._meter.take() if self._meter is not None else None
+        if not first_columns and measured is None:
+            return None
+        return StepReport(first_columns, measured)
 
     def end_step(self) -> None:
         self._step = None

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measures what compactions take and merge, without waiting for the device."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from ems_vllm.engine.report import Measured
+
+if TYPE_CHECKING:
+    from ems_vllm.engine.group.compressed_group import CompressedGroup
+
+
+class _Mark(Protocol):
+    """A point in the work of a device."""
+
+    @property
+    def is_reached(self) -> bool: ...
+
+    def seconds_after(self, other: _Mark) -> float: ...
+
+
+class _HostMark:
+    """Now: what a CPU was told to do is done."""
+
+    is_reached = True
+
+    def __init__(self) -> None:
+        self._time = time.perf_counter()
+
+    def seconds_after(self, other: _Mark) -> float:
+        assert isinstance(other, _HostMark)
+        return self._time - other._time
+
+
+class _StreamMark:
+    """Behind what has been launched on the current stream."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    @property
+    def is_reached(self) -> bool:
+        return bool(self._event.query())
+
+    def seconds_after(self, other: _Mark) -> float:
+        assert isinstance(other, _StreamMark)
+        return float(other._event.elapsed_time(self._event)) / 1e3
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    """Of a step that compacted, on its way from the device.
+
+    Attributes:
+        start, end: Around its work.
+        num_merged: By group, entries of all layers and kv_heads that were merged since the start of
+            the server; there when `end` is reached.
+        num_gone: By group, entries of a kv_head that were not kept, since then.
+    """
+
+    start: _Mark
+    end: _Mark
+    num_merged: torch.Tensor
+    num_gone: list[int]
+
+
+class Meter:
+    """Of the compactions of one worker.
+
+    Args:
+        groups: Its compressed groups, of which there is one at least.
+    """
+
+    def __init__(self, groups: Sequence[CompressedGroup]) -> None:
+        self._groups = list(groups)
+        self._device = groups[0].tensors.device
+        self._mark: type[_HostMark] | type[_StreamMark] = (
+            _StreamMark if self._device.type == "cuda" else _HostMark
+        )
+        self._under_way: deque[_Measurement] = deque()
+        self._merged_before = torch.zeros(len(groups), dtype=torch.int64)
+        self._gone_before = [0] * len(groups)
+
+    @contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Around the compactions of a step."""
+        start = self._mark()
+        yield
+        counters = [group.counters for group in self._groups]
+        num_merged = torch.stack([group.num_merged for group in self._groups])
+        if self._device.type == "cuda":
+            # Into pinned memory, or the copy would wait for the device.
+            pinned = torch.empty(len(counters), dtype=torch.int64, pin_memory=True)
+            num_merged = pinned.copy_(num_merged, non_blocking=True)
+        num_gone = [each.num_entries_in - each.num_entries_kept for each in counters]
+        self._under_way.append(_Measurement(start, self._mark(), num_merged, num_gone))
+
+    def take(self) -> Measured | None:
+        """What is known and was not taken yet; None for nothing."""
+        seconds, last = [], None
+        while self._under_way and self._under_way[0].end.is_reached:
+            last = self._under_way.popleft()
+            seconds.append(last.end.seconds_after(last.start))
+        if last is None:
+            return None
+        merged = [
+            count / group.num_heads
+            for count, group in zip(
+                (last.num_merged - self._merged_before).tolist(), self._groups, strict=True
+            )
+        ]
+        gone = [now - old for now, old in zip(last.num_gone, self._gone_before, strict=True)]
+        self._merged_before, self._gone_before = last.num_merged, last.num_gone
+        mean_merged, mean_gone = sum(merged) / len(merged), sum(gone) / len(gone)
+        return Measured(seconds, mean_merged, mean_gone - mean_merged)
