@@ -136,6 +136,13 @@ bench: setup ## the benchmarks that this machine can run, into benchmarks/result
 	@$(BIN)/python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json
 	@$(BIN)/python benchmarks/bench_prefix_hits.py --out benchmarks/results/prefix-hits-cpu.json
 
+.PHONY: dist
+dist: $(DONE)/requirements ## source distribution and wheel into dist/, checked (docs/wheels.md)
+	@rm -rf dist
+	@$(if $(filter cpu,$(TARGET)),EMS_CUDA="$${EMS_CUDA:-0}") \
+	  $(BIN)/python -m build --no-isolation --outdir dist
+	@$(BIN)/python deploy/check_dist.py
+
 gpu-check: ## tests, sanitizer, benchmarks and serving on this GPU; GPU_OUT=, GPU_ARGS=
 	@$(GPU_PYTHON) benchmarks/gpu_check.py --out $(GPU_OUT) $(GPU_ARGS)
 
