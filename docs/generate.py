@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import tables
-from pages import configuration, life
+from pages import api, cli, configuration, life
 from tables import measured
 
 from ems_vllm.engine.frontend.compatibility import HARMONY_ROLES, RULES
@@ -180,6 +180,8 @@ def patches() -> str:
 
 
 PAGES = {
+    "api.md": api.page,
+    "cli.md": cli.page,
     "compatibility.md": compatibility,
     "configuration.md": configuration.page,
     "life-of-a-request.md": life.page,

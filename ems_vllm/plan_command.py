@@ -23,7 +23,6 @@ from ems_vllm.policies.allocators.uniform import UniformAllocator
 if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
 
-_COUNT = Annotated[int, typer.Option(min=1)]
 _SHAPE = Annotated[int | None, typer.Option(min=1, help="Of the model, instead of --model.")]
 
 
@@ -38,12 +37,16 @@ def plan(
     recipe: Annotated[str, typer.Option(help="Recipe or YAML file.")] = "ems",
     budget: Annotated[int | None, typer.Option(min=1, help="Entries kept per kv_head.")] = None,
     ratio: Annotated[float | None, typer.Option(help="Fraction of the prompt kept.")] = None,
-    recent_window: Annotated[int | None, typer.Option(min=1)] = None,
-    recompress_interval: Annotated[int | None, typer.Option(min=0)] = None,
+    recent_window: Annotated[
+        int | None, typer.Option(min=1, help="Last tokens that stay, beside the budget.")
+    ] = None,
+    recompress_interval: Annotated[
+        int | None, typer.Option(min=0, help="Generated tokens between two compressions.")
+    ] = None,
     prefill_interval: Annotated[
         int | None, typer.Option(min=0, help="Tokens after which a prompt is compressed.")
     ] = None,
-    block_size: _COUNT = 16,
+    block_size: Annotated[int, typer.Option(min=1, help="Tokens of a block.")] = 16,
     model: Annotated[
         Path | None, typer.Option(help="Model folder or config.json, for bytes.")
     ] = None,

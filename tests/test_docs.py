@@ -150,3 +150,10 @@ def test_files_that_are_named_exist(page):
     roots = (ROOT, ROOT / "ems_vllm", ROOT / "ems_vllm" / "engine")
     for name in re.findall(r"`([\w./-]+/[\w.-]+\.(?:py|h|cpp|cu|cuh|yaml))`", text):
         assert any((root / name).exists() for root in roots), name
+
+
+def test_every_flag_of_the_command_line_says_what_it_means():
+    page = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+    rows = [row for row in cells_of(page) if row[0].startswith("`")]
+    assert len(rows) > 40
+    assert not [row[0] for row in rows if not row[1]]

@@ -41,7 +41,7 @@ def evaluate(
         str | None, typer.Option(help="Entries per kv_head, or fractions of the length.")
     ] = None,
     lengths: Annotated[str | None, typer.Option(help="Context lengths in tokens.")] = None,
-    seeds: str | None = None,
+    seeds: Annotated[str | None, typer.Option(help="Each gives samples of its own.")] = None,
     depths: Annotated[str | None, typer.Option(help="0 (start) to 1 (end).")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="A task, length and seed.")] = None,
     max_tokens: Annotated[
