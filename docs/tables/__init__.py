@@ -37,6 +37,20 @@ _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _BUDGETS_4K = "lab-smollm2-4k-budgets.json"
 _COVERAGE_GEMMA = "lab-gemma3-270m-coverage.json"
 
+# Rows of the tables by which a budget is chosen.
+_CHOOSING = {
+    f"{when}: {what}": (variant, group)
+    for when, group in (
+        ("question at the end of the prompt", "last"),
+        ("before the document", "first"),
+        ("after the document was compressed", "later"),
+    )
+    for what, variant in (
+        ("equal budgets", "ems"),
+        ("profile by head", "ems, profile by head"),
+    )
+}
+
 # Further questions on the same novels.
 _SEEDS = "lab-smollm2-seeds.json"
 _SEEDS_PEERS = "kvpress-smollm2-seeds.json"
@@ -245,6 +259,10 @@ TABLES: dict[str, Callable[[], str]] = {
         ((_HEADS, _SMOLLM2), (_SEEDS,)),
         ("0.06", "0.125", "0.25"),
     ),
+    "choosing-2k": partial(
+        right, _CHOOSING, ((_HEADS, _SMOLLM2), (_SEEDS,)), ("0.06", "0.125", "0.25")
+    ),
+    "choosing-4k": partial(right, _CHOOSING, ((_HEADS_4K, _SMOLLM2_4K),), ("0.02", "0.06", "0.25")),
     "allocators": partial(
         recipes,
         _ALLOCATORS,
