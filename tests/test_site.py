@@ -83,6 +83,12 @@ def test_page_is_what_the_repository_shows(site: Path, name: str) -> None:
     assert {tag: built[tag] for tag in COUNTED} == {tag: shown[tag] for tag in COUNTED}
 
 
+def test_generated_pages_are_called_by_their_titles(site: Path) -> None:
+    html = (site / "configuration.html").read_text(encoding="utf-8")
+    assert "<title>Settings - ems-vllm</title>" in html
+    assert "docs/generate.py" not in article(site, "configuration")
+
+
 def test_nothing_is_loaded_from_other_hosts(site: Path) -> None:
     for page in site.glob("*.html"):
         html = page.read_text(encoding="utf-8")

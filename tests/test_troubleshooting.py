@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-QUOTES = re.findall(r"^```text\n(.+)\n```$", PAGE, re.MULTILINE)
+QUOTES = re.findall(r"^```output\n(.+)\n```$", PAGE, re.MULTILINE)
 # Of vLLM: where it sizes its cache, looks for a device, and loads a scheduler.
 VLLM = ("v1/core/kv_cache_utils.py", "config/device.py", "config/scheduler.py")
 # How a program begins what it says.
@@ -66,7 +66,7 @@ def says(text: str, quote: str) -> bool:
 def test_the_page_quotes_messages() -> None:
     assert len(QUOTES) >= 30
     # Every block of that kind is one line.
-    assert len(QUOTES) == PAGE.count("```text")
+    assert len(QUOTES) == PAGE.count("```output")
 
 
 @pytest.mark.parametrize("quote", QUOTES, ids=lambda quote: quote[:40])

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import posixpath
+import re
 from pathlib import Path
 from urllib.parse import urlsplit
 from xml.etree.ElementTree import Element
@@ -128,7 +129,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> None:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     uri = page.file.src_uri
     elsewhere = {uri: source for source, uri in ELSEWHERE.items()}
     _LINKS.processor.source = elsewhere.get(uri, f"{DOCS}/{uri}")
+    # What a generated page says to who edits it; mkdocs wants the title first.
+    return re.sub(r"\A<!--.*?-->\n", "", markdown, flags=re.DOTALL)
