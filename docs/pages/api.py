@@ -67,8 +67,7 @@ def page() -> str:
             f"`usage.{ATTRIBUTE}` of an answer has {usage}: [what each means, where it is not, and "
             "how streams have it](verify.md).",
             "",
-            "`/metrics` has the counters and gauges `ems_vllm:*` beside vLLM's own "
-            "([list](verify.md)).",
+            "`/metrics` has the metrics `ems_vllm:*` beside vLLM's own ([list](verify.md)).",
             "",
             *_ERRORS,
             *refused,
