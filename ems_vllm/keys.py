@@ -6,3 +6,6 @@ CONFIG_KEY = "kv_compression"
 
 KEY_PREFIX = "kv_compression_config."
 """What names of settings begin with in messages: the option that sets them."""
+
+STATUS_PLUGIN = "ems_status"
+"""Name of the status page among vLLM's endpoint plugins."""

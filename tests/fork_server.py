@@ -2,9 +2,10 @@
 """Runs commands in forks of one process, which has imported vLLM already.
 
 Reads one order a line from stdin, as JSON, and answers each with one line, a number:
-{"argv": [...], "out": FILE, "err": FILE}, where argv[0] is "vllm" or a file of Python, starts a
-process in a session of its own, and is answered with its id; {"wait": PID, "blocks": true or false}
-with its exit status, negative where a signal killed it, or with RUNNING.
+{"argv": [...], "out": FILE, "err": FILE, "variables": {...}}, where argv[0] is "vllm" or a file of
+Python, starts a process in a session of its own, with these variables in its environment, and is
+answered with its id; {"wait": PID, "blocks": true or false} with its exit status, negative where a
+signal killed it, or with RUNNING.
 
 A process that does little spends nearly all of its time on imports, ten seconds or, with Triton,
 twenty.
@@ -48,11 +49,12 @@ def preload() -> None:
     gc.freeze()
 
 
-def start(argv: list[str], out: str, err: str) -> int:
+def start(argv: list[str], out: str, err: str, variables: dict[str, str]) -> int:
     """Id of the process of a command."""
     pid = os.fork()
     if pid == 0:
         os.setsid()
+        os.environ.update(variables)
         for name, descriptor in ((out, 1), (err, 2)):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -68,7 +68,11 @@ def fork_vllm(arguments: list[str], log: Path) -> int:
 
 
 def fork(
-    argv: list[str], out: Path, err: Path, environment: Mapping[str, str] | None = None
+    argv: list[str],
+    out: Path,
+    err: Path,
+    environment: Mapping[str, str] | None = None,
+    variables: Mapping[str, str] | None = None,
 ) -> "Fork":
     """Starts a command in a fork of a process that has imported vLLM, in a session of its own.
 
@@ -76,12 +80,14 @@ def fork(
         argv: "vllm" or a file of Python, and its arguments.
         out: File for what it prints; `err` for its errors.
         environment: Of the process; this one's by default.
+        variables: Added to it after the fork: no import of vLLM may depend on them.
     """
     found = _with_helpers(environment)
     # pytest names the test here.
     found.pop("PYTEST_CURRENT_TEST", None)
     server = _fork_server(tuple(sorted(found.items())))
-    return Fork(server, server.ask({"argv": argv, "out": str(out), "err": str(err)}))
+    order = {"argv": argv, "out": str(out), "err": str(err), "variables": dict(variables or {})}
+    return Fork(server, server.ask(order))
 
 
 class Fork:

@@ -46,6 +46,7 @@ LAYERS = {
         ("attention",),
         ("worker",),
         ("frontend",),
+        ("status",),
     ),
     "ems_vllm.eval": (
         ("script", "questions"),

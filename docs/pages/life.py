@@ -199,8 +199,18 @@ STEPS = (
         ),
     ),
 )
-# Of evaluations: no request of a user passes them.
-BESIDE = ("measuring/forced_tokens.py",)
+# Of evaluations, and of the status page: no request of a user passes them.
+BESIDE = (
+    "measuring/forced_tokens.py",
+    "group/kept_positions.py",
+    "worker/inspection.py",
+    "worker/request_fit.py",
+    "status/plugin.py",
+    "status/routes.py",
+    "status/source.py",
+    "status/numbers.py",
+    "status/answers.py",
+)
 
 
 def page() -> str:

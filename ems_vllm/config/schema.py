@@ -130,6 +130,11 @@ class KVCompressionConfig(BaseModel):
         protect: What stays whole of every chat request that says nothing itself through
             `kv_protect`: any of "system", "last_user" and "tools". A role that is not in a
             conversation protects nothing.
+        inspect_requests: How many of the latest compressed requests a server remembers what was
+            kept of, for its status page; 0: of none. Each takes 4 bytes for an entry of every
+            kv_head, beside the cache.
+        inspect_text: Whether the text of their prompts is remembered, too, and shown to whoever may
+            read the status page.
         scorer: How important an entry is; the highest scores stay.
         allocator: How many entries each layer and each kv_head keeps.
         selector: Which entries stay, and which of the others may be merged.
@@ -160,6 +165,8 @@ class KVCompressionConfig(BaseModel):
     query_ring_rows: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     workspace_mib: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     protect: tuple[Role, ...] = ()
+    inspect_requests: Annotated[int, Field(ge=0, le=64)] = 0
+    inspect_text: bool = False
     scorer: Scorer
     allocator: Allocator
     selector: Selector
@@ -230,6 +237,11 @@ class KVCompressionConfig(BaseModel):
                 f"{KEY_PREFIX}prefill_interval={self.prefill_interval} is not allowed: it must be "
                 f"at least obs_window={self.obs_window}; raise it, or set it to 0 to compress "
                 "prompts at their end only."
+            )
+        if self.inspect_text and not self.inspect_requests:
+            raise ConfigError(
+                f"{KEY_PREFIX}inspect_text=True has no effect with {KEY_PREFIX}inspect_requests=0: "
+                "set that to how many requests are to be remembered, or leave inspect_text out."
             )
         self._check_coverage()
         composition.check(

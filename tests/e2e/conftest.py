@@ -12,9 +12,12 @@ from openai import OpenAI
 from processes import Fork, fork
 
 from ems_vllm.eval.server.process import Server
+from ems_vllm.keys import STATUS_PLUGIN
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS = ("random-llama", "random-qwen3")
+# The status page is there, too.
+WITH_PAGE = {"VLLM_PLUGINS": f"ems_cpu,ems_vllm,{STATUS_PLUGIN}"}
 StartServer = Callable[..., AbstractContextManager[Server]]
 
 
@@ -23,7 +26,7 @@ class ForkedServer(Server):
 
     @staticmethod
     def _start(command: list[str], log_path: Path) -> Fork:
-        return fork(["vllm", *command[1:]], log_path, log_path)
+        return fork(["vllm", *command[1:]], log_path, log_path, variables=WITH_PAGE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -67,7 +70,8 @@ def start_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Star
 @pytest.fixture(scope="session")
 def server(start_server: StartServer) -> Iterator[Server]:
     """A compressing server with room for everything, shared by all modules."""
-    args = ("--kv-compression", "ems", "--kv-compression-config", '{"budget": 128}')
+    settings = '{"budget": 128, "inspect_requests": 4, "inspect_text": true}'
+    args = ("--kv-compression", "ems", "--kv-compression-config", settings)
     with start_server("random-llama", *args) as running:
         yield running
 

@@ -14,7 +14,8 @@ from ems_vllm.eval.server.process import Server
 @pytest.fixture(scope="module")
 def two_of_each(start_server):
     """As the `server` fixture, twice."""
-    args = ("--kv-compression", "ems", "--kv-compression-config", '{"budget": 128}')
+    settings = '{"budget": 128, "inspect_requests": 4}'
+    args = ("--kv-compression", "ems", "--kv-compression-config", settings)
     parallel = ("--api-server-count", "2", "--data-parallel-size", "2")
     with start_server("random-llama", *args, *parallel) as running:
         yield running
@@ -58,3 +59,17 @@ def test_two_engines_answer_as_one(two_of_each, server):
     )
     assert {engine for engine, _ in compressed} == {"0", "1"}
     assert sum(float(count) for _, count in compressed) >= 5
+
+
+def test_the_status_page_is_of_all_engines(two_of_each):
+    prompts = [prompt(900 + seed, seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        list(threads.map(lambda tokens: complete(two_of_each, tokens, 16), prompts))
+    root = f"{two_of_each.url}/v1/kv_compression"
+    assert httpx.get(root, timeout=60).json()["num_engines"] == 2
+    found = httpx.get(f"{root}/requests", timeout=60).json()
+    assert {900 + seed for seed in range(4)} <= {one["prompt_tokens"] for one in found}
+    for one in found:
+        detail = httpx.get(f"{root}/requests/{one['request_id']}?bins=8", timeout=60).json()
+        assert len(detail["heads"]) == 4 * 4
+        assert detail["text"] is None

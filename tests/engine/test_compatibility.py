@@ -130,6 +130,10 @@ TRIPS: list[tuple[str, dict[str, dict[str, Any]]]] = [
             "cache_config": {"block_size": 1},
         },
     ),
+    (
+        "kv_compression_config.inspect_requests",
+        {"": {"additional_config": {CONFIG_KEY: {"recipe": "ems", "inspect_requests": 8}}}},
+    ),
     ("worker_cls", {"parallel_config": {"worker_cls": "mine.Worker"}}),
     ("device", {"device_config": {"device_type": "cuda"}}),
     (

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ems_vllm.engine.frontend import obstacles
 from ems_vllm.engine.refusal import Refusal
+from ems_vllm.keys import STATUS_PLUGIN
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -182,6 +183,14 @@ RULES = (
         "longer than a decoding step, drafts included",
         "set it to 0, or draft fewer tokens",
         obstacles.prefill_interval_where(obstacles.drafts_fill_a_block),
+    ),
+    Rule(
+        "kv_compression_config.inspect_requests",
+        "they are seen on the status page, which vLLM attaches only where the environment variable "
+        "VLLM_PLUGINS names it",
+        f"set VLLM_PLUGINS to ems_vllm,{STATUS_PLUGIN} (without a GPU, to "
+        f"ems_cpu,ems_vllm,{STATUS_PLUGIN}), or set inspect_requests to 0",
+        obstacles.inspected_without_page,
     ),
     Rule(
         "worker_cls",

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from vllm import envs
+
 from ems_vllm.config import settings_of
 from ems_vllm.engine import kernels
 from ems_vllm.engine.cache_dtype import PLAIN_CACHES, cache_dtype, dtype_name
 from ems_vllm.engine.scheduler import SCHEDULERS
 from ems_vllm.engine.worker import WORKERS
+from ems_vllm.keys import STATUS_PLUGIN
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -79,6 +82,12 @@ def prefill_interval_where(
         return interval if interval and is_in_the_way(config) else None
 
     return value
+
+
+def inspected_without_page(config: VllmConfig) -> int | None:
+    settings = settings_of(config)
+    count = 0 if settings is None else settings.inspect_requests
+    return count if count and STATUS_PLUGIN not in (envs.VLLM_PLUGINS or ()) else None
 
 
 def drafts_fill_a_block(config: VllmConfig) -> bool:

@@ -19,6 +19,7 @@ from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.kept_positions import KeptPositions, PositionsWave
     from ems_vllm.engine.group.layer_stack import LayerStack
     from ems_vllm.engine.group.tensors import GroupTensors
     from ems_vllm.engine.orders import Compaction
@@ -45,6 +46,7 @@ class Compactor:
             single request does.
         heads: What kv_heads own; None where all of a layer keep as much.
         ranks: Others that hold kv_heads of the same layers.
+        positions: Follows what entries are of, for those who want to see it; None for nobody.
 
     Attributes:
         protected: What requests protect.
@@ -59,8 +61,10 @@ class Compactor:
         workspace_bytes: int,
         heads: HeadTables | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        positions: KeptPositions | None = None,
     ) -> None:
         self._tensors = tensors
+        self._positions = positions
         self._policy = policy
         self._heads = heads
         self._block_size = tensors.spec.block_size
@@ -118,12 +122,20 @@ class Compactor:
 
     def _compact_requests(self, wave: Sequence[Compaction], max_layers: int) -> None:
         requests, protected = self._rows(wave), self.protected.wave(wave)
+        positions = self._positions_of(wave)
         for part in self._parts(max_layers):
             kept_idx = self._policy.compact(self._context(requests, part, protected))
             if protected is not None:
                 protected.keep(kept_idx)
+            if positions is not None:
+                positions.keep(wave, part.layers, kept_idx)
         if protected is not None:
             protected.end(requests.budgets.tolist())
+        if positions is not None:
+            positions.end(wave, requests.budgets.tolist())
+
+    def _positions_of(self, wave: Sequence[Compaction]) -> PositionsWave | None:
+        return None if self._positions is None else self._positions.wave(wave)
 
     def _compact_covered(
         self, wave: Sequence[Compaction], max_layers: int, covering: Covering
@@ -142,6 +154,7 @@ class Compactor:
             self._compact_requests(decided, max_layers)
             return decided
         (part,) = parts
+        positions = self._positions_of(wave)
         context = self._context(requests, part, protected)
         scores = self._policy.score(context)
         decided = covering.decided(wave, self._policy.held_shares(context, scores))
@@ -150,6 +163,9 @@ class Compactor:
         if protected is not None:
             protected.keep(kept_idx)
             protected.end(kept.budgets.tolist())
+        if positions is not None:
+            positions.keep(decided, part.layers, kept_idx)
+            positions.end(decided, kept.budgets.tolist())
         return decided
 
     def _shares(
@@ -160,6 +176,7 @@ class Compactor:
 
     def _compact_heads(self, wave: Sequence[Compaction], heads: HeadTables) -> None:
         requests, protected = self._rows(wave), self.protected.wave(wave)
+        positions = self._positions_of(wave)
         req_ids = [order.req_id for order in wave]
         owned, shared = heads.owned(req_ids), heads.deal(wave, self._least_pages(wave))
         kept = np.empty_like(owned) if shared is None else shared
@@ -181,9 +198,16 @@ class Compactor:
                     kept_idx = self._policy.compact(context)
                 if protected is not None:
                     protected.keep(kept_idx)
+                if positions is not None:
+                    held = owned[layer] * self._block_size
+                    of_heads = kept_idx.view(1, *held.shape, -1)
+                    positions.keep(wave, part.layers, of_heads, held)
         heads.own(req_ids, kept)
+        longest = (kept.max((0, 2)) * self._block_size).tolist()
         if protected is not None:
-            protected.end((kept.max((0, 2)) * self._block_size).tolist())
+            protected.end(longest)
+        if positions is not None:
+            positions.end(wave, longest)
 
     def _deal_and_compact(
         self, requests: CompactionRows, rows: CompactionRows, context: CompactionContext

@@ -11,6 +11,7 @@ from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.head_tables import HeadTables
+    from ems_vllm.engine.group.kept_positions import KeptPositions
     from ems_vllm.engine.group.tensors import GroupTensors
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.policies.policy import Policy
@@ -25,10 +26,10 @@ class CompressedGroup:
         policy: Chooses what stays and what is merged.
         workspace_bytes: Bound of the scratch memory of a compaction.
         heads: Pages that kv_heads own; None where all of a layer keep as much.
-        ranks: See Compactor.
+        ranks, positions: See Compactor.
 
     Attributes:
-        heads: As given.
+        heads, positions: As given.
         counters: What was compacted since the start.
         num_merged: See Compactor.
     """
@@ -41,11 +42,13 @@ class CompressedGroup:
         workspace_bytes: int,
         heads: HeadTables | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
+        positions: KeptPositions | None = None,
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.heads = heads
-        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, ranks)
+        self.positions = positions
+        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, ranks, positions)
         self.counters = self._compactor.counters
         self.num_merged = self._compactor.num_merged
 

@@ -20,6 +20,7 @@ from ems_vllm.engine.attention.live_columns import LiveColumns
 from ems_vllm.engine.cache_dtype import unquantised_cache
 from ems_vllm.engine.group.cache_scales import LayerScales, has_scales_per_head, layer_scales
 from ems_vllm.engine.group.compressed_group import CompressedGroup
+from ems_vllm.engine.group.kept_positions import KeptPositions
 from ems_vllm.engine.group.output_projection import output_weights
 from ems_vllm.engine.group.query_ring import QueryRing
 from ems_vllm.engine.group.rope import rotations
@@ -135,7 +136,12 @@ class GroupBuilder:
         )
         heads = head_tables(self.config, self.vllm_config, spec, layer_names, owners, self.layers)
         workspace_bytes = self.config.workspace_mib << 20
-        return CompressedGroup(tensors, owners, self.policy, workspace_bytes, heads, RANKS)
+        positions = None
+        if num_inspected := self.config.inspect_requests:
+            positions = KeptPositions(spec.block_size, tensors.device, num_inspected)
+        return CompressedGroup(
+            tensors, owners, self.policy, workspace_bytes, heads, RANKS, positions
+        )
 
     def rewriter(self, group: CompressedGroup, batch_of: BatchOf) -> MetadataRewriter:
         """What the metadata builders of a group call."""

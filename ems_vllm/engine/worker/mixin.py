@@ -19,6 +19,7 @@ from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.bind import bind
 from ems_vllm.engine.worker.declared_specs import declared_specs
 from ems_vllm.engine.worker.group_builder import GroupBuilder
+from ems_vllm.engine.worker.inspection import Inspection
 from ems_vllm.engine.worker.kept_columns import KeptColumns
 from ems_vllm.engine.worker.layer_choice import LayerChoice, choose_layers, mixed_layer
 from ems_vllm.engine.worker.memory import Footprint
@@ -26,12 +27,15 @@ from ems_vllm.engine.worker.meter import Meter
 from ems_vllm.engine.worker.progress_log import ProgressLog
 from ems_vllm.engine.worker.refusals import MIXED_GROUP, NO_FULL_ATTENTION
 from ems_vllm.engine.worker.reporting import report_steps
+from ems_vllm.engine.worker.request_fit import describe_server
 from ems_vllm.engine.worker.stages import PipelineStage, Stage
 from ems_vllm.engine.worker.start_log import log_start
 from ems_vllm.engine.worker.step import StepRunner, batch_order
 from ems_vllm.policies.policy import Policy
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 
@@ -52,10 +56,13 @@ class CompressionWorkerMixin(_Base):
     Attributes:
         compression: Runs the orders of every step; None until the cache is allocated.
         rewriters: What the attention of each compressed group calls.
+        inspection: Tells of requests; None where none are remembered.
     """
 
     compression: StepRunner | None = None
     rewriters: tuple[MetadataRewriter, ...] = ()
+    inspection: Inspection | None = None
+    _kv_cache_config: KVCacheConfig | None = None
     _progress_log: ProgressLog | None = None
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +124,7 @@ class CompressionWorkerMixin(_Base):
         """Allocate the cache, then bind scores, rings and metadata builders to it."""
         super().initialize_from_config(kv_cache_config)
         self._check_groups(kv_cache_config)
+        self._kv_cache_config = kv_cache_config
         runner, layers, builder = self.model_runner, self._attention_layers(), self._group_builder()
         groups = builder.build(kv_cache_config)
         kept, stage = None, Stage()
@@ -133,6 +141,8 @@ class CompressionWorkerMixin(_Base):
         self.rewriters = tuple(builder.rewriter(group, batch_of) for group in groups)
         for rewriter in self.rewriters:
             bind(rewriter, runner, layers)
+        if groups and self._compression_config.inspect_requests:
+            self.inspection = Inspection(groups, self._compression_config.inspect_text)
         self._observe_steps(runner)
         if meter is not None or (kept is not None and stage.is_last):
             report_steps(runner, self.compression)
@@ -178,6 +188,8 @@ class CompressionWorkerMixin(_Base):
             if dummy_run:
                 return execute_model(scheduler_output, *args, dummy_run=True, **kwargs)
             compression.begin_step(scheduler_output)
+            if self.inspection is not None:
+                self.inspection.begin_step(scheduler_output)
             try:
                 return execute_model(scheduler_output, *args, **kwargs)
             finally:
@@ -219,6 +231,29 @@ class CompressionWorkerMixin(_Base):
             }
             for group in self.compression.groups
         ]
+
+    def kv_compression_requests(self) -> list[dict[str, Any]] | None:
+        """See Inspection.requests; None where none are remembered (for collective_rpc)."""
+        return None if self.inspection is None else self.inspection.requests()
+
+    def kv_compression_request(self, req_id: str, num_bins: int) -> dict[str, Any] | None:
+        """See Inspection.request (for collective_rpc)."""
+        return None if self.inspection is None else self.inspection.request(req_id, num_bins)
+
+    def kv_compression_positions(self, req_id: str, layer: int, kv_head: int) -> list[int] | None:
+        """See Inspection.positions (for collective_rpc)."""
+        if self.inspection is None:
+            return None
+        return self.inspection.positions(req_id, layer, kv_head)
+
+    def kv_compression_server(self, lengths: Sequence[int]) -> dict[str, Any]:
+        """What this worker holds, and how many requests of some lengths fit (for collective_rpc).
+
+        Args:
+            lengths: Tokens of requests; where layers are not compressed nothing is said of them.
+        """
+        assert self._kv_cache_config is not None
+        return describe_server(self._kv_cache_config, self._footprint(), lengths)
 
     def shutdown(self) -> None:
         restore_backends()

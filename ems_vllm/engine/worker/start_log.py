@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many requests fit, dense and compressed, and the start-up log that says so."""
+"""The start-up log: what is compressed, what it takes, and how many requests fit."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from logging import Logger
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from ems_vllm.config.request import RequestOptions
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.layer_choice import choose_layers
+from ems_vllm.engine.worker.request_fit import request_fit
 from ems_vllm.head_shares import least_and_most
 from ems_vllm.plan import prompt_blocks
 
@@ -21,38 +21,6 @@ if TYPE_CHECKING:
 
     from ems_vllm.config import KVCompressionConfig
     from ems_vllm.engine.worker.memory import Footprint
-    from ems_vllm.plan import PlanSettings
-
-
-@dataclass(frozen=True)
-class GroupColumns:
-    """What one request holds of the columns of one compressed group.
-
-    Attributes:
-        dense: Without compression.
-        compressed: At most, once the prompt has been compressed.
-    """
-
-    dense: int
-    compressed: int
-
-
-def group_columns(settings: PlanSettings, block_size: int, num_tokens: int) -> GroupColumns:
-    """Columns of a request whose prompt is all but one of `num_tokens`.
-
-    Args:
-        settings: Of the group.
-        block_size: Tokens per block.
-        num_tokens: Length of the request, for example max_model_len.
-    """
-    plan = settings.plan(num_tokens - 1, block_size, RequestOptions())
-    dense = -(-num_tokens // block_size)
-    if not plan.compresses_prompt:
-        return GroupColumns(dense, dense)
-    # The state between two compactions repeats, so the first interval has the greatest one.
-    end = num_tokens + max(settings.recompress_interval, block_size)
-    steady = range(num_tokens + 1, end + 1)
-    return GroupColumns(dense, min(dense, max(plan.max_live_columns(n) for n in steady)))
 
 
 def log_start(
@@ -123,22 +91,17 @@ def log_start(
         footprint.ring_bytes(blocks) / 2**20,
         (footprint.workspace_bytes + footprint.head_bytes(blocks)) / 2**20,
     )
-    if len(compressed) < len(specs):
+    fit = request_fit(kv_cache_config, max_model_len)
+    if fit is None:
         return
-    # A column of each group is a block.
-    groups = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    of_groups = [group_columns(spec.settings, spec.block_size, max_model_len) for spec in groups]
-    columns = GroupColumns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
-    # Block 0 is vLLM's null block.
-    num_blocks = kv_cache_config.num_blocks - 1
     logger.info(
         "KV-cache compression: requests of %d tokens that fit: %s dense (%d blocks each), "
         "%s compressed (%d blocks each once the prompt is compressed).",
         max_model_len,
-        _requests(num_blocks / columns.dense),
-        columns.dense,
-        _requests(num_blocks / columns.compressed),
-        columns.compressed,
+        _requests(fit.dense),
+        fit.columns.dense,
+        _requests(fit.compressed),
+        fit.columns.compressed,
     )
 
 
