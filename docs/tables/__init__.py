@@ -15,6 +15,7 @@ from tables import methods
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
 from tables.coverage import kept
+from tables.dashboard import panels
 from tables.markdown import percent
 from tables.peers import behind, change, peers
 from tables.recipes import Column, ablation, equal_bytes, recipes, right
@@ -173,6 +174,7 @@ def _by_interval() -> list[Column]:
 
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
+    "dashboard": panels,
     "methods": methods.catalogue,
     "methods-measured": partial(methods.measured, "smollm2"),
     "methods-measured-gemma": partial(methods.measured, "gemma3-270m"),
