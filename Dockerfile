@@ -7,7 +7,10 @@ ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
 FROM ${VLLM_IMAGE} AS builder
 # GPU architectures, in torch's notation; all but 9.0a serve the later ones of their kind too.
 ARG TORCH_CUDA_ARCH_LIST="8.0 9.0a 10.0 12.0"
-# CUDA's headers at the release of its compiler in the image.
+SHELL ["/bin/bash", "-o", "pipefail", "-c"]
+# CUDA's headers at the release of its compiler in the image. No versions of packages: archives drop
+# the old ones, and builds would end.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends build-essential \
        "cuda-cudart-dev-$(nvcc --version | sed -n 's/.*release \([0-9]*\)\.\([0-9]*\).*/\1-\2/p')" \

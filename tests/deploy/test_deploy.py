@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is in the images and manifests, as far as that can be seen without building them."""
+"""What is in the images, as far as that can be seen without building them."""
 
 import json
 import re
@@ -11,13 +11,12 @@ from typing import Any
 import pytest
 import yaml
 from check_dockerfile import instructions
+from deploy.arguments import accepted_by_vllm
 
 import ems_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
-KUBERNETES = ROOT / "deploy" / "kubernetes"
 DOCKERFILES = [ROOT / "Dockerfile", ROOT / "Dockerfile.cpu"]
-MANIFESTS = sorted(KUBERNETES.glob("*/*.yaml"))
 VLLM_VERSION = re.search(r"^vllm==(\S+)$", (ROOT / "requirements/cuda.txt").read_text(), re.M)[1]
 
 
@@ -29,29 +28,11 @@ def final_stage(dockerfile: Path) -> dict[str, str]:
     return stage
 
 
-def documents(kind: str) -> list[Any]:
-    found = [yaml.safe_load(path.read_text()) for path in MANIFESTS]
-    return [document for document in found if document["kind"] == kind]
-
-
 @cache
 def compose() -> Any:
     text = (ROOT / "deploy/docker-compose.yml").read_text()
     # ${NAME:-default} -> default
     return yaml.safe_load(re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text))
-
-
-def accepted_by_vllm(arguments: list[str]) -> Any:
-    """What `vllm serve` makes of them, this package's flags included; it exits on unknown ones."""
-    pytest.importorskip("vllm")
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    try:
-        from vllm.entrypoints.common.cli_args import make_arg_parser
-    except ImportError:  # until 0.32
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-
-    return make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
 
 
 @pytest.mark.parametrize("dockerfile", DOCKERFILES, ids=lambda path: path.name)
@@ -127,48 +108,3 @@ def test_named_volumes_of_compose_are_declared() -> None:
         for volume in service.get("volumes", []):
             source = volume.split(":")[0]
             assert source.startswith("./") or source in compose()["volumes"]
-
-
-def test_kustomizations_name_existing_files() -> None:
-    for path in KUBERNETES.glob("*/kustomization.yaml"):
-        kustomization = yaml.safe_load(path.read_text())
-        files = kustomization["resources"] + [p["path"] for p in kustomization.get("patches", [])]
-        assert all((path.parent / file).exists() for file in files), files
-        for image in kustomization.get("images", []):
-            assert image == {"name": "ems-vllm", "newTag": ems_vllm.__version__}
-
-
-@pytest.mark.parametrize("deployment", documents("Deployment"), ids=["base", "tensor-parallel"])
-def test_flags_and_gpus_of_deployments(deployment: Any) -> None:
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    arguments = accepted_by_vllm(container["args"])
-    assert arguments.kv_compression == "ems"
-    assert container["resources"]["limits"]["nvidia.com/gpu"] == arguments.tensor_parallel_size
-
-
-def test_pod_is_unprivileged_probed_and_stores_its_cache() -> None:
-    base = documents("Deployment")[0]
-    pod = base["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert pod["securityContext"]["runAsNonRoot"]
-    user = f"{pod['securityContext']['runAsUser']}:{pod['securityContext']['runAsGroup']}"
-    assert user == final_stage(ROOT / "Dockerfile")["USER"]
-    assert container["securityContext"]["allowPrivilegeEscalation"] is False
-    assert container["securityContext"]["capabilities"]["drop"] == ["ALL"]
-
-    ports = {port["name"] for port in container["ports"]}
-    for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
-        assert container[probe]["httpGet"]["path"] == "/health"
-        assert container[probe]["httpGet"]["port"] in ports
-    (service,) = documents("Service")
-    assert service["spec"]["ports"][0]["targetPort"] in ports
-
-    mounts = {mount["name"] for mount in container["volumeMounts"]}
-    assert mounts == {volume["name"] for volume in pod["volumes"]}
-    (claim,) = documents("PersistentVolumeClaim")
-    claims = [
-        v["persistentVolumeClaim"]["claimName"]
-        for v in pod["volumes"]
-        if len(v) == 2 and "persistentVolumeClaim" in v
-    ]
-    assert claims == [claim["metadata"]["name"]]
