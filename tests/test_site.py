@@ -18,7 +18,12 @@ from markdown_it import MarkdownIt
 
 ROOT = Path(__file__).resolve().parents[1]
 MKDOCS = ROOT / ".venv-docs" / "bin" / "mkdocs"
-ELSEWHERE = {"README.md": "index", "CONTRIBUTING.md": "contributing", "CHANGELOG.md": "changelog"}
+ELSEWHERE = {
+    "README.md": "index",
+    "CONTRIBUTING.md": "contributing",
+    "CHANGELOG.md": "changelog",
+    "deploy/README.md": "deploying",
+}
 PAGES = {path.stem: path for path in sorted((ROOT / "docs").glob("*.md"))} | {
     name: ROOT / source for source, name in ELSEWHERE.items()
 }

@@ -87,7 +87,7 @@ _GAIN = Row(
         Panel(
             "Cache held",
             "percentunit",
-            "Blocks that running requests hold, as a share of what they would hold uncompressed. "
+            "Blocks in use, as a share of those that would be in use uncompressed. "
             "100 %: nothing of what runs is compressed. A dash: nothing runs, or the server does "
             "not compress.",
             (Query(f"{_HELD} / ({_HELD} + {_SAVED} > 0)"),),
@@ -98,8 +98,8 @@ _GAIN = Row(
         Panel(
             "KV cache saved",
             "bytes",
-            "Memory that running requests would hold besides, were they not compressed. "
-            "It is free for other requests and for the prefix cache.",
+            "Memory that running requests would hold besides, were they not compressed, on all "
+            "devices. It is free for other requests and for the prefix cache.",
             (Query(_now("ems_vllm:kv_bytes_saved")),),
             kind="now",
             width=4,
@@ -107,8 +107,8 @@ _GAIN = Row(
         Panel(
             "Preemptions in this time",
             "short",
-            "Those that blocks given back have avoided, and those that happened all the same, over "
-            "the time that the dashboard shows.",
+            "Requests that a dense pool of this size would have preempted or not let in, and "
+            "preemptions that happened all the same, over the time that the dashboard shows.",
             (
                 Query(_counted("ems_vllm:preemptions_avoided_total"), "avoided"),
                 Query(_counted("vllm:num_preemptions_total"), "happened"),
@@ -149,7 +149,7 @@ _COMPACTIONS = Row(
             "Entries per second",
             "short",
             "Entries of a kv_head, in the mean of the compressed groups: what compactions found, "
-            "and what became of it.",
+            "and what became of it; merged and evicted as the first device has measured.",
             tuple(
                 Query(_rate(f"ems_vllm:entries_{fate}_total"), fate)
                 for fate in ("in", "kept", "merged", "evicted")
@@ -171,13 +171,13 @@ _COMPACTIONS = Row(
         Panel(
             "KV cache given back per second",
             "Bps",
-            "Memory of the blocks that compactions have freed.",
+            "By how much compactions let the memory saved grow, on all devices.",
             (Query(_rate("ems_vllm:kv_bytes_freed_total"), "given back"),),
         ),
         Panel(
-            "Time of a compaction",
+            "Time of a step's compactions",
             "s",
-            "How many compactions took how long.",
+            "How many steps spent how long on their compactions, on the first device.",
             (
                 Query(
                     "sum by (le) (increase(ems_vllm:compaction_time_seconds_bucket"
@@ -188,9 +188,9 @@ _COMPACTIONS = Row(
             kind="heatmap",
         ),
         Panel(
-            "Time of a compaction, quantiles",
+            "Time of a step's compactions, quantiles",
             "s",
-            "Half, 95 % and 99 % of the compactions took no longer.",
+            "Half, 95 % and 99 % of the steps that compact spent no longer on it.",
             _quantiles("ems_vllm:compaction_time_seconds"),
         ),
     ),
@@ -210,8 +210,8 @@ _REQUESTS = Row(
         Panel(
             "Refused, by reason",
             "reqps",
-            "Answered with an error before they ran: by compression, since their settings cannot "
-            "work, and by vLLM, since its queue was full.",
+            "Answered with an error before they ran: by compression, for the key of vllm_xargs "
+            "that was wrong or what cannot be combined, and by vLLM, since its queue was full.",
             (
                 _rate_by("reason", "ems_vllm:requests_refused_total", _MODEL),
                 _rate_by("reason", "vllm:admission_rejections_total", _MODEL),
@@ -241,14 +241,15 @@ _POOL = Row(
         Panel(
             "Blocks held and saved",
             "short",
-            "Blocks that running requests hold, and that they would hold besides.",
+            "Blocks in use, and blocks that running requests would hold besides.",
             (Query(_HELD, "held"), Query(_SAVED, "saved")),
             kind="stacked",
         ),
         Panel(
             "Preemptions per second",
             "cps",
-            "Each throws a request's cache away, to be computed again.",
+            "Each throws a request's cache away, to be computed again. Avoided: what a dense pool "
+            "of this size would have preempted, or not let in.",
             (
                 Query(_rate("vllm:num_preemptions_total"), "happened"),
                 Query(_rate("ems_vllm:preemptions_avoided_total"), "avoided"),

@@ -36,6 +36,7 @@ ELSEWHERE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "deploy/README.md": "deploying.md",
 }
 
 

@@ -15,8 +15,8 @@ from tables import methods
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
 from tables.coverage import kept
-from tables.dashboard import panels
 from tables.markdown import percent
+from tables.monitoring import metrics, panels
 from tables.peers import behind, change, peers
 from tables.recipes import Column, ablation, equal_bytes, recipes, right
 
@@ -176,6 +176,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
     "dashboard": panels,
     "methods": methods.catalogue,
+    "metrics": metrics,
     "methods-measured": partial(methods.measured, "smollm2"),
     "methods-measured-gemma": partial(methods.measured, "gemma3-270m"),
     "methods-not-served": methods.not_served,

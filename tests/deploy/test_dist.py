@@ -103,17 +103,20 @@ def test_metadata_that_an_index_refuses_is_named() -> None:
 
 def test_places_that_repeat_the_version_agree() -> None:
     """ems_vllm/_version.py has it; images are tagged with it, and the changelog begins with it."""
-    places = [*ROOT.glob("deploy/**/*.yaml"), *ROOT.glob("deploy/**/*.yml")]
-    texts = {path: path.read_text() for path in (*places, *ROOT.glob("deploy/**/*.md"))}
+    suffixes = ("yaml", "yml", "md", "Dockerfile")
+    places = [path for suffix in suffixes for path in ROOT.glob(f"deploy/**/*{suffix}")]
+    texts = {path: path.read_text() for path in places}
     tagged = {
-        path.name: set(re.findall(r"ems-vllm(?:-cpu)?:(\d[\w.]*)", text))
+        str(path.relative_to(ROOT / "deploy")): set(
+            re.findall(r"ems-vllm(?:-cpu)?:(\d[\w.]*)", text)
+        )
         for path, text in texts.items()
     }
     assert {name for name, versions in tagged.items() if versions} >= {
         "docker-compose.yml", "README.md",
     }  # fmt: skip
     assert set().union(*tagged.values()) == {ems_vllm.__version__}
-    kustomization = yaml.safe_load((ROOT / "deploy/kubernetes/base/kustomization.yaml").read_text())
-    assert [image["newTag"] for image in kustomization["images"]] == [ems_vllm.__version__]
+    chart = yaml.safe_load((ROOT / "deploy/helm/ems-vllm/Chart.yaml").read_text())
+    assert chart["version"] == chart["appVersion"] == ems_vllm.__version__
     changelog = (ROOT / "CHANGELOG.md").read_text()
     assert re.search(r"^## \[?(\d+\.\d+\.\d+)", changelog, re.M)[1] == ems_vllm.__version__

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from metric_names import ANNOUNCED, series
+from metric_names import our_series, series_of_vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -21,7 +21,6 @@ ALERTS = [
     for group in yaml.safe_load((DEPLOY / "prometheus/alerts.yml").read_text())["groups"]
     for rule in group["rules"]
 ]
-OUR_METRICS = ROOT / "ems_vllm/engine/frontend/metrics.py"
 PROMTOOL = shutil.which("promtool")
 
 needs_promtool = pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
@@ -49,12 +48,10 @@ def promtool(*arguments: str) -> None:
 
 
 def test_every_metric_is_one_that_a_server_offers() -> None:
-    # Found, not imported: importing vLLM takes 12 s.
     vllm = importlib.util.find_spec("vllm")
     if vllm is None or vllm.origin is None:
         pytest.skip("vllm is not installed")
-    offered = series(OUR_METRICS) | ANNOUNCED
-    offered |= series(Path(vllm.origin).parent / "v1/metrics/loggers.py")
+    offered = our_series() | series_of_vllm(Path(vllm.origin).parent / "v1/metrics/loggers.py")
     asked = {
         name: where
         for where, query in queries().items()
@@ -66,7 +63,7 @@ def test_every_metric_is_one_that_a_server_offers() -> None:
 
 def test_every_metric_of_ours_is_on_the_dashboard() -> None:
     shown = " ".join(queries().values())
-    for name in series(OUR_METRICS) | ANNOUNCED:
+    for name in our_series():
         assert name in shown or name.endswith(("_count", "_sum", "blocks_freed_total")), name
 
 
