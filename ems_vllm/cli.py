@@ -11,6 +11,7 @@ from rich.console import Console
 from ems_vllm import plan_command
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.schema import KVCompressionConfig
+from ems_vllm.doctor import command as doctor_command
 from ems_vllm.eval import command as eval_command
 from ems_vllm.methods import command as methods_command
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 plan_command.register(app)
 eval_command.register(app)
 methods_command.register(app)
+doctor_command.register(app)
 
 
 @app.command()

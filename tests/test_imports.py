@@ -25,6 +25,7 @@ LAYERS = {
         ("patches",),
         ("cpu_platform",),
         ("engine",),
+        ("doctor",),
         ("plugin", "cli"),
     ),
     "ems_vllm.engine": (
@@ -48,6 +49,10 @@ LAYERS = {
         ("frontend",),
         ("status",),
     ),
+    "ems_vllm.doctor": (
+        ("live", "start"),
+        ("command",),
+    ),
     "ems_vllm.eval": (
         ("script", "questions"),
         ("records",),
@@ -59,6 +64,8 @@ LAYERS = {
 # At the top, types and what is imported in a function may come from a later layer.
 AT_IMPORT_TIME = {"ems_vllm"}
 ADAPTERS = ("engine", "patches", "cpu_platform", "plugin", "vllm_versions")
+# Of the command line, which must not wait for vLLM: imports it in functions alone.
+PATIENT_ADAPTER = "ems_vllm.doctor.start"
 MODULES = modules()
 
 
@@ -106,8 +113,24 @@ def test_imports_are_seen_wherever_they_stand():
 def test_only_adapters_import_vllm(module):
     if part(module, "ems_vllm") in ADAPTERS:
         return
-    names = imported(ast.parse(MODULES[module].read_text(encoding="utf-8")))
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    names = imported(tree, at_import_time=f"{module}.".startswith(f"{PATIENT_ADAPTER}."))
     assert not [name for name in names if name.split(".")[0] == "vllm"]
+
+
+@pytest.mark.parametrize("module", ["ems_vllm.cli", "ems_vllm.doctor.live.report"])
+def test_the_command_line_waits_for_vllm_in_functions_alone(module):
+    """Counting what its modules import from others, and these in turn."""
+    graph = import_graph(at_import_time=True)
+    reached, left = set(), [module]
+    while left:
+        name = left.pop()
+        if name not in reached:
+            reached.add(name)
+            left += graph[name]
+    for name in reached:
+        names = imported(ast.parse(MODULES[name].read_text("utf-8")), at_import_time=True)
+        assert not [one for one in names if one.split(".")[0] == "vllm"], name
 
 
 def test_the_order_is_that_of_the_architecture_page():

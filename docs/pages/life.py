@@ -71,6 +71,7 @@ STEPS = (
             "observation.py",
             "worker/memory.py",
             "worker/refusals.py",
+            "worker/layer_checks.py",
             "worker/group_builder.py",
             "group/tensors.py",
             "group/compressed_group.py",

@@ -7,7 +7,7 @@ call the engine and the engine applies patches; between them stands this file, w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from ems_vllm.patches.record import Patch, PatchError, Process
@@ -43,10 +43,27 @@ def verify() -> None:
     Raises:
         PatchError: the first one that does not fit; or nothing is known.
     """
-    for patch in _known():
-        patch.verify()
-    for contract in _contracts:
-        contract.verify()
+    for error in problems():
+        raise error
+
+
+def problems() -> Iterator[PatchError]:
+    """What `verify` raises the first of, one after the other."""
+    try:
+        checked: list[Patch | Contract] = [*_known(), *_contracts]
+    except PatchError as error:
+        yield error
+        return
+    for one in checked:
+        try:
+            one.verify()
+        except PatchError as error:
+            yield error
+
+
+def count() -> tuple[int, int]:
+    """How many patches and contracts are known."""
+    return len(_patches), len(_contracts)
 
 
 def _known() -> list[Patch]:

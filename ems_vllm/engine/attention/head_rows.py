@@ -111,6 +111,18 @@ def why_not(layer: Any, is_mm_prefix_lm: bool) -> str | None:
         layer: vLLM's attention layer, with its cache.
         is_mm_prefix_lm: Whether image tokens of the model see each other.
     """
+    reason = why_not_at_all(layer, is_mm_prefix_lm)
+    if reason is not None:
+        return reason
+    try:
+        as_pages(layer.kv_cache, 0)
+    except RuntimeError:
+        return f"the cache is not laid out as {LAYOUT.name}"
+    return None
+
+
+def why_not_at_all(layer: Any, is_mm_prefix_lm: bool) -> str | None:
+    """As `why_not`, of a layer that has no cache yet."""
     backend = layer.attn_backend.get_name()
     if backend not in SPLITTINGS:
         return f"the attention backend {backend} takes lengths that are the same in all layers"
@@ -120,10 +132,6 @@ def why_not(layer: Any, is_mm_prefix_lm: bool) -> str | None:
         return "layers share the cache of another one"
     if getattr(layer.impl, "sinks", None) is not None:
         return "attention sinks are of the query heads of a layer, and a row has those of a kv_head"
-    try:
-        as_pages(layer.kv_cache, 0)
-    except RuntimeError:
-        return f"the cache is not laid out as {LAYOUT.name}"
     return None
 
 

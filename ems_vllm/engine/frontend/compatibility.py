@@ -7,10 +7,11 @@ docs/compatibility.md is written from it, and a test walks it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ems_vllm.config import ConfigError
 from ems_vllm.engine.frontend import obstacles
 from ems_vllm.engine.refusal import Refusal
 from ems_vllm.keys import STATUS_PLUGIN
@@ -230,13 +231,33 @@ def check_compatibility(vllm_config: VllmConfig, config: KVCompressionConfig) ->
     Raises:
         ConfigError: one sentence with the setting, its value, the reason and the remedy.
     """
-    # Whether the allocator knows a model of so many layers.
-    config.plan_settings_of(vllm_config.model_config.get_total_num_hidden_layers())
+    for _, error in refusals(vllm_config, config):
+        raise error
+
+
+def refusals(
+    vllm_config: VllmConfig, config: KVCompressionConfig
+) -> Iterator[tuple[str, ConfigError]]:
+    """Every setting that is in the way, with the sentence that refuses it.
+
+    Args:
+        vllm_config: vLLM's, whose additional_config holds the settings.
+        config: The settings.
+    """
+    try:
+        # Whether the allocator knows a model of so many layers.
+        config.plan_settings_of(vllm_config.model_config.get_total_num_hidden_layers())
+    except ConfigError as error:
+        yield "kv_compression_config.allocator", error
     if config.protect and vllm_config.model_config.hf_config.model_type == "gpt_oss":
-        raise HARMONY_ROLES.error(list(config.protect), config.recipe)
+        yield HARMONY_ROLES.key, HARMONY_ROLES.error(list(config.protect), config.recipe)
     for rule in RULES:
         if rule.only_with_queries and not config.scorer.reads_queries:
             continue
-        value = rule.value(vllm_config)
+        try:
+            value = rule.value(vllm_config)
+        except ConfigError:
+            # Of the allocator, as above.
+            continue
         if value is not None:
-            raise rule.error(value, config.recipe)
+            yield rule.key, rule.error(value, config.recipe)

@@ -13,7 +13,6 @@ from vllm.distributed import get_tp_group
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.worker.block_table import get_block_table_width
 
-from ems_vllm.engine.attention import OVERRIDES, observable_backend
 from ems_vllm.engine.attention.bindings import MetadataRewriter
 from ems_vllm.engine.attention.head_batch import HeadBatch
 from ems_vllm.engine.attention.live_columns import LiveColumns
@@ -28,16 +27,14 @@ from ems_vllm.engine.group.score_store import ScoreStore
 from ems_vllm.engine.group.tensors import GroupTensors
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 from ems_vllm.engine.worker.head_tables import head_tables
-from ems_vllm.engine.worker.ranks import RANKS
-from ems_vllm.engine.worker.refusals import (
-    HEAD_SCALES,
-    MIXED_QUERY_HEADS,
-    MIXED_SCALES,
-    NO_OUTPUT_WEIGHTS,
-    OTHER_PROFILE,
-    SPLIT_BLOCKS,
-    UNKNOWN_BACKEND,
+from ems_vllm.engine.worker.layer_checks import (
+    check_backends,
+    check_profile,
+    check_query_heads,
+    common_scale,
 )
+from ems_vllm.engine.worker.ranks import RANKS
+from ems_vllm.engine.worker.refusals import HEAD_SCALES, NO_OUTPUT_WEIGHTS, SPLIT_BLOCKS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,7 +111,8 @@ class GroupBuilder:
         owners = self._owners(layer_names)
         scale = self._check(spec, layer_names, owners)
         layer_ids = [extract_layer_index(name) for name in owners]
-        self._check_profile(layer_ids, owners)
+        num_heads = self.layers[owners[0]].num_heads * get_tp_group().world_size
+        check_profile(layer_ids, num_heads, self.policy.scorer, self.config.recipe)
         layer = self.layers[owners[0]]
         first_head = get_tp_group().rank_in_group * layer.num_heads
         tensors = GroupTensors.bind(
@@ -179,28 +177,11 @@ class GroupBuilder:
         native = self.layers[owners[0]].kv_cache.shape[2]
         if native != spec.block_size:
             raise SPLIT_BLOCKS.error(spec.block_size, self.config.recipe, native=native)
-        for name in layer_names:
-            if not hasattr(self.layers[name].impl, "compression"):
-                backend = self.layers[name].attn_backend.get_name()
-                raise UNKNOWN_BACKEND.error(
-                    backend,
-                    self.config.recipe,
-                    known=", ".join(OVERRIDES),
-                    choice=observable_backend(backend),
-                )
-        scales = {float(self.layers[name].impl.scale) for name in owners}
-        if len(scales) > 1:
-            raise self._refused(MIXED_SCALES, scales=sorted(scales))
-        heads = {self.layers[name].num_heads for name in owners}
-        if len(heads) > 1 and self.policy.scorer.uses_window:
-            raise self._refused(MIXED_QUERY_HEADS, heads=sorted(heads))
-        return scales.pop()
-
-    def _check_profile(self, layer_ids: list[int], owners: Sequence[str]) -> None:
-        num_heads = self.layers[owners[0]].num_heads * get_tp_group().world_size
-        reason = self.policy.scorer.missing(layer_ids, num_heads)
-        if reason is not None:
-            raise OTHER_PROFILE.error(self.policy.scorer.name(), self.config.recipe, reason=reason)
+        model, recipe = self.vllm_config.model_config.model, self.config.recipe
+        check_backends(self.layers, layer_names, recipe)
+        scale = common_scale(self.layers, owners, model, recipe)
+        check_query_heads(self.layers, owners, self.policy.scorer, model, recipe)
+        return scale
 
     def _output_weights(self, owners: Sequence[str]) -> list[torch.Tensor]:
         if not self.policy.selector.reads_output_weights:

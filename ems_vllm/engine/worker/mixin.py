@@ -253,7 +253,8 @@ class CompressionWorkerMixin(_Base):
             lengths: Tokens of requests; where layers are not compressed nothing is said of them.
         """
         assert self._kv_cache_config is not None
-        return describe_server(self._kv_cache_config, self._footprint(), lengths)
+        footprint = self._footprint()
+        return describe_server(self._kv_cache_config, footprint, lengths, self.vllm_config)
 
     def shutdown(self) -> None:
         restore_backends()

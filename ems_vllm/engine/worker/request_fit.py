@@ -12,6 +12,7 @@ from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
     from ems_vllm.engine.worker.memory import Footprint
@@ -63,19 +64,30 @@ class RequestFit:
     compressed: float
 
 
-def request_fit(kv_cache_config: KVCacheConfig, num_tokens: int) -> RequestFit | None:
+def request_fit(
+    kv_cache_config: KVCacheConfig, num_tokens: int, vllm_config: VllmConfig | None = None
+) -> RequestFit | None:
     """How many requests fit.
 
     Args:
+        kv_cache_config: The pool and its groups.
         num_tokens: Length of each, of which all but one are the prompt.
+        vllm_config: By which vLLM says what groups hold that are not compressed, of requests of
+            max_model_len tokens.
 
     Returns:
-        None where a group of layers is not compressed, whose columns are another matter.
+        None where there are such groups and no `vllm_config`.
     """
-    specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
-    if not all(isinstance(spec, CompressedAttentionSpec) for spec in specs):
-        return None
-    of_groups = [group_columns(spec.settings, spec.block_size, num_tokens) for spec in specs]
+    of_groups = []
+    for group in kv_cache_config.kv_cache_groups:
+        spec = group.kv_cache_spec
+        if isinstance(spec, CompressedAttentionSpec):
+            of_groups.append(group_columns(spec.settings, spec.block_size, num_tokens))
+        elif vllm_config is None:
+            return None
+        else:
+            most = -(-spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes)
+            of_groups.append(GroupColumns(most, most))
     # A column of each group is a block.
     columns = GroupColumns(sum(c.dense for c in of_groups), sum(c.compressed for c in of_groups))
     # Block 0 is vLLM's null block.
@@ -84,14 +96,19 @@ def request_fit(kv_cache_config: KVCacheConfig, num_tokens: int) -> RequestFit |
 
 
 def describe_server(
-    kv_cache_config: KVCacheConfig, footprint: Footprint, lengths: Sequence[int]
+    kv_cache_config: KVCacheConfig,
+    footprint: Footprint,
+    lengths: Sequence[int],
+    vllm_config: VllmConfig,
 ) -> dict[str, Any]:
     """What a worker holds, and what fits, in plain types.
 
     Args:
         footprint: Of the worker.
-        lengths: Of requests, in tokens.
+        lengths: Of requests, in tokens. Where some layers are not compressed, only what fits of
+            max_model_len is known.
     """
+    longest = vllm_config.model_config.max_model_len
     groups, num_blocks = kv_cache_config.kv_cache_groups, kv_cache_config.num_blocks
     num_layers = sum(len(group.layer_names) for group in groups)
     num_compressed = sum(
@@ -99,7 +116,10 @@ def describe_server(
         for group in groups
         if isinstance(group.kv_cache_spec, CompressedAttentionSpec)
     )
-    found = [(length, request_fit(kv_cache_config, length)) for length in lengths]
+    found = [
+        (length, request_fit(kv_cache_config, length, vllm_config if length == longest else None))
+        for length in lengths
+    ]
     return {
         "num_layers": num_layers,
         "num_layers_compressed": num_compressed,
