@@ -203,7 +203,7 @@ _REQUESTS = Row(
             "Ended, by outcome",
             "reqps",
             "compressed: at least once; fitted: never longer than what may be held; off: asked "
-            "for its whole cache.",
+            "for its whole cache; ample: left alone, because the pool had room.",
             (_rate_by("outcome", "ems_vllm:requests_total"),),
             kind="stacked",
         ),

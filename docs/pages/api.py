@@ -55,7 +55,8 @@ _WRONG: tuple[Mapping[str, Any], ...] = (
 
 def page() -> str:
     assert tuple(_FIELDS) == KEYS
-    assert {"enabled", "budget", "ratio", "protect"} == {one.name for one in fields(RequestOptions)}
+    own = {one.name for one in fields(RequestOptions)} - {"is_asked_for"}
+    assert own == {"enabled", "budget", "ratio", "protect"}
     wishes = [[f"`{key}`", *row] for key, row in _FIELDS.items()]
     usage = ", ".join(f"`{key}`" for key in Usage("ems").as_dict())
     refused = [f"    {_refusal(wrong)}" for wrong in _WRONG]

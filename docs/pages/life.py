@@ -101,6 +101,7 @@ STEPS = (
         (
             "scheduler/schedulers.py",
             "scheduler/request.py",
+            "scheduler/pressure.py",
             "scheduler/group_spec.py",
             "scheduler/kv_cache_manager.py",
             "scheduler/dealer.py",

@@ -18,6 +18,7 @@ from tables.coverage import kept
 from tables.markdown import percent
 from tables.monitoring import metrics, panels
 from tables.peers import behind, change, peers
+from tables.pressure import pressure
 from tables.recipes import Column, ablation, equal_bytes, recipes, right
 
 _MARKED = re.compile(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -175,6 +176,7 @@ def _by_interval() -> list[Column]:
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
     "dashboard": panels,
+    "pressure": pressure,
     "methods": methods.catalogue,
     "metrics": metrics,
     "methods-measured": partial(methods.measured, "smollm2"),

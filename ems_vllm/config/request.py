@@ -32,12 +32,14 @@ class RequestOptions:
         budget: Entries kept per kv_head, at most the server's; None: the server's.
         ratio: Fraction of the prompt kept, at most the server's; None: the server's.
         protect: Which tokens of the prompt stay whole; None: nothing was said, so the server's.
+        is_asked_for: Whether the request says itself that it is to be compressed.
     """
 
     enabled: bool = True
     budget: int | None = None
     ratio: float | None = None
     protect: Protect | None = None
+    is_asked_for: bool = False
 
     @classmethod
     def parse(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":
@@ -97,7 +99,8 @@ class RequestOptions:
                     "vllm_xargs.kv_compression='off': send one of them.",
                     key,
                 )
-        return cls(enabled=mode == "on", budget=budget, ratio=ratio, protect=protect)
+        asks = extra_args.get("kv_compression") == "on" or budget is not None or ratio is not None
+        return cls(mode == "on", budget, ratio, protect, is_asked_for=asks)
 
     @classmethod
     def parse_admitted(cls, extra_args: Mapping[str, Any] | None) -> "RequestOptions":

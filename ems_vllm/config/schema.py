@@ -103,6 +103,12 @@ class KVCompressionConfig(BaseModel):
             default 64, or the budget where that is less.
         allow_off: Whether a request may switch compression off for itself. Set it to false where
             the pool is sized for compressed requests.
+        when: "always": every request that is long enough is compressed. "pressure": only what is
+            admitted while the pool could not hold all that runs and waits uncompressed; others keep
+            their whole cache, and are compressed if they are preempted. What a request gets then
+            depends on the load, unless it asks for compression itself.
+        pressure_usage: With "pressure", the share of the pool that what runs and waits may come to
+            need, answers as long as they have been in the mean.
         recent_window: Last tokens that stay as they are, beside the budget.
         obs_window: Last queries that score the entries; at most `recent_window`.
         recompress_interval: Generated tokens beyond `recent_window` after which the request is
@@ -150,6 +156,8 @@ class KVCompressionConfig(BaseModel):
     coverage: Annotated[float, Field(gt=0, lt=1)] | None = None
     min_budget: Annotated[int, Field(ge=1, le=_LARGEST)] | None = None
     allow_off: bool = True
+    when: Literal["always", "pressure"] = "always"
+    pressure_usage: Annotated[float, Field(gt=0, le=1)] = 0.8
     recent_window: Annotated[int, Field(ge=1, le=_LARGEST)] = 64
     obs_window: Annotated[int, Field(ge=1, le=256)] = 16
     recompress_interval: Annotated[int, Field(ge=0, le=_LARGEST)] = 256

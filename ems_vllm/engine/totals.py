@@ -15,9 +15,9 @@ from ems_vllm.keys import CONFIG_KEY
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
-Outcome: TypeAlias = Literal["compressed", "fitted", "off"]
-"""Of a request: compressed at least once; never longer than what it may hold; or sent with
-`kv_compression: off`."""
+Outcome: TypeAlias = Literal["compressed", "fitted", "off", "ample"]
+"""Of a request: compressed at least once; never longer than what it may hold; sent with
+`kv_compression: off`; or not compressed because the pool had room."""
 
 
 @dataclass

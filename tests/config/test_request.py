@@ -72,7 +72,9 @@ def test_keys_that_vllm_reads_are_left_alone():
 
 def test_unchecked_request_is_served_with_the_servers_settings():
     assert RequestOptions.parse_admitted({"kv_budget": -1}) == RequestOptions()
-    assert RequestOptions.parse_admitted({"kv_budget": 9}) == RequestOptions(budget=9)
+    assert RequestOptions.parse_admitted({"kv_budget": 9}) == RequestOptions(
+        budget=9, is_asked_for=True
+    )
 
 
 def test_the_servers_size_is_the_ceiling():

@@ -62,6 +62,8 @@ class Simulator:
             num_columns = -(-self.scheduler.max_model_len // BLOCK_SIZE)
             heads = SymbolicHeads(specs, shares, num_blocks, max_num_seqs, num_columns)
         covers = "coverage" in (compression or {})
+        # Whether what a request keeps depends on the load, so that only the scheduler knows.
+        self.decides = (compression or {}).get("when") == "pressure"
         self.worker = SymbolicWorker(specs, num_blocks, max_num_seqs, num_drafts, heads, covers)
         self.lag = 1 if async_scheduling else 0
         self.in_flight: deque[Any] = deque()
@@ -112,6 +114,8 @@ class Simulator:
         """Schedule one step; run and process the oldest one that is due."""
         Simulator.num_events += 1
         output = self.scheduler.schedule()
+        if self.decides:
+            self.worker.decide(output, self.planner.requests)
         self.num_preemptions += len(output.preempted_req_ids or ())
         self.num_steps += 1
         self.in_flight.append(output)

@@ -7,7 +7,7 @@ allocated, and a step runs as late as possible, just before its output is proces
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from engine.block_tables import BlockTables, Request
@@ -80,6 +80,7 @@ class SymbolicWorker:
         self.tokens: dict[str, list[int]] = {}
         self.first_hits: dict[str, int] = {}
         self.plans: dict[str, list[Any]] = {}
+        self._decided_plans: dict[tuple[int, str], list[Any]] = {}
         # By group, the first ones of prompts that were too short apart.
         self.num_compactions = [0] * len(specs)
         # Those of them before a prompt had ended.
@@ -93,9 +94,22 @@ class SymbolicWorker:
         self._prefixes: dict[str, list[int]] = {}
         self._states: dict[str, list[State]] = {}
 
+    def decide(self, output: Any, tracked: Mapping[str, Any]) -> None:
+        """Plans of requests that are admitted in a step, where they depend on the load."""
+        for req_id in attached(output).admitted:
+            plans = [ledger.plan for ledger in tracked[req_id].ledgers]
+            self._decided_plans[attached(output).step, req_id] = plans
+
     def execute(self, output: Any) -> dict[str, list[int]]:
         """Run one step; returns the sampled tokens by request."""
         admitted, scheduled = self.table.update(output)
+        for req_id in attached(output).admitted if self._decided_plans else ():
+            plans = self._decided_plans.pop((attached(output).step, req_id), None)
+            if plans is not None:
+                # It begins anew, maybe with another plan.
+                self.plans[req_id] = plans
+                self._states.pop(req_id, None)
+                self.first_hits.pop(req_id, None)
         for new in output.scheduled_new_reqs:
             self.tokens.setdefault(new.req_id, list(new.prompt_token_ids))
             self._plan(new)

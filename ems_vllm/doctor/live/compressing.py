@@ -19,7 +19,7 @@ class Compressing:
     Attributes:
         compactions: Steps that compressed a request, counted by request.
         compactions_watched: Of these, while the server was watched.
-        requests: That have ended, by outcome: compressed, fitted, off.
+        requests: That have ended, by outcome: compressed, fitted, off, ample.
         refused: Requests that were refused, by reason.
         kept_share: Of the entries that compactions found; None without any.
         live_share: Of the blocks that running requests would hold dense, those that they hold, in
@@ -50,15 +50,16 @@ class Compressing:
         """Why nothing was compressed so far; None where something was."""
         if self.compactions:
             return None
-        fitted, off = self.requests.get("fitted", 0), self.requests.get("off", 0)
-        if not fitted + off:
+        reasons = {
+            "fitted": "were never longer than what may be held",
+            "off": "asked for their whole cache",
+            "ample": "were left alone, because the pool had room",
+        }
+        found = {name: count for name in reasons if (count := self.requests.get(name, 0))}
+        if not found:
             return "no request has ended and none is longer than what may be held"
-        reasons = []
-        if fitted:
-            reasons.append(f"{fitted:,} were never longer than what may be held")
-        if off:
-            reasons.append(f"{off:,} asked for their whole cache")
-        return f"of {fitted + off:,} requests that have ended, {' and '.join(reasons)}"
+        told = " and ".join(f"{count:,} {reasons[name]}" for name, count in found.items())
+        return f"of {sum(found.values()):,} requests that have ended, {told}"
 
 
 def compressing(pages: Sequence[Page], traffic: Traffic) -> Compressing | None:

@@ -76,7 +76,7 @@ def build(engine_args: EngineArgs, vllm_config: VllmConfig, by_head: bool) -> Ba
     read_by_head(by_head)
     override_backends()
     try:
-        with set_current_vllm_config(vllm_config), _process_groups():
+        with set_current_vllm_config(vllm_config), _process_groups(), _no_shared_parts():
             module = _on_meta_device(vllm_config)
             current_platform.update_block_size_for_backend(vllm_config)
             context: dict[str, Any] = vllm_config.compilation_config.static_forward_context
@@ -97,6 +97,20 @@ def build(engine_args: EngineArgs, vllm_config: VllmConfig, by_head: bool) -> Ba
         specs={name: spec for name, spec in specs.items() if spec is not None},
         weight_bytes=sum(one.numel() * one.element_size() for one in module.parameters()),
     )
+
+
+@contextmanager
+def _no_shared_parts() -> Iterator[None]:
+    """vLLM's models share rotary embeddings within a process; another one's must have numbers."""
+    from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
+
+    kept = dict(_ROPE_DICT)
+    _ROPE_DICT.clear()
+    try:
+        yield
+    finally:
+        _ROPE_DICT.clear()
+        _ROPE_DICT.update(kept)
 
 
 def _of_one_worker(engine_args: EngineArgs) -> VllmConfig:

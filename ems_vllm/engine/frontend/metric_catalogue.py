@@ -74,7 +74,7 @@ GAUGES = {
 REQUESTS = Metric(
     "ems_vllm:requests",
     "Requests that have ended, by outcome: compressed; fitted, being never longer than what may be "
-    "held; off, as they asked.",
+    "held; off, as they asked; ample, because the pool had room and compression is for pressure.",
 )
 
 REFUSED = Metric(

@@ -46,12 +46,12 @@ class _Account:
     """Of one request.
 
     Attributes:
-        is_off: Whether it is never compressed because it asked not to be.
+        otherwise: Its outcome, if it is not compressed.
         since: Step with which it was last admitted; None while it waits.
         first_columns: By compressed group, its first live column.
     """
 
-    is_off: bool
+    otherwise: Outcome
     since: int | None = None
     first_columns: dict[int, int] = field(default_factory=dict)
     num_compactions: int = 0
@@ -60,9 +60,7 @@ class _Account:
 
     @property
     def outcome(self) -> Outcome:
-        if self.is_off:
-            return "off"
-        return "compressed" if self.num_compactions else "fitted"
+        return "compressed" if self.num_compactions else self.otherwise
 
 
 class Accounts:
@@ -86,10 +84,14 @@ class Accounts:
         # What the frontend does not know yet; outlives the account of a request that has ended.
         self._news: dict[str, Holding] = {}
 
-    def admitted(self, req_id: str, step: int, is_off: bool) -> None:
-        """A request begins, or begins again, with a step."""
-        account = self._accounts.setdefault(req_id, _Account(is_off))
-        account.since = step
+    def admitted(self, req_id: str, step: int, otherwise: Outcome) -> None:
+        """A request begins, or begins again, with a step.
+
+        Args:
+            otherwise: Its outcome, if it is not compressed.
+        """
+        account = self._accounts.setdefault(req_id, _Account(otherwise))
+        account.since, account.otherwise = step, otherwise
         self._tell_of(req_id, account)
 
     def released(self, req_id: str, has_ended: bool) -> None:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ems_vllm._C import CompressionPlan
     from ems_vllm.engine.report import StepReport
     from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
+    from ems_vllm.engine.scheduler.pressure import Pressure
 
 
 class Planner:
@@ -44,6 +45,7 @@ class Planner:
             advancing a little, and a last chunk may look like a decoding step.
         num_sinks: First tokens of a prompt that always stay.
         is_reported: Whether workers report what they kept, because a coverage decides.
+        pressure: Says whether what is admitted is compressed; None for always.
 
     Attributes:
         requests: By id, from their first look-up in the prefix cache on.
@@ -60,6 +62,7 @@ class Planner:
         cuts_anywhere: bool = True,
         num_sinks: int = 0,
         is_reported: bool = False,
+        pressure: Pressure | None = None,
     ) -> None:
         self.requests: dict[str, SchedulerRequest] = {}
         self._managers = list(managers)
@@ -76,6 +79,7 @@ class Planner:
         # By step, compactions of which a report is to come.
         self._unreported: dict[int, list[OrderedCompaction]] = {}
         self._is_reported = is_reported
+        self._pressure = pressure
         self.accounts = Accounts(
             {manager.kv_cache_group_id: manager.block_size for manager in managers},
             # One of them stands for columns that were given back.
@@ -98,7 +102,7 @@ class Planner:
             The longest prefix-cache hit it may use, in tokens; None for no limit.
         """
         tracked = self.requests.get(request.request_id)
-        if tracked is None:
+        if tracked is None or (tracked.is_ample and tracked.is_new and self._is_under(request)):
             tracked = self.requests[request.request_id] = self._track(request)
         limit, first_hit = tracked.max_shared_tokens, tracked.first_hit
         if limit is None or first_hit is None or not self._scores or not tracked.compresses_prompt:
@@ -107,9 +111,27 @@ class Planner:
         # to score again, or the preemption would change the answer.
         return first_hit if tracked.first_scored_query(0) < limit else limit
 
+    def _is_under(self, request: Request) -> bool:
+        """Whether a request is compressed that does not ask for it: under pressure, or always."""
+        return self._pressure is None or self._pressure.is_high(request)
+
+    def blocks_of(self, request: Request, num_tokens: int) -> int:
+        """Blocks that it holds of so many tokens, prompt over; dense, where it is not tracked."""
+        tracked = self.requests.get(request.request_id)
+        blocks = 0
+        for index, manager in enumerate(self._managers):
+            columns = -(-num_tokens // manager.block_size)
+            if tracked is not None and not tracked.is_off:
+                columns = min(columns, tracked.ledgers[index].plan.max_live_columns(num_tokens))
+            blocks += columns
+        return blocks
+
     def _track(self, request: Request) -> SchedulerRequest:
         params = request.sampling_params
         options = RequestOptions.parse_admitted(params.extra_args if params else None)
+        if options.enabled and not options.is_asked_for and not self._is_under(request):
+            plans = self._plans(request, RequestOptions(enabled=False))
+            return SchedulerRequest(request, tuple(map(CompactionLedger, plans)), is_ample=True)
         plans = self._plans(request, options)
         if options.protect:
             num_tokens = request.num_prompt_tokens + request.max_tokens
@@ -142,6 +164,8 @@ class Planner:
         tracked.restart()
         self.accounts.released(request.request_id, request.is_finished())
         if request.is_finished():
+            if self._pressure is not None:
+                self._pressure.ended(request)
             del self.requests[request.request_id]
 
     # -- while a step is scheduled -------------------------------------------------------------
@@ -299,7 +323,7 @@ class Planner:
             tracked.first_hit = start
         req_id = tracked.request.request_id
         orders.admitted.append(req_id)
-        self.accounts.admitted(req_id, orders.step, is_off=tracked.is_off)
+        self.accounts.admitted(req_id, orders.step, tracked.outcome_otherwise)
 
     def _quiet_until(self, tracked: SchedulerRequest, end: int, due: int) -> int:
         if tracked.compresses_prompt and end < tracked.prompt_len:

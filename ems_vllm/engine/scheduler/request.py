@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
     from ems_vllm.engine.scheduler.compaction_ledger import CompactionLedger
+    from ems_vllm.engine.totals import Outcome
     from ems_vllm.spans import Span
 
 # Tokens that no request ever has.
@@ -31,7 +32,8 @@ class SchedulerRequest:
         score_pages: By compressed group, its private score pages; None while it needs none.
         protected: Spans of positions that stay whole; see Compaction.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
-        is_off: Whether it keeps everything because it asked to.
+        is_ample: Whether it keeps everything because the pool has room.
+        is_off: Whether it keeps everything.
         compresses_within_prompt: Whether there are compactions before the prompt's end.
     """
 
@@ -44,6 +46,7 @@ class SchedulerRequest:
     ring_row: int | None = None
     score_pages: list[list[int]] | None = None
     protected: tuple[Span, ...] = ()
+    is_ample: bool = False
     prompt_len: int = field(init=False)
     compresses_prompt: bool = field(init=False)
     is_off: bool = field(init=False)
@@ -66,6 +69,13 @@ class SchedulerRequest:
             ledger.restart()
         self.is_new = True
         self.num_cached = self.quiet_until = 0
+
+    @property
+    def outcome_otherwise(self) -> Outcome:
+        """What becomes of it, if it is not compressed."""
+        if self.is_ample:
+            return "ample"
+        return "off" if self.is_off else "fitted"
 
     def next_compaction(self, num_processed: int) -> int:
         """Tokens processed when the next compaction of any group falls due; NEVER for none."""

@@ -20,6 +20,7 @@ from ems_vllm.engine.orders import attach, attached
 from ems_vllm.engine.report import attached_report
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
+from ems_vllm.engine.scheduler.pressure import Pressure
 from ems_vllm.engine.totals import attach_totals
 from ems_vllm.vllm_versions import bounds_cache_hits
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
     from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
+
+    from ems_vllm.config import KVCompressionConfig
 else:
     _Base = object
 
@@ -62,6 +65,19 @@ class CompressionSchedulerMixin(_Base):
             cuts_anywhere=not self.need_mamba_block_aligned_split,
             num_sinks=config.selector.num_sink_tokens,
             is_reported=config.coverage is not None,
+            pressure=self._pressure(config),
+        )
+
+    def _pressure(self, config: KVCompressionConfig) -> Pressure | None:
+        if config.when == "always":
+            return None
+        return Pressure(
+            # One of them stands for columns that were given back.
+            self.kv_cache_config.num_blocks - 1,
+            config.pressure_usage,
+            blocks_of=lambda request, num_tokens: self.planner.blocks_of(request, num_tokens),
+            running=lambda: self.running,
+            waiting=lambda: self.waiting,
         )
 
     def _get_local_prefix_cache_hit(
