@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from e2e.clients import complete, prompt
+from e2e.conftest import WITH_PAGE
 from processes import fork_script
 from typer.testing import CliRunner
 
@@ -16,9 +17,13 @@ from ems_vllm.eval.server import block_pool
 from ems_vllm.eval.server.process import Server
 
 EXAMINE = """
-import sys, json
+import json, os, sys
 from ems_vllm.doctor.start.examine import examine
-print(examine(json.loads(sys.argv[1])).model_dump_json())
+
+# In the environment of the server, which has the status page.
+model, arguments, variables = json.loads(sys.argv[1])
+os.environ.update(variables)
+print(examine([model, *arguments]).model_dump_json())
 """
 
 
@@ -33,7 +38,7 @@ def watch(server: Server, seconds: float) -> dict[str, Any]:
 def test_before_the_start_it_says_what_the_log_then_says(server: Server) -> None:
     # `vllm serve MODEL --port N` and what was given.
     model, arguments = server.command[2], server.command[5:]
-    report = fork_script(EXAMINE, [model, *arguments])
+    report = fork_script(EXAMINE, [model, arguments, WITH_PAGE])
     assert report["status"] == "ok"
     log, capacity = server.log(), report["capacity"]
     fit = re.search(
