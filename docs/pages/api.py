@@ -19,8 +19,9 @@ from ems_vllm.engine.frontend.usage import Usage
 _FIELDS = {
     "kv_compression": (
         '`"on"` or `"off"`',
-        "`off`: this request keeps its whole cache, unless the server has `allow_off: false`. The "
-        "method is the server's.",
+        "`off`: this request keeps its whole cache, unless the server has `allow_off: false`. "
+        "`on`: it is compressed also where the server does so [only under pressure](pressure.md). "
+        "The method is the server's.",
     ),
     "kv_budget": (
         "whole number, at least 1",

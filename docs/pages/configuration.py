@@ -145,7 +145,8 @@ _REST = [
     "",
     'Through `vllm_xargs` of the OpenAI API (`extra_body={"vllm_xargs": {...}}`):',
     "",
-    "* `kv_compression`: `on` or `off`.",
+    "* `kv_compression`: `off`, or `on`, which a server that compresses [only under "
+    "pressure](pressure.md) obeys in any case.",
     "* Either `kv_budget` (entries) or `kv_ratio` (a fraction of the prompt): at most the server's "
     "size or, where that is more, its `max_budget`.",
     f"* `{KEY}`: tokens of the prompt that stay whole ([protection](protection.md)), as a list or "

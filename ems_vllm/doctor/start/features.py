@@ -72,6 +72,13 @@ def features(
     yield ok("connectors", "none" if vllm_config.kv_transfer_config is None else "in use")
     if with_budget:
         yield _budget(vllm_config, config)
+    if config.when == "pressure":
+        yield degraded(
+            "load",
+            "requests are compressed only where the pool has no room for all, so an answer depends "
+            "on what else runs",
+            "set when to always where that must not be",
+        )
     if has_metrics:
         yield ok("metrics", "on: /metrics and the answers' usage say what was kept")
     else:
