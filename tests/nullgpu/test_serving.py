@@ -19,9 +19,10 @@ RUNNERS = (2, 1)
 # layer, the metadata, and bringing ring slots and first columns to the GPU.
 MOST_EXTRA_PER_DECODE = NUM_LAYERS + 6
 # And to one that compacts: 15 launches of ours, and the policy's arithmetic is torch's, a kernel
-# for every operation, on as many layers at once as memory is meant for. EMS took 126 to 133 in all
-# when the bound was set, for one request as for two (tests/policies/test_launches.py).
-MOST_EXTRA_PER_COMPACTION = 140
+# for every operation, on as many layers at once as memory is meant for; 8 are to measure it. EMS
+# took 134 to 143 in all when the bound was set, for one request as for two
+# (tests/policies/test_launches.py).
+MOST_EXTRA_PER_COMPACTION = 150
 # Each of these works on all layers, heads and requests that are due, but of EMS's orders on one.
 COMPACTION_KERNELS = {
     "ems::score_window_lse_kernel": 1,

@@ -87,7 +87,9 @@ class Meter:
             _StreamMark if self._device.type == "cuda" else _HostMark
         )
         self._under_way: deque[_Measurement] = deque()
-        self._merged_before = torch.zeros(len(groups), dtype=torch.int64)
+        # Pinned ones, kept: to allocate one may wait for the device.
+        self._buffers: list[torch.Tensor] = []
+        self._merged_before = [0] * len(groups)
         self._gone_before = [0] * len(groups)
 
     @contextmanager
@@ -98,11 +100,15 @@ class Meter:
         counters = [group.counters for group in self._groups]
         num_merged = torch.stack([group.num_merged for group in self._groups])
         if self._device.type == "cuda":
-            # Into pinned memory, or the copy would wait for the device.
-            pinned = torch.empty(len(counters), dtype=torch.int64, pin_memory=True)
-            num_merged = pinned.copy_(num_merged, non_blocking=True)
+            num_merged = self._buffer().copy_(num_merged, non_blocking=True)
         num_gone = [each.num_entries_in - each.num_entries_kept for each in counters]
         self._under_way.append(_Measurement(start, self._mark(), num_merged, num_gone))
+
+    def _buffer(self) -> torch.Tensor:
+        """Into what is not pinned a copy would wait for the device."""
+        if self._buffers:
+            return self._buffers.pop()
+        return torch.empty(len(self._groups), dtype=torch.int64, pin_memory=True)
 
     def take(self) -> Measured | None:
         """What is known and was not taken yet; None for nothing."""
@@ -110,15 +116,16 @@ class Meter:
         while self._under_way and self._under_way[0].end.is_reached:
             last = self._under_way.popleft()
             seconds.append(last.end.seconds_after(last.start))
+            if self._device.type == "cuda":
+                self._buffers.append(last.num_merged)
         if last is None:
             return None
+        num_merged: list[int] = last.num_merged.tolist()
         merged = [
-            count / group.num_heads
-            for count, group in zip(
-                (last.num_merged - self._merged_before).tolist(), self._groups, strict=True
-            )
+            (now - old) / group.num_heads
+            for now, old, group in zip(num_merged, self._merged_before, self._groups, strict=True)
         ]
         gone = [now - old for now, old in zip(last.num_gone, self._gone_before, strict=True)]
-        self._merged_before, self._gone_before = last.num_merged, last.num_gone
+        self._merged_before, self._gone_before = num_merged, last.num_gone
         mean_merged, mean_gone = sum(merged) / len(merged), sum(gone) / len(gone)
         return Measured(seconds, mean_merged, mean_gone - mean_merged)

@@ -38,11 +38,12 @@ def _reporting(output: Any, report: StepReport | None) -> Any:
     if report is None:
         return output
     if isinstance(output, AsyncModelRunnerOutput):
-        get_output = output.get_output
 
-        @functools.wraps(get_output)
         def get_and_report() -> ModelRunnerOutput:
-            found = get_output()
+            # The class's own again: an output that refers to itself, and its pinned memory, would
+            # be there until the next garbage collection.
+            del output.get_output
+            found = output.get_output()
             attach_report(found, report)
             return found
 
