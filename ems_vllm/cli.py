@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from ems_vllm import plan_command
+from ems_vllm.advise import command as advise_command
 from ems_vllm.config import ConfigError, load_config
 from ems_vllm.config.schema import KVCompressionConfig
 from ems_vllm.doctor import command as doctor_command
@@ -25,6 +26,7 @@ plan_command.register(app)
 eval_command.register(app)
 methods_command.register(app)
 doctor_command.register(app)
+advise_command.register(app)
 
 
 @app.command()

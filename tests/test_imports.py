@@ -22,6 +22,7 @@ LAYERS = {
         ("capacity", "methods"),
         ("plan_command",),
         ("eval",),
+        ("advise",),
         ("patches",),
         ("cpu_platform",),
         ("engine",),
