@@ -203,8 +203,8 @@ def _run(
     seconds = reckoned_seconds(proxy, drawn.prompts, asked.tokens)
     progress.print(
         f"Running {len(drawn.prompts)} prompts of {sum(map(len, drawn.prompts)):,} tokens in all, "
-        f"dense and with {len(chosen)} budgets: about {_time(seconds)} (--no-quality leaves it "
-        "out).",
+        f"dense and with {len(chosen)} budgets: about {_time(seconds)}, by a trial "
+        "(--no-quality leaves it out).",
         highlight=False,
         markup=False,
     )

@@ -11,6 +11,7 @@ from typing import Any
 from ems_vllm.advise.quantiles import quantile
 from ems_vllm.config import ConfigError, KVCompressionConfig, load_config
 from ems_vllm.config.errors import shown
+from ems_vllm.config.recipes import OFF
 from ems_vllm.eval.records.budget import Budget
 
 # Of the prompts that 95 % do not exceed (ours): where budgets are compared by the evaluation, too.
@@ -53,6 +54,8 @@ def candidates(
     Raises:
         ConfigError: a budget or a setting is wrong.
     """
+    if recipe == OFF:
+        raise ConfigError(f"recipe={shown(recipe)} compresses nothing: name a recipe.")
     for key in _SIZES:
         if settings.get(key) is not None:
             raise ConfigError(
@@ -87,6 +90,5 @@ def _candidate(recipe: str, settings: dict[str, Any], size: Budget) -> Candidate
     else:
         label, given = f"{100 * (size.fraction or 0):.3g} %", {"ratio": size.fraction}
     config = load_config({"recipe": recipe, **settings, **given})
-    if config is None:
-        raise ConfigError(f"recipe={shown(recipe)} compresses nothing: name a recipe.")
+    assert config is not None
     return Candidate(label, {**settings, **given}, config)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from ems_vllm.advise.report import AdviceReport
 from ems_vllm.advise.rows import DENSE
@@ -29,6 +30,7 @@ _RC: Any = {
 }
 # On a logarithmic axis: what is below is drawn there.
 _LEAST_KL = 1e-4
+_KL_TICKS = {_LEAST_KL: "less", 0.001: "0.001", 0.01: "0.01", 0.1: "0.1", 1.0: "1", 10.0: "10"}
 
 
 def draw(report: AdviceReport, path: Path) -> None:
@@ -101,5 +103,10 @@ def _quality(axes: Axes, report: AdviceReport, max_kl: float) -> None:
     axes.annotate(
         f"{max_kl:g}", (0, max_kl), (0, 3), textcoords="offset points", color=_GREY, ha="center"
     )
+    # Ticks would widen the axis.
+    _, high = axes.get_ylim()
+    axes.set_yticks(list(_KL_TICKS), list(_KL_TICKS.values()))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(0.6 * _LEAST_KL, max(high, 2 * max_kl))
     axes.set_ylabel("nats a token")
     axes.set_title("KL from dense: each prompt of the sample, and their mean (measured)", size=9.5)

@@ -74,11 +74,16 @@ class Proxy:
             token_ids, window, {queries for queries in found if queries is not None}
         )
 
-    def answer(self, prompt: Prefilled) -> tuple[int, ...]:
-        """What the dense cache says, greedily, up to its end."""
+    def answer(self, prompt: Prefilled, most: int | None = None) -> tuple[int, ...]:
+        """What the dense cache says, greedily, up to its end.
+
+        Args:
+            prompt: As `prefill` gave it.
+            most: Tokens, at most; None: as many as are compared.
+        """
         request = self._engine.request(prompt, self._dense, RequestOptions(enabled=False))
         answer: list[int] = []
-        for token_id in islice(generated(prompt.logits, request.step), self._num_tokens):
+        for token_id in islice(generated(prompt.logits, request.step), most or self._num_tokens):
             answer.append(token_id)
             if token_id in self._end_token_ids:
                 break

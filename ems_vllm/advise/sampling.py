@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 CONFIDENCE = 0.95
 # Tokens of a prompt by which the time is reckoned.
 _TRIAL = 512
+_TRIAL_ANSWER = 8
+_NUM_TRIALS = 3
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def draw(
 
 
 def reckoned_seconds(proxy: Proxy, prompts: Sequence[tuple[int, ...]], num_tokens: int) -> float:
-    """How long `measured` will take, by a trial on the beginning of a prompt.
+    """How long `measured` will take, by trials on the beginning of a prompt.
 
     Args:
         proxy: What will run.
@@ -90,20 +92,28 @@ def reckoned_seconds(proxy: Proxy, prompts: Sequence[tuple[int, ...]], num_token
         num_tokens: Of an answer that are compared.
     """
     part = max(prompts, key=len)[:_TRIAL]
-    # The first run pays for what is loaded and allocated once.
-    proxy.prefill(part[:32])
+    # The first run pays for what is loaded and allocated once, others for what else the machine
+    # does.
+    trials = [_trial(proxy, part, num_tokens) for _ in range(_NUM_TRIALS)]
+    per_token, per_step, of_budgets = (min(found) for found in zip(*trials, strict=True))
+    tokens = sum(map(len, prompts))
+    return per_token * tokens + len(prompts) * (num_tokens * per_step + of_budgets)
+
+
+def _trial(proxy: Proxy, part: Sequence[int], num_tokens: int) -> tuple[float, float, float]:
+    """Seconds of a prompt's token, of a token of the answer, and of all budgets along an answer."""
     began = time.perf_counter()
     prompt = proxy.prefill(part)
     after_prompt = time.perf_counter()
-    answer = proxy.answer(prompt)
+    answer = proxy.answer(prompt, _TRIAL_ANSWER)
     after_answer = time.perf_counter()
     # As many as there will be, whatever the model says.
     proxy.distances(prompt, (answer * num_tokens)[:num_tokens])
-    by_budget = time.perf_counter() - after_answer
-    per_token = (after_prompt - began) / len(part)
-    per_step = (after_answer - after_prompt) / len(answer)
-    tokens = sum(map(len, prompts))
-    return per_token * tokens + len(prompts) * (num_tokens * per_step + by_budget)
+    return (
+        (after_prompt - began) / len(part),
+        (after_answer - after_prompt) / len(answer),
+        time.perf_counter() - after_answer,
+    )
 
 
 def measured(

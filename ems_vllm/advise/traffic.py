@@ -127,7 +127,7 @@ def _token_ids(where: str, line: Line, tokenizer: HubTokenizer | None) -> tuple[
         return tuple(tokenizer.encode(line.prompt))
     messages: list[dict[str, Any]] = line.messages or []
     try:
-        return tuple(tokenizer.encode_rendered(tokenizer.render_chat(messages, line.tools)))
+        rendered = tokenizer.render_chat(messages, line.tools)
     # Templates raise errors of the template engine and of their own.
     except Exception as error:
         raise ConfigError(
@@ -135,3 +135,4 @@ def _token_ids(where: str, line: Line, tokenizer: HubTokenizer | None) -> tuple[
             f"({str(error).strip() or type(error).__name__}): give a prompt as text, or the "
             "prompt_tokens alone."
         ) from None
+    return tuple(tokenizer.encode_rendered(rendered))
