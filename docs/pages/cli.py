@@ -71,6 +71,8 @@ class _Parameter:
         options = [one for one in get_args(kind) if one is not types.NoneType]
         is_list = get_origin(kind) is list
         one = options[0] if options and (is_list or _is_union(kind)) else kind
+        if get_origin(one) is list:
+            (one,) = get_args(one)
         if self.is_argument:
             word = name.upper() + ("..." if is_list else "")
             self.usage = word if self.required else f"[{word}]"
@@ -139,8 +141,8 @@ _BETWEEN = [
     "",
     "`ems-vllm` looks before you serve, and measures what you get.",
     "No command needs a GPU; `eval` needs vLLM, where it is given no `--base-url`, and "
-    "`calibrate` torch.",
-    "`eval` and `calibrate` need what `pip install 'ems-vllm[eval]'` brings, and `report` what "
-    "`ems-vllm[report]` does.",
+    "`calibrate` and the sample of `advise` torch.",
+    "`eval`, `calibrate` and `advise`, where it is given texts, need what "
+    "`pip install 'ems-vllm[eval]'` brings, and `report` what `ems-vllm[report]` does.",
     "",
 ]

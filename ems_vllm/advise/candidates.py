@@ -85,6 +85,7 @@ def _usual(prompt_lens: Sequence[int]) -> Iterable[Budget]:
 
 
 def _candidate(recipe: str, settings: dict[str, Any], size: Budget) -> Candidate:
+    given: dict[str, Any]
     if size.count is not None:
         label, given = f"{size.count:,}", {"budget": size.count}
     else:

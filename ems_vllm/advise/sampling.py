@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from ems_vllm.advise.bound import upper_bound
@@ -22,7 +23,7 @@ CONFIDENCE = 0.95
 # Tokens of a prompt by which the time is reckoned.
 _TRIAL = 512
 _TRIAL_ANSWER = 8
-_NUM_TRIALS = 3
+_NUM_TRIALS = 2
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,9 @@ def reckoned_seconds(proxy: Proxy, prompts: Sequence[tuple[int, ...]], num_token
         num_tokens: Of an answer that are compared.
     """
     part = max(prompts, key=len)[:_TRIAL]
-    # The first run pays for what is loaded and allocated once, others for what else the machine
-    # does.
-    trials = [_trial(proxy, part, num_tokens) for _ in range(_NUM_TRIALS)]
-    per_token, per_step, of_budgets = (min(found) for found in zip(*trials, strict=True))
+    # The first pays for what is loaded and allocated once.
+    _, *trials = [_trial(proxy, part, num_tokens) for _ in range(1 + _NUM_TRIALS)]
+    per_token, per_step, of_budgets = (fmean(found) for found in zip(*trials, strict=True))
     tokens = sum(map(len, prompts))
     return per_token * tokens + len(prompts) * (num_tokens * per_step + of_budgets)
 

@@ -24,7 +24,7 @@ QUARTER = 0.25
 """Of a prompt: what is suggested where nothing was measured (docs/choosing-a-budget.md)."""
 NEVER_FULL = 0.01
 """Share of the time in which requests wait for blocks, below which a pool is never full (ours)."""
-LONG_WAIT = 1.0
+LONG_WAIT = 2.0
 """Seconds in the queue, of 95 % of the requests, from which on something else limits (ours)."""
 
 THRESHOLDS = {

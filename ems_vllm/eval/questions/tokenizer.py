@@ -76,7 +76,7 @@ class HubTokenizer:
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(name)
         # transformers raises whatever the loader of the day raises.
         except Exception as error:
             reason = str(error).strip().split("\n")[0]
