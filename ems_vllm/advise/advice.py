@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from rich.progress import track
-
-from ems_vllm.advise.bound import needed
+from ems_vllm.advise.asked import Asked
 from ems_vllm.advise.by_length import by_length
-from ems_vllm.advise.candidates import Candidate, candidates
+from ems_vllm.advise.candidates import candidates
 from ems_vllm.advise.pool import Pool, read_pool
+from ems_vllm.advise.quality import load_tokenizer, missing, run_sample
 from ems_vllm.advise.quantiles import quantile
 from ems_vllm.advise.replay import Speed
-from ems_vllm.advise.report import AdviceReport, Budget, PoolSize, Quality, Sample, Traffic
-from ems_vllm.advise.sampling import CONFIDENCE, Drawn, draw, measured, reckoned_seconds
-from ems_vllm.advise.suggestion import THRESHOLDS, TOLERATED, Server, suggest
+from ems_vllm.advise.report import AdviceReport, Budget, PoolSize, Traffic
+from ems_vllm.advise.suggestion import Server, suggest
+from ems_vllm.advise.thresholds import THRESHOLDS
 from ems_vllm.advise.traffic import Request, read_traffic
 from ems_vllm.config import ConfigError
 from ems_vllm.config.cache_shape import CacheShape
@@ -28,37 +25,6 @@ from ems_vllm.config.errors import shown
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ems_vllm.eval.questions.tokenizer import HubTokenizer
-    from ems_vllm.plan import PlanSettings
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command was given; see there."""
-
-    model: str
-    prompts: Path
-    recipe: str
-    budgets: Sequence[str]
-    settings: dict[str, Any]
-    pool_gib: float | None
-    kv_cache_memory_bytes: int | None
-    tensor_parallel_size: int
-    max_num_seqs: int | None
-    block_size: int
-    kv_cache_dtype: str | None
-    output_len: int
-    token_ms: float
-    prompt_rate: float
-    quality: bool
-    sample: int
-    tokens: int
-    max_prompt_len: int
-    max_kl: float
-    seed: int
-    device: str
-    dtype: str
 
 
 def advise_on(asked: Asked, progress: Console) -> AdviceReport:
@@ -80,7 +46,7 @@ def advise_on(asked: Asked, progress: Console) -> AdviceReport:
         asked.tensor_parallel_size,
         asked.max_num_seqs,
     )
-    requests = read_traffic(asked.prompts, lambda: _tokenizer(asked.model), asked.output_len)
+    requests = read_traffic(asked.prompts, lambda: load_tokenizer(asked.model), asked.output_len)
     chosen = candidates(
         asked.recipe, asked.settings, asked.budgets, [one.prompt_len for one in requests]
     )
@@ -91,10 +57,10 @@ def advise_on(asked: Asked, progress: Console) -> AdviceReport:
         by_length(settings, requests, asked.block_size, column_bytes, pool, speed)
         for settings in (None, *plans)
     )
-    qualities, sample, why = _quality(asked, requests, chosen, plans, progress)
+    qualities, sample, why = run_sample(asked, requests, chosen, plans, progress)
     budgets = [
-        Budget(label=one.label, settings=one.given, by_length=found, quality=quality)
-        for one, found, quality in zip(chosen, figures, qualities, strict=True)
+        Budget(label=one.label, settings=one.given, by_length=found, quality=of)
+        for one, found, of in zip(chosen, figures, qualities, strict=True)
     ]
     budgets.sort(key=lambda budget: -budget.by_length.blocks_held)
     traffic, size = _traffic(requests), _pool_size(pool)
@@ -127,7 +93,7 @@ def _config(model: str) -> Path:
 
         found = cached_file(model, "config.json")
     except ModuleNotFoundError as error:
-        raise _missing(error) from None
+        raise missing(error) from None
     except (OSError, ValueError):
         found = None
     if found is None:
@@ -136,99 +102,6 @@ def _config(model: str) -> Path:
             "the Hub's cache or on the Hub; name a folder."
         )
     return Path(found)
-
-
-def _tokenizer(model: str) -> HubTokenizer:
-    try:
-        from ems_vllm.eval.questions.tokenizer import HubTokenizer
-
-        return HubTokenizer(model)
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-
-
-def _missing(error: ModuleNotFoundError) -> ConfigError:
-    return ConfigError(
-        f"`ems-vllm advise` needs the package {error.name}: pip install 'ems-vllm[eval]'."
-    )
-
-
-def _quality(
-    asked: Asked,
-    requests: Sequence[Request],
-    chosen: Sequence[Candidate],
-    plans: Sequence[PlanSettings],
-    progress: Console,
-) -> tuple[Sequence[Quality | None], Sample | None, str | None]:
-    """What the sample says of each budget, or why there is none."""
-    none = [None] * len(chosen)
-    if not asked.quality:
-        return none, None, "it was switched off"
-    if all(request.token_ids is None for request in requests):
-        return none, None, "the file has lengths alone"
-    drawn = draw(
-        requests,
-        plans,
-        asked.block_size,
-        asked.sample,
-        asked.tokens,
-        asked.max_prompt_len,
-        asked.seed,
-    )
-    if not drawn.prompts:
-        too_long = f"; {drawn.num_too_long:,} are longer" if drawn.num_too_long else ""
-        return (
-            none,
-            None,
-            f"no prompt of up to {asked.max_prompt_len:,} tokens would be compressed{too_long}",
-        )
-    return _run(asked, chosen, drawn, progress)
-
-
-def _run(
-    asked: Asked, chosen: Sequence[Candidate], drawn: Drawn, progress: Console
-) -> tuple[Sequence[Quality], Sample, None]:
-    try:
-        # Imported here: arithmetic needs neither.
-        from ems_vllm.advise.proxy import Proxy
-        from ems_vllm.eval.transformers_engine.engine import TransformersEngine
-    except ModuleNotFoundError as error:
-        raise _missing(error) from None
-    try:
-        engine = TransformersEngine.load(asked.model, asked.device, asked.dtype, asked.block_size)
-    except ConfigError as error:
-        raise ConfigError(f"{error} Or leave the sample out: --no-quality.") from None
-    ends = _tokenizer(asked.model).end_token_ids()
-    proxy = Proxy(engine, [one.config for one in chosen], asked.tokens, ends)
-    seconds = reckoned_seconds(proxy, drawn.prompts, asked.tokens)
-    progress.print(
-        f"Running {len(drawn.prompts)} prompts of {sum(map(len, drawn.prompts)):,} tokens in all, "
-        f"dense and with {len(chosen)} budgets: about {_time(seconds)}, by a trial "
-        "(--no-quality leaves it out).",
-        highlight=False,
-        markup=False,
-    )
-    began = time.perf_counter()
-    qualities = measured(
-        proxy, track(drawn.prompts, "prompts", console=progress), asked.max_kl, len(chosen)
-    )
-    sample = Sample(
-        num_prompts=len(drawn.prompts),
-        num_eligible=len(drawn.eligible),
-        num_too_long=drawn.num_too_long,
-        prompt_shortest=min(drawn.eligible),
-        prompt_longest=max(drawn.eligible),
-        num_tokens=asked.tokens,
-        max_kl=asked.max_kl,
-        confidence=CONFIDENCE,
-        prompts_needed=needed(TOLERATED, CONFIDENCE),
-        seconds=time.perf_counter() - began,
-    )
-    return qualities, sample, None
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
 
 
 def _traffic(requests: Sequence[Request]) -> Traffic:

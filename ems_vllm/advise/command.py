@@ -10,9 +10,10 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from ems_vllm.advise.advice import Asked, advise_on
-from ems_vllm.advise.suggestion import MAX_KL
+from ems_vllm.advise.advice import advise_on
+from ems_vllm.advise.asked import Asked
 from ems_vllm.advise.table import print_report
+from ems_vllm.advise.thresholds import MAX_KL
 from ems_vllm.config import ConfigError, parse_overrides
 
 
@@ -58,9 +59,9 @@ def advise(
     prompt_rate: Annotated[
         float, typer.Option(help="Assumed likewise: prompt tokens processed in a second.")
     ] = 10_000,
-    quality: Annotated[
-        bool, typer.Option(help="Run a sample of the prompts, where texts are given.")
-    ] = True,
+    no_quality: Annotated[
+        bool, typer.Option("--no-quality", help="Run no prompt, even where texts are given.")
+    ] = False,
     sample: Annotated[int, typer.Option(min=1, help="Prompts to run.")] = 8,
     tokens: Annotated[int, typer.Option(min=2, help="Of each answer that are compared.")] = 64,
     max_prompt_len: Annotated[
@@ -108,7 +109,7 @@ def advise(
         output_len=output_len,
         token_ms=token_ms,
         prompt_rate=prompt_rate,
-        quality=quality,
+        quality=not no_quality,
         sample=sample,
         tokens=tokens,
         max_prompt_len=max_prompt_len,

@@ -119,6 +119,8 @@ def notes(report: AdviceReport) -> Iterator[str]:
         )
     if report.traffic.outputs.get("max_tokens") or report.traffic.outputs.get("assumed"):
         yield "Answers of unknown length are as long as max_tokens or --output-len allows."
+    if any(budget.settings.get("when") == "pressure" for budget in report.budgets):
+        yield "All figures are of requests that are compressed, whenever that is."
     sample = report.sample
     if sample is None:
         yield f"Quality: not measured, because {report.why_no_quality}."

@@ -19,6 +19,7 @@ from ems_vllm.advise.report import (
 )
 from ems_vllm.advise.sampling import draw
 from ems_vllm.advise.suggestion import Server, suggest
+from ems_vllm.advise.thresholds import WORTH
 from ems_vllm.advise.traffic import OutputFrom, Request
 from ems_vllm.config import load_config
 
@@ -123,6 +124,12 @@ def test_short_prompts_are_not_compressed():
     assert (found.verdict, found.budget) == (Verdict.SHORT, None)
     assert "p95 = 4,000 tokens): 512" in found.sentences[0]
     assert found.command == "vllm serve folder/model --max-num-seqs 9"
+
+
+def test_the_doctor_and_the_advice_call_the_same_worth_it():
+    from ems_vllm.doctor.live import advice
+
+    assert WORTH == advice.WORTH
 
 
 def arrivals(blocked=0.0, preemptions=0, wait=0.0):
