@@ -2,12 +2,19 @@
 """Turns a validation failure into one sentence that names the key, the value and the remedy."""
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
 
 _MAX_SHOWN = 200
+# What is nested deeper, or has more items than can be shown, is not written out first.
+_WRITER = reprlib.Repr()
+_WRITER.maxlevel = 20
+_WRITER.maxlist = _WRITER.maxtuple = _WRITER.maxdict = _MAX_SHOWN
+# Of longer ones it shows the middle as dots, behind what is shown.
+_WRITER.maxstring = _WRITER.maxlong = _WRITER.maxother = 4 * _MAX_SHOWN
 
 
 class ConfigError(ValueError):
@@ -18,7 +25,8 @@ class RequestError(ConfigError):
     """A request asks for what it may not have.
 
     Attributes:
-        reason: One of few, for statistics: the key of `vllm_xargs` that is wrong, or `misspelt`.
+        reason: One of few, for statistics: the key of `vllm_xargs` that is wrong,
+            `misspelt` or `too_many_keys`.
     """
 
     def __init__(self, message: str, reason: str = "") -> None:
@@ -27,15 +35,19 @@ class RequestError(ConfigError):
 
 
 def shown(value: Any) -> str:
-    """A value as a message shows it: on one line, and not longer than is of use."""
-    text = repr(value)
+    """A value as a message shows it, whatever a client has sent: not longer than is of use."""
+    try:
+        text = _WRITER.repr(value)
+    except ValueError:
+        # Python writes no integer of more than 4,300 digits.
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def shown_key(key: Any) -> str:
     """A key as a message shows it; a file may have keys that are no strings, or hold anything."""
-    text = str(key)
-    return text if text.isprintable() and len(text) <= _MAX_SHOWN else shown(text)
+    text = key if isinstance(key, str) else shown(key)
+    return text if len(text) <= _MAX_SHOWN and text.isprintable() else shown(text)
 
 
 def unknown_key(prefix: str, key: Any, value: Any, allowed: Iterable[str]) -> ConfigError:

@@ -17,7 +17,9 @@ Role = Literal["system", "last_user", "tools"]
 ROLES: tuple[str, ...] = get_args(Role)
 NOTHING = "none"
 
-_RANGE = re.compile(r"(\d{1,10})-(\d{1,10})")
+_RANGE = re.compile(r"([0-9]{1,10})-([0-9]{1,10})")
+# More than anybody has parts of a prompt to name: frontend and scheduler read them all.
+MOST_ITEMS = 1024
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class Protect:
         items: Any = value.split(",") if isinstance(value, str) else value
         if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
             raise _not_allowed(value)
+        if len(items) > MOST_ITEMS:
+            raise RequestError(
+                f"vllm_xargs.{KEY}={shown(value)} is not allowed: these are {len(items)} ranges and "
+                f"roles; send at most {MOST_ITEMS}, ranges that adjoin as one.",
+                KEY,
+            )
         items = [item.strip() for item in items]
         if items == [NOTHING]:
             return cls()
@@ -61,7 +69,7 @@ class Protect:
                 start, stop = map(int, found.groups())
                 if start >= stop:
                     raise RequestError(
-                        f"vllm_xargs.{KEY}={shown(value)} is not allowed: {item!r} holds no token; "
+                        f"vllm_xargs.{KEY}={shown(value)} is not allowed: {shown(item)} holds no token; "
                         "give the position of the first one and, after it, of the one behind the "
                         "last.",
                         KEY,
@@ -130,7 +138,7 @@ class Protect:
 
 
 def _not_allowed(value: Any, item: str | None = None) -> RequestError:
-    what = "" if item is None else f"{item!r} is neither a range nor a role; "
+    what = "" if item is None else f"{shown(item)} is neither a range nor a role; "
     return RequestError(
         f"vllm_xargs.{KEY}={shown(value)} is not allowed: {what}give a list of ranges of the "
         f"prompt's tokens such as '0-128', and of roles ({', '.join(ROLES)}), or {NOTHING!r}.",

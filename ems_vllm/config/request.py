@@ -21,6 +21,8 @@ KEYS = ("kv_compression", "kv_budget", "kv_ratio", "kv_protect")
 # How alike a key and one of ours are when it is taken for a typing error. vLLM and other
 # extensions read keys of their own, some of which begin like ours (kv_cache_report_mode).
 _ALIKE = 0.75
+# Each is compared with ours, by frontend and scheduler.
+MOST_KEYS = 256
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,12 @@ class RequestOptions:
         """
         if not extra_args:
             return cls()
+        if len(extra_args) > MOST_KEYS:
+            raise RequestError(
+                f"vllm_xargs={shown(extra_args)} is not allowed: it has {len(extra_args)} keys; send "
+                f"at most {MOST_KEYS}.",
+                "too_many_keys",
+            )
         for key, value in extra_args.items():
             if key not in KEYS and (near := _misspelt(key)):
                 raise RequestError(

@@ -2,6 +2,7 @@
 """What a request may ask for."""
 
 import re
+from functools import reduce
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,6 +52,11 @@ def test_nothing_asked_means_the_servers_settings():
         ({"kv_protect": "none,0-5"}, ["'none' is neither"]),
         ({"kv_protect": ["7-7"]}, ["'7-7' holds no token", "the one behind the last"]),
         ({"kv_protect": ["9-7"]}, ["'9-7' holds no token"]),
+        # Digits of other scripts, which int() would take.
+        ({"kv_protect": ["\u0660-\u0663"]}, ["is neither a range nor a role"]),
+        ({"kv_protect": ["0-1"] * 1025}, ["1025 ranges and roles", "at most 1024"]),
+        ({"kv_protect": ",".join(["0-1"] * 1025)}, ["1025 ranges and roles", "at most 1024"]),
+        ({f"mine_{at}": 1 for at in range(257)}, ["257 keys", "at most 256"]),
     ],
 )
 def test_mistake_is_answered(extra_args, parts):
@@ -58,6 +64,22 @@ def test_mistake_is_answered(extra_args, parts):
         RequestOptions.parse(extra_args)
     for part in parts:
         assert part in str(error.value)
+
+
+NESTED = reduce(lambda inner, _: [inner], range(5000), 1)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10**6, ["x" * 10**6], ["x"] * 10**6, NESTED, {"a": NESTED}, -(10**5000), [10**5000]],
+    ids=["text", "text in a list", "list", "deep", "deep object", "digits", "digits in a list"],
+)
+def test_what_is_refused_is_shown_in_short(key, value):
+    with pytest.raises(ConfigError) as error:
+        RequestOptions.parse({key: value})
+    assert f"vllm_xargs.{key}=" in str(error.value)
+    assert len(str(error.value)) < 1000
 
 
 def test_keys_that_vllm_reads_are_left_alone():

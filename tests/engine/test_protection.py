@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine.arrivals import serve
@@ -254,3 +256,22 @@ def test_protected_entries_forget_requests_that_ended():
     assert len(entries) == 1
     entries.release(["a"])
     assert len(entries) == 0
+
+
+def test_many_ranges_protect_what_each_of_them_does():
+    """Of heads that have kept different numbers of entries before."""
+    order = SimpleNamespace(
+        req_id="a", first_before=2, tail=9, protected=((0, 40), (50, 51), (60, 70), (130, 900))
+    )
+    held = np.array([[10, 30, 20]])
+    wave = ProtectedEntries(BLOCK_SIZE, torch.device("cpu")).wave([order])
+    mask = wave.of_heads(0, held, 120)[0, :, 0]
+    for head, num_held in enumerate(held[0]):
+        # Entries behind the kept ones are of the positions from 32 + 20 on, up to 144.
+        positions = np.arange(120) - num_held + 52
+        is_protected = [
+            52 <= position < 144
+            and any(start <= position < stop for start, stop in order.protected)
+            for position in positions
+        ]
+        assert mask[head].tolist() == is_protected

@@ -43,8 +43,9 @@ def test_bad_extra_arguments_are_refused_with_the_parameter():
         ({"kv_compression": "off", "kv_ratio": 0.5}, "kv_ratio"),
         ({"kv_protect": ["nobody"]}, "kv_protect"),
         ({"kv_bugdet": 1}, "misspelt"),
+        ({f"mine_{at}": 1 for at in range(257)}, "too_many_keys"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_refused_requests_are_counted_by_reason(extra_args, reason):
     def count():

@@ -126,13 +126,13 @@ class ProtectedWave:
             order = self._orders[at]
             # The columns of what was kept are as many for all heads together as for equal heads.
             tail_before = order.first_before * self._block_size + int(held[at].mean())
-            end = order.tail * self._block_size
+            # There may be a thousand ranges: they are gone through once, and not for every head.
+            behind = np.zeros(max(0, order.tail * self._block_size - tail_before), bool)
+            for start, stop in order.protected:
+                behind[max(0, start - tail_before) : max(0, stop - tail_before)] = True
             for head, num_held in enumerate(held[at]):
-                for start, stop in order.protected:
-                    first, last = max(start, tail_before), min(stop, end)
-                    if first < last:
-                        shift = int(num_held) - tail_before
-                        mask[at, head, first + shift : last + shift] = True
+                row = mask[at, head, num_held:]
+                row[: len(behind)] = behind[: len(row)]
         return mask
 
     def keep(self, kept_idx: torch.Tensor) -> None:
