@@ -9,3 +9,5 @@ KEY_PREFIX = "kv_compression_config."
 
 STATUS_PLUGIN = "ems_status"
 """Name of the status page among vLLM's endpoint plugins."""
+LONGEST_NAME = 512
+"""Characters of a request's name, which a client may give: of longer ones nothing is remembered."""

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from ems_vllm.engine.group.to_device import to_device
+from ems_vllm.keys import LONGEST_NAME
 
 if TYPE_CHECKING:
     from ems_vllm.engine.orders import Compaction
@@ -48,6 +50,11 @@ class KeptEntries:
             self.arrived.synchronize()
         found: np.ndarray = self.positions.numpy()
         return found
+
+    @cached_property
+    def num_held(self) -> int:
+        """Entries of all layers and kv_heads."""
+        return int(np.count_nonzero(self.on_host() >= 0))
 
 
 @dataclass
@@ -108,6 +115,8 @@ class PositionsWave:
             at: []
             for at in range(len(orders))[-kept.num_requests :]
             if orders[at].first_before == 0 or self._before[at] is not None
+            # A name of any length would stay when its request has gone.
+            if len(orders[at].req_id) <= LONGEST_NAME
         }
 
     def keep(

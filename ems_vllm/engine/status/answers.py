@@ -112,3 +112,18 @@ class Positions(BaseModel):
     layer: int
     kv_head: int
     positions: list[int] = Field(description="Ascending; those of the tail are not among them.")
+
+
+class FailureDetail(BaseModel):
+    """What vLLM says of an error."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: int
+
+
+class Failure(BaseModel):
+    """As the OpenAI API answers what it does not."""
+
+    error: FailureDetail

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any
+
+from vllm import envs
 
 from ems_vllm.engine.status.routes import router
 from ems_vllm.engine.status.source import Source
@@ -14,6 +17,10 @@ if TYPE_CHECKING:
 
     from fastapi import FastAPI
     from vllm.engine.protocol import EngineClient
+
+
+# A child of vLLM's logger, so that its settings apply.
+logger = logging.getLogger("vllm.ems")
 
 
 class StatusPlugin:
@@ -34,5 +41,12 @@ class StatusPlugin:
     async def init_state(
         self, engine_client: EngineClient | None, state: Any, args: Namespace
     ) -> None:
-        """Remember whom to ask."""
-        state.kv_compression_source = None if engine_client is None else Source(engine_client)
+        """Remember whom to ask, and whose pages may: those that are named, "*" names none."""
+        state.kv_compression_origins = frozenset(args.allowed_origins)
+        source = None if engine_client is None else Source(engine_client)
+        state.kv_compression_source = source
+        if source is not None and source.shows_text and not (args.api_key or envs.VLLM_API_KEY):
+            logger.warning(
+                "kv_compression_config.inspect_text=True on a server without --api-key: whoever "
+                "reaches it reads the prompts of its latest requests."
+            )

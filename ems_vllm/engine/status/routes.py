@@ -8,16 +8,46 @@ from functools import cache
 from importlib import resources
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request
+from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
 
-from ems_vllm.engine.status.answers import Positions, RequestDetail, RequestSummary, Status
+from ems_vllm.config.errors import shown
+from ems_vllm.engine.status.answers import (
+    Failure,
+    Positions,
+    RequestDetail,
+    RequestSummary,
+    Status,
+)
 from ems_vllm.engine.status.source import Source
+from ems_vllm.keys import LONGEST_NAME
 
-router = APIRouter(tags=["kv_compression"])
 _NONCE = "{{nonce}}"
 # Larger than any model's, and than what the wire takes for an int.
 _MOST = 2**20
+# What is said of prompts is not kept by browsers and proxies, nor part of somebody else's page.
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+}
+
+
+def _own_page(request: Request, response: Response) -> None:
+    """Refuse the scripts of other sites, which a reader's browser would let in.
+
+    Without further arguments vLLM allows all sites. Here some must be named: a person who can reach
+    a server without an API key must not, with a page that they happen to open, tell it the prompts
+    of others.
+    """
+    response.headers.update(_HEADERS)
+    origin = request.headers.get("origin")
+    if origin is None or origin in request.app.state.kv_compression_origins:
+        return
+    if origin.partition("://")[2] != request.headers.get("host"):
+        raise HTTPException(
+            403, f"Origin={shown(origin)} is not allowed: name it in --allowed-origins."
+        )
 
 
 def _source(request: Request) -> Source:
@@ -28,39 +58,39 @@ def _source(request: Request) -> Source:
 
 
 _Source = Annotated[Source, Depends(_source)]
-_RequestId = Annotated[str, Path(max_length=512)]
-_UNKNOWN: dict[int | str, dict[str, Any]] = {
-    404: {"description": "No such request is remembered, or it has no such kv_head."}
+# Clients name their requests; a name may hold any character.
+_RequestId = Annotated[str, Path(max_length=LONGEST_NAME)]
+_Responses = dict[int | str, dict[str, Any]]
+_FAILURES: _Responses = {
+    401: {"description": "The server has an API key, and it was not given."},
+    "4XX": {"description": "The question is wrong, or of another site.", "model": Failure},
+    503: {"description": "The engine is busy; ask later.", "model": Failure},
 }
+_UNKNOWN: _Responses = {
+    404: {
+        "description": "No such request is remembered, or it has no such kv_head.",
+        "model": Failure,
+    }
+}
+router = APIRouter(tags=["kv_compression"])
+_data = APIRouter(prefix="/v1", dependencies=[Depends(_own_page)], responses=_FAILURES)
 
 
-@router.get("/v1/kv_compression")
+@_data.get("/kv_compression")
 async def status(source: _Source) -> Status:
     """Settings in force, what fits, and what compression has done."""
     return await source.status()
 
 
-@router.get("/v1/kv_compression/requests")
+@_data.get("/kv_compression/requests")
 async def requests(source: _Source) -> list[RequestSummary]:
     """The requests that were compressed last; empty unless the server has `inspect_requests`."""
     return await source.requests()
 
 
-@router.get("/v1/kv_compression/requests/{request_id}", responses=_UNKNOWN)
-async def request(
-    source: _Source,
-    request_id: _RequestId,
-    bins: Annotated[int, Query(ge=1, le=1024, description="Parts of its length.")] = 240,
-) -> RequestDetail:
-    """Where in its length a request holds entries, by layer and kv_head."""
-    found = await source.request(request_id, bins)
-    if found is None:
-        raise _unknown(request_id)
-    return found
-
-
-@router.get(
-    "/v1/kv_compression/requests/{request_id}/layers/{layer}/kv_heads/{kv_head}",
+# Before the next one, whose names may hold what looks like the rest of this.
+@_data.get(
+    "/kv_compression/requests/{request_id:path}/layers/{layer}/kv_heads/{kv_head}",
     responses=_UNKNOWN,
 )
 async def positions(
@@ -76,6 +106,19 @@ async def positions(
     return found
 
 
+@_data.get("/kv_compression/requests/{request_id:path}", responses=_UNKNOWN)
+async def request(
+    source: _Source,
+    request_id: _RequestId,
+    bins: Annotated[int, Query(ge=1, le=1024, description="Parts of its length.")] = 240,
+) -> RequestDetail:
+    """Where in its length a request holds entries, by layer and kv_head."""
+    found = await source.request(request_id, bins)
+    if found is None:
+        raise _unknown(request_id)
+    return found
+
+
 @router.get("/kv_compression", response_class=HTMLResponse)
 async def page() -> HTMLResponse:
     """The page; it asks for the rest, and for the API key where there is one."""
@@ -84,7 +127,13 @@ async def page() -> HTMLResponse:
         f"default-src 'none'; connect-src 'self'; img-src data:; style-src 'nonce-{nonce}'; "
         f"script-src 'nonce-{nonce}'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     )
-    headers = {"Content-Security-Policy": allowed, "Referrer-Policy": "no-referrer"}
+    headers = {
+        **_HEADERS,
+        "Content-Security-Policy": allowed,
+        # For browsers that do not know frame-ancestors.
+        "X-Frame-Options": "DENY",
+        "Referrer-Policy": "no-referrer",
+    }
     return HTMLResponse(_html().replace(_NONCE, nonce), headers=headers)
 
 
@@ -95,3 +144,6 @@ def _unknown(request_id: str) -> HTTPException:
 @cache
 def _html() -> str:
     return resources.files("ems_vllm.engine.status").joinpath("page.html").read_text("utf-8")
+
+
+router.include_router(_data)

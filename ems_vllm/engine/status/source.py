@@ -8,6 +8,8 @@ import time
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
+
 import ems_vllm
 from ems_vllm.config import settings_of
 from ems_vllm.engine.status.answers import (
@@ -26,14 +28,18 @@ if TYPE_CHECKING:
 
 # Engines answer between two steps; a long prompt's may take this long.
 _TIMEOUT_S = 30.0
+# A question keeps an engine for up to tens of milliseconds; so long it has then for its requests.
+_PAUSE_S = 0.1
+# Different questions that wait.
+MOST_WAITING = 64
 _LENGTHS = (2048, 8192, 32768, 131072)
 
 
 class Source:
     """What the routes answer from.
 
-    Engines are asked one question at a time, and those who wait with the same one share an answer,
-    so that no number of readers keeps them busy.
+    Engines are asked one question at a time, with a pause, and those who wait with the same one
+    share an answer, so that no number of readers keeps them busy.
 
     Args:
         engine_client: vLLM's, of one engine or several.
@@ -43,8 +49,9 @@ class Source:
         self._client: Any = engine_client
         self._config = settings_of(engine_client.vllm_config)
         self._lock = asyncio.Lock()
-        # By method, when it was last asked, with which arguments, and what the answer was.
-        self._answers: dict[str, tuple[float, tuple[Any, ...], list[list[Any]]]] = {}
+        self._free_at = 0.0
+        # By method and arguments: what was not put to the engines yet.
+        self._waiting: dict[tuple[Any, ...], asyncio.Task[list[list[Any]]]] = {}
 
     async def status(self) -> Status:
         """Of the server."""
@@ -60,7 +67,7 @@ class Source:
         if self._config is None:
             return status
         longest = vllm_config.model_config.max_model_len
-        lengths = [length for length in _LENGTHS if length < longest] + [longest]
+        lengths = (*(length for length in _LENGTHS if length < longest), longest)
         engines = await self._ask("kv_compression_server", lengths)
         # Ranks of tensor parallelism are alike; stages of a pipeline have layers of their own.
         of_workers = engines[0]
@@ -73,7 +80,7 @@ class Source:
                 "num_layers": sum(one["num_layers"] for one in stages),
                 "num_layers_compressed": sum(one["num_layers_compressed"] for one in stages),
                 "inspects_requests": self._config.inspect_requests > 0,
-                "shows_text": self._config.inspect_text,
+                "shows_text": self.shows_text,
                 "settings": self._config.to_dict(),
                 "now": numbers_now(num_blocks),
                 "memory": Memory.model_validate(of_workers[0]),
@@ -116,6 +123,11 @@ class Source:
         return None
 
     @property
+    def shows_text(self) -> bool:
+        """Whether prompts are among the answers."""
+        return self._config is not None and self._config.inspect_text
+
+    @property
     def _inspects(self) -> bool:
         return self._config is not None and self._config.inspect_requests > 0
 
@@ -125,25 +137,43 @@ class Source:
         tokenizer = self._client.get_tokenizer()
         return [tokenizer.decode(token_ids[start:stop]) for start, stop in pairwise(bins)]
 
-    async def _ask(self, method: str, *args: Any) -> list[list[Any]]:
-        """By engine, what its workers answer."""
-        waits_since = time.monotonic()
-        async with self._lock:
-            asked_at, asked, answer = self._answers.get(method, (0.0, (), []))
-            # Somebody else's question will do, if it was put after this one.
-            if asked_at >= waits_since and asked == args:
-                return answer
-            asked_at = time.monotonic()
-            answer = await self._ask_engines(method, args)
-            self._answers[method] = (asked_at, args, answer)
-            return answer
+    async def _ask(self, *question: Any) -> list[list[Any]]:
+        """By engine, what its workers answer.
 
-    async def _ask_engines(self, method: str, args: tuple[Any, ...]) -> list[list[Any]]:
+        Args:
+            question: Method of the workers, and its arguments.
+
+        Raises:
+            HTTPException: Too many questions wait, or no answer came in time.
+        """
+        asking = self._waiting.get(question)
+        if asking is None:
+            if len(self._waiting) >= MOST_WAITING:
+                raise HTTPException(503, "Too many questions wait for the engine: ask later.")
+            asking = self._waiting[question] = asyncio.create_task(self._put(question))
+        # It goes on without this reader, who may have gone: others wait for it, too.
+        await asyncio.wait((asking,), timeout=_TIMEOUT_S)
+        if not asking.done():
+            raise HTTPException(503, f"The engine did not answer in {_TIMEOUT_S:.0f} s: ask later.")
+        return asking.result()
+
+    async def _put(self, question: tuple[Any, ...]) -> list[list[Any]]:
+        async with self._lock:
+            await asyncio.sleep(self._free_at - time.monotonic())
+            del self._waiting[question]
+            try:
+                return await self._ask_engines(*question)
+            finally:
+                self._free_at = time.monotonic() + _PAUSE_S
+
+    async def _ask_engines(self, method: str, *args: Any) -> list[list[Any]]:
+        # Without a timeout of the engine's: where workers are processes, it would take an answer
+        # that comes too late for that to its next call, which may be a step.
         # With data parallelism vLLM's collective_rpc asks one engine.
         ask_all = getattr(self._client.engine_core, "call_utility_all_async", None)
         if ask_all is None:
-            return [await self._client.collective_rpc(method, _TIMEOUT_S, args)]
-        answers: list[list[Any]] = await ask_all("collective_rpc", method, _TIMEOUT_S, args, {})
+            return [await self._client.collective_rpc(method, None, args)]
+        answers: list[list[Any]] = await ask_all("collective_rpc", method, None, args, {})
         return answers
 
 

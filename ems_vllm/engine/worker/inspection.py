@@ -136,13 +136,17 @@ class Inspection:
     def _summary(self, req_id: str) -> dict[str, Any]:
         of_groups = [entries for _, entries in self._entries(req_id)]
         latest = max(of_groups, key=lambda entries: entries.num_computed)
-        heads = [len(positions) - tail for _, _, positions, tail in self._heads(req_id)]
+        num_heads = [entries.positions.shape[:2].numel() for entries in of_groups]
+        num_gone = sum(
+            heads * entries.tail - entries.num_held
+            for heads, entries in zip(num_heads, of_groups, strict=True)
+        )
         prompt = self._prompts.get(req_id)
         return {
             "request_id": req_id,
             "prompt_tokens": 0 if prompt is None else prompt.length,
             "num_tokens": latest.num_computed,
-            "num_entries": latest.num_computed + sum(heads) / len(heads),
+            "num_entries": latest.num_computed - num_gone / sum(num_heads),
             "num_compactions": latest.num_compactions,
             "is_running": prompt is not None and prompt.is_running,
         }
