@@ -13,6 +13,8 @@ TESTS ?= tests
 EVENTS ?= 100000
 CLIENTS ?= 200
 REQUESTS ?= 2000
+EXAMPLES ?= 200
+FUZZ_ARGS ?=
 # Of eval: a preset of configs/eval/ or a file, and where answers and the report go.
 PRESET ?= full
 EVAL_OUT ?= build/eval
@@ -34,6 +36,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DONE := $(VENV)/.done
 PEERS := .venv-peers
+FUZZ := .venv-fuzz
 DOCS := .venv-docs
 NULLGPU := .venv-nullgpu
 NEXT := .venv-next
@@ -42,6 +45,8 @@ INSTALL := $(BIN)/python -m pip -qq --disable-pip-version-check install --no-com
 PEERS_INSTALL := $(PEERS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
 DOCS_INSTALL := $(DOCS)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
+  --no-deps
+FUZZ_INSTALL := $(FUZZ)/bin/python -m pip -qq --disable-pip-version-check install --no-compile \
   --no-deps
 # The theme announces its successor with every build.
 MKDOCS := NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs
@@ -125,6 +130,11 @@ soak: setup ## random scheduling with symbolic KV; EVENTS= arrivals, steps, abor
 
 load: setup ## many clients over HTTP, every answer compared; CLIENTS= at a time, REQUESTS= in all
 	@$(BIN)/python tests/e2e/load.py --clients $(CLIENTS) --requests $(REQUESTS)
+
+.PHONY: fuzz
+fuzz: setup $(FUZZ)/.done ## hostile requests over HTTP (docs/security.md); EXAMPLES= of each route, FUZZ_ARGS=
+	@$(BIN)/python tests/e2e/fuzz_http.py --schemathesis $(FUZZ)/bin/schemathesis \
+	  --examples $(EXAMPLES) $(FUZZ_ARGS)
 
 .PHONY: eval
 eval: setup ## quality, memory and speed by recipe and budget; MODEL=, PRESET=, EVAL_OUT=, EVAL_ARGS=
@@ -243,6 +253,12 @@ $(PEERS)/.done: requirements/peers.txt
 	@$(PYTHON) -m venv $(PEERS)
 	@$(PEERS_INSTALL) $(addprefix --index-url ,$(TORCH_INDEX)) $$(grep '^torch==' $<)
 	@$(PEERS_INSTALL) -r $<
+	@touch $@
+
+$(FUZZ)/.done: requirements/fuzz.txt
+	@echo "Schemathesis in $(FUZZ)/"
+	@$(PYTHON) -m venv $(FUZZ)
+	@$(FUZZ_INSTALL) -r $<
 	@touch $@
 
 $(DOCS)/.done: requirements/docs.txt

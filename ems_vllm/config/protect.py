@@ -54,8 +54,8 @@ class Protect:
             raise _not_allowed(value)
         if len(items) > MOST_ITEMS:
             raise RequestError(
-                f"vllm_xargs.{KEY}={shown(value)} is not allowed: these are {len(items)} ranges and "
-                f"roles; send at most {MOST_ITEMS}, ranges that adjoin as one.",
+                f"vllm_xargs.{KEY}={shown(value)} is not allowed: these are {len(items)} ranges "
+                f"and roles; send at most {MOST_ITEMS}, ranges that adjoin as one.",
                 KEY,
             )
         items = [item.strip() for item in items]
@@ -69,9 +69,9 @@ class Protect:
                 start, stop = map(int, found.groups())
                 if start >= stop:
                     raise RequestError(
-                        f"vllm_xargs.{KEY}={shown(value)} is not allowed: {shown(item)} holds no token; "
-                        "give the position of the first one and, after it, of the one behind the "
-                        "last.",
+                        f"vllm_xargs.{KEY}={shown(value)} is not allowed: {shown(item)} holds no "
+                        "token; give the position of the first one and, after it, of the one "
+                        "behind the last.",
                         KEY,
                     )
                 ranges.append((start, stop))

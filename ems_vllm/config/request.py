@@ -54,8 +54,8 @@ class RequestOptions:
             return cls()
         if len(extra_args) > MOST_KEYS:
             raise RequestError(
-                f"vllm_xargs={shown(extra_args)} is not allowed: it has {len(extra_args)} keys; send "
-                f"at most {MOST_KEYS}.",
+                f"vllm_xargs={shown(extra_args)} is not allowed: it has {len(extra_args)} keys; "
+                f"send at most {MOST_KEYS}.",
                 "too_many_keys",
             )
         for key, value in extra_args.items():

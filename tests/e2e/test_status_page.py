@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
-from e2e.browser import SIZES, chromium, open_page
+from e2e.browser import SIZES, Complaints, chromium, open_page
 from e2e.clients import greedy, prompt
 from openai import OpenAI
 
@@ -69,6 +71,50 @@ def test_wrong_questions_are_answered_with_what_is_wrong(server: Server, asked: 
         assert "bins" in answer.text
     assert get(server, "/requests/nobody/layers/-1/kv_heads/0").status_code == 400
     assert get(server, f"/requests/{'x' * 513}").status_code == 400
+
+
+def test_what_is_refused_and_answered_is_what_the_schema_says(server: Server) -> None:
+    schema = httpx.get(f"{server.url}/openapi.json", timeout=60).json()
+    routes = {path: of for path, of in schema["paths"].items() if "/v1/kv_compression" in path}
+    assert len(routes) == 4
+    for of_path in routes.values():
+        # Not 422, with which FastAPI answers by itself; vLLM says 400.
+        assert (
+            {"200", "401", "4XX", "503"}
+            <= set(of_path["get"]["responses"])
+            <= {*("200", "401", "404", "4XX", "503")}
+        )
+    for wrong, status in (("?bins=0", 400), ("", 404)):
+        error = get(server, f"/requests/nobody{wrong}").json()["error"]
+        assert error["code"] == status
+        assert error["message"]
+
+
+@pytest.mark.parametrize("name", ["a/b c", "../../x", '"choices":[],', "\u202e"])
+def test_a_client_may_give_a_request_any_name(server: Server, name: str) -> None:
+    body = {"model": server.model, "prompt": prompt(400, seed=9), "max_tokens": 2, "stream": True}
+    # The name is a part of every event, and the last one is written anew.
+    body |= {"request_id": name, "stream_options": {"include_usage": True}}
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300)
+    *_, last, done = answer.text.strip().split("\n\n")
+    assert done == "data: [DONE]"
+    said = json.loads(last.removeprefix("data: "))
+    assert said["id"] == f"cmpl-{name}"
+    assert said["usage"]["kv_compression"]["compactions"] == 1
+    latest = get(server, "/requests").json()[0]
+    assert latest["request_id"].startswith(f"cmpl-{name}")
+    path = f"/requests/{quote(latest['request_id'], safe='')}"
+    assert get(server, path).json()["request_id"] == latest["request_id"]
+    one = get(server, f"{path}/layers/0/kv_heads/0").json()
+    assert one["request_id"] == latest["request_id"]
+
+
+def test_names_that_nobody_can_ask_for_are_not_remembered(server: Server) -> None:
+    known = get(server, "/requests").json()
+    body = {"model": server.model, "prompt": prompt(400, seed=10), "max_tokens": 2}
+    body["request_id"] = "n" * 10_000
+    assert httpx.post(f"{server.url}/v1/completions", json=body, timeout=300).status_code == 200
+    assert get(server, "/requests").json() == known
 
 
 def test_no_more_requests_are_remembered_than_asked_for(
@@ -132,4 +178,53 @@ def test_the_strip_is_drawn_as_it_is_held(
     )
     assert greens[-1] == "0,121,107"
     assert greens.count("238,241,240") > len(greens) / 5
+    page.close()
+
+
+# What ends an element, turns text around, or has no sign.
+HOSTILE = '</script><img src=x onerror="window.broken=1"><b>\u202egnitirw\u2066 \x00\u0007&amp;'
+
+
+def test_the_page_shows_hostile_text_as_text(server: Server, browser: Any) -> None:
+    """Names that clients give, and prompts, whatever they hold."""
+    name = "</script><b>\u202e" + "n" * 400
+    token = "x" * 1_000_000
+    bins, text = [0, 1, 2], [HOSTILE, token]
+    summary = {
+        "request_id": name,
+        "prompt_tokens": 2,
+        "num_tokens": 2,
+        "num_entries": 1,
+        "num_compactions": 1,
+        "is_running": False,
+    }
+    detail = {
+        **summary,
+        "bins": bins,
+        "heads": [{"layer": 0, "kv_head": 0, "counts": [1, 0]}],
+        "text": text,
+    }
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    complaints = Complaints(page)
+    page.route("**/v1/kv_compression/requests", lambda route: route.fulfill(json=[summary]))
+    page.route("**/v1/kv_compression/requests/*", lambda route: route.fulfill(json=detail))
+    page.goto(f"{server.url}/kv_compression")
+    page.wait_for_selector("#canvas")
+    elements = "document.querySelectorAll('main *').length"
+    page.focus("#canvas")
+    page.keyboard.press("ArrowRight")
+    before = page.evaluate(elements)
+    assert page.evaluate("document.querySelector('#reading q').textContent") == HOSTILE
+    assert page.evaluate("document.querySelector('tr.chosen button').textContent") == name
+    assert page.evaluate("document.querySelector('#reading q').children.length") == 0
+    # It turns nothing around beside itself.
+    for shown in ("#reading q", "tr.chosen button"):
+        style = f"getComputedStyle(document.querySelector({shown!r})).unicodeBidi"
+        assert page.evaluate(style) == "isolate"
+    page.keyboard.press("ArrowRight")
+    assert page.evaluate("document.querySelector('#reading q').textContent") == token
+    assert page.evaluate(elements) == before
+    assert page.evaluate("window.broken") is None
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert complaints.found == []
     page.close()

@@ -106,7 +106,7 @@ class Source:
                 heads = {tuple(head[:2]): head[2] for one in found for head in one["heads"]}
                 return RequestDetail(
                     **{**found[0], "heads": _strips(heads)},
-                    text=self._text(found[0]["token_ids"], found[0]["bins"]),
+                    text=await self._text(found[0]["token_ids"], found[0]["bins"]),
                 )
         return None
 
@@ -131,11 +131,15 @@ class Source:
     def _inspects(self) -> bool:
         return self._config is not None and self._config.inspect_requests > 0
 
-    def _text(self, token_ids: list[int] | None, bins: list[int]) -> list[str] | None:
+    async def _text(self, token_ids: list[int] | None, bins: list[int]) -> list[str] | None:
         if token_ids is None:
             return None
-        tokenizer = self._client.get_tokenizer()
-        return [tokenizer.decode(token_ids[start:stop]) for start, stop in pairwise(bins)]
+        tokenizer, texts = self._client.get_tokenizer(), []
+        for start, stop in pairwise(bins):
+            texts.append(tokenizer.decode(token_ids[start:stop]))
+            # All of a long prompt would keep answers that are being streamed for too long.
+            await asyncio.sleep(0)
+        return texts
 
     async def _ask(self, *question: Any) -> list[list[Any]]:
         """By engine, what its workers answer.
