@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ems_vllm"
 # By package: what its parts, files or folders, may import: the layers before their own.
 LAYERS = {
     "ems_vllm": (
-        ("_version", "keys", "registry", "spans", "vllm_versions"),
+        ("_version", "confidence", "keys", "registry", "spans", "vllm_versions"),
         ("layer_shares", "head_shares"),
         ("_C",),
         ("plan",),

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 from rich.progress import track
 
 from ems_vllm.advise.asked import Asked
-from ems_vllm.advise.bound import needed
 from ems_vllm.advise.candidates import Candidate
 from ems_vllm.advise.report import Quality, Sample
 from ems_vllm.advise.sampling import CONFIDENCE, Drawn, draw, measured, reckoned_seconds
 from ems_vllm.advise.thresholds import TOLERATED
 from ems_vllm.advise.traffic import Request
+from ems_vllm.confidence import needed
 from ems_vllm.config import ConfigError
 
 if TYPE_CHECKING:

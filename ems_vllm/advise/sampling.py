@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from ems_vllm.advise.bound import upper_bound
 from ems_vllm.advise.course import course
 from ems_vllm.advise.report import Quality
 from ems_vllm.advise.traffic import Request
+from ems_vllm.confidence import upper_bound
 from ems_vllm.plan import PlanSettings
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from math import comb
 
 import pytest
 
-from ems_vllm.advise.bound import needed, upper_bound
 from ems_vllm.advise.report import (
     Arrivals,
     Budget,
@@ -21,6 +20,7 @@ from ems_vllm.advise.sampling import draw
 from ems_vllm.advise.suggestion import Server, suggest
 from ems_vllm.advise.thresholds import WORTH
 from ems_vllm.advise.traffic import OutputFrom, Request
+from ems_vllm.confidence import needed, upper_bound
 from ems_vllm.config import load_config
 
 # One-sided, as tables of Clopper and Pearson have them.

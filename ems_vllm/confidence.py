@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a few prompts say of all: the exact upper bound of a share (Clopper and Pearson 1934)."""
+"""What a sample says of all: exact bounds of a share (Clopper and Pearson 1934)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def upper_bound(count: int, num: int, confidence: float) -> float:
 
     Args:
         count: Seen, 0 to num.
-        num: Looked at, independently of each other, >= 1.
+        num: Looked at, independently of each other, >= 0.
         confidence: In (0, 1).
     """
     if count >= num:
@@ -30,6 +30,11 @@ def upper_bound(count: int, num: int, confidence: float) -> float:
     return high
 
 
+def lower_bound(count: int, num: int, confidence: float) -> float:
+    """The share that is reached, with this confidence; like upper_bound."""
+    return 1.0 - upper_bound(num - count, num, confidence)
+
+
 def needed(share: float, confidence: float) -> int:
     """How many must be looked at, and none seen, for an upper bound of at most `share`.
 
@@ -41,16 +46,17 @@ def needed(share: float, confidence: float) -> int:
 
 
 def _at_most(count: int, num: int, share: float) -> float:
-    """Probability of so many or fewer."""
-    if share >= 1:
-        return 0.0
-    logs = math.log(share), math.log1p(-share)
-    # By logarithms: the coefficients of many prompts are beyond a double.
+    """Probability of so many or fewer.
+
+    Args:
+        share: In [0, 1].
+    """
+    if share <= 0 or share >= 1:
+        return float(share <= 0)
+    seen, unseen = math.log(share), math.log1p(-share)
+    # By logarithms: coefficients of many are beyond a double.
     return math.fsum(
-        math.exp(_log_choose(num, k) + k * logs[0] + (num - k) * logs[1])
-        if share
-        else float(k == 0)
-        for k in range(count + 1)
+        math.exp(_log_choose(num, k) + k * seen + (num - k) * unseen) for k in range(count + 1)
     )
 
 
