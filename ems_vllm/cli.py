@@ -43,6 +43,8 @@ def show(recipe: Annotated[str, typer.Argument(help="Recipe or YAML file.")]) ->
 def _neutrality(config: KVCompressionConfig) -> str:
     if config.when == "pressure":
         return "Whether a request is compressed, and so its answer, depends on what else runs."
+    if config.guard_action == "dense":
+        return "Whether a request is compressed, and so its answer, depends on those before it."
     if config.is_neutral_to_hits:
         return "Hits in the prefix cache, preemptions and chunks change no answer of this recipe."
     return (

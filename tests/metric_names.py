@@ -5,7 +5,14 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from ems_vllm.engine.frontend.metric_catalogue import COUNTERS, GAUGES, HISTOGRAM, REFUSED, REQUESTS
+from ems_vllm.engine.frontend.metric_catalogue import (
+    COUNTERS,
+    ERRORS,
+    GAUGES,
+    HISTOGRAM,
+    REFUSED,
+    REQUESTS,
+)
 
 _SUFFIXES = {
     "counter": ("_total",),
@@ -19,7 +26,7 @@ def our_series() -> set[str]:
     kinds = {
         "counter": [*COUNTERS.values(), REQUESTS, REFUSED],
         "gauge": list(GAUGES.values()),
-        "histogram": [HISTOGRAM],
+        "histogram": [HISTOGRAM, ERRORS],
     }
     return {
         metric.name + suffix

@@ -63,8 +63,9 @@ def _counted(name: str) -> str:
     return f"sum(increase({name}{{{_ENGINE}}}[$__range]))"
 
 
-def _quantiles(name: str) -> tuple[Query, ...]:
-    buckets = f"sum by (le) (rate({name}_bucket{{{_ENGINE}}}[$__rate_interval]))"
+def _quantiles(name: str, *labels: str) -> tuple[Query, ...]:
+    chosen = ",".join((_ENGINE, *labels))
+    buckets = f"sum by (le) (rate({name}_bucket{{{chosen}}}[$__rate_interval]))"
     return tuple(
         Query(f"histogram_quantile({quantile}, {buckets})", f"p{quantile * 100:.0f}")
         for quantile in (0.5, 0.95, 0.99)
@@ -326,4 +327,39 @@ _LATENCY = Row(
     ),
 )
 
-ROWS = (_GAIN, _COMPACTIONS, _REQUESTS, _POOL, _LATENCY)
+_GUARD = Row(
+    "Guard: measured requests",
+    (
+        Panel(
+            "Attention error",
+            "percentunit",
+            "How much a request's worst compaction changed the outputs of attention, in the mean "
+            "of the layers; half, 95 % and 99 % of the measured requests changed no more.",
+            _quantiles("ems_vllm:attention_error", 'layers="mean"'),
+        ),
+        Panel(
+            "Requests that diverge",
+            "percentunit",
+            "With 95 % confidence, at least and at most this share of requests changes by more "
+            "than guard_limit, by the latest measured ones of an engine.",
+            (
+                Query(f"max(ems_vllm:diverged_lower_bound{{{_ENGINE}}})", "at least"),
+                Query(f"max(ems_vllm:diverged_upper_bound{{{_ENGINE}}})", "at most"),
+            ),
+            top=1,
+        ),
+        Panel(
+            "Measured, and in force",
+            "short",
+            "Requests measured and requests that diverged, per minute; and engines on which new "
+            "requests keep their whole cache.",
+            (
+                Query(f"60 * {_rate('ems_vllm:guarded_requests_total')}", "measured"),
+                Query(f"60 * {_rate('ems_vllm:diverged_requests_total')}", "diverged"),
+                Query(_now("ems_vllm:guard_dense"), "engines that go dense"),
+            ),
+        ),
+    ),
+)
+
+ROWS = (_GAIN, _COMPACTIONS, _REQUESTS, _POOL, _LATENCY, _GUARD)

@@ -6,7 +6,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ems_vllm.engine.frontend.metric_catalogue import COUNTERS, GAUGES, HISTOGRAM, REFUSED, REQUESTS
+from ems_vllm.engine.frontend.metric_catalogue import (
+    COUNTERS,
+    ERRORS,
+    GAUGES,
+    HISTOGRAM,
+    REFUSED,
+    REQUESTS,
+)
 from tables.markdown import table
 
 _DASHBOARD = Path(__file__).resolve().parents[2] / "deploy/grafana/dashboards/ems-vllm.json"
@@ -18,7 +25,8 @@ def metrics() -> str:
         f"{REFUSED.name}_total{{reason=...}}": REFUSED,
     } | {f"{metric.name}_total": metric for metric in COUNTERS.values()}
     gauges = {metric.name: metric for metric in GAUGES.values()}
-    kinds = {"counter": counters, "gauge": gauges, "histogram": {HISTOGRAM.name: HISTOGRAM}}
+    histograms = {HISTOGRAM.name: HISTOGRAM, f"{ERRORS.name}{{layers=...}}": ERRORS}
+    kinds = {"counter": counters, "gauge": gauges, "histogram": histograms}
     return table(
         ("metric", "kind", ""),
         (

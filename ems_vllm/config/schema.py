@@ -18,6 +18,7 @@ from pydantic import (
 
 from ems_vllm.config import composition, profiles
 from ems_vllm.config.errors import ConfigError, from_pydantic, shown, unknown_key
+from ems_vllm.config.guard import TOLERANCE, GuardSettings
 from ems_vllm.config.protect import Role
 from ems_vllm.config.recipes import OFF
 from ems_vllm.keys import KEY_PREFIX
@@ -141,6 +142,16 @@ class KVCompressionConfig(BaseModel):
             kv_head, beside the cache.
         inspect_text: Whether the text of their prompts is remembered, too, and shown to whoever may
             read the status page.
+        guard_share: Share of the requests of which it is measured what their compactions change in
+            the outputs of attention; 0 measures none.
+        guard_limit: Relative error beyond which such a request counts as diverging; None judges
+            none.
+        guard_action: "report": what is measured is told on /metrics. "dense": also, as long as more
+            than `guard_tolerance` of the measured requests diverge, new ones keep their whole
+            cache, but for those that are measured or ask for compression themselves.
+        guard_tolerance: With "dense", the share of the measured requests that may diverge, in
+            (0, 1); it begins once more do with 95 % confidence, and ends when no more do among the
+            latest.
         scorer: How important an entry is; the highest scores stay.
         allocator: How many entries each layer and each kv_head keeps.
         selector: Which entries stay, and which of the others may be merged.
@@ -175,6 +186,10 @@ class KVCompressionConfig(BaseModel):
     protect: tuple[Role, ...] = ()
     inspect_requests: Annotated[int, Field(ge=0, le=64)] = 0
     inspect_text: bool = False
+    guard_share: Annotated[float, Field(ge=0, le=1)] = 0.0
+    guard_limit: Annotated[float, Field(gt=0)] | None = None
+    guard_action: Literal["report", "dense"] = "report"
+    guard_tolerance: Annotated[float, Field(gt=0, lt=1)] = TOLERANCE
     scorer: Scorer
     allocator: Allocator
     selector: Selector
@@ -252,6 +267,7 @@ class KVCompressionConfig(BaseModel):
                 "set that to how many requests are to be remembered, or leave inspect_text out."
             )
         self._check_coverage()
+        self.guard.check(self.scorer, allow_off=self.allow_off)
         composition.check(
             self.scorer, self.allocator, self.selector, self.coverage, self.prefill_interval
         )
@@ -288,6 +304,13 @@ class KVCompressionConfig(BaseModel):
                 f"{KEY_PREFIX}min_budget={self.min_budget} is not allowed: it must be at most "
                 f"budget={self.budget}; lower it or raise budget."
             )
+
+    @property
+    def guard(self) -> GuardSettings:
+        """What is measured of requests, and what follows from it."""
+        return GuardSettings(
+            self.guard_share, self.guard_limit, self.guard_action, self.guard_tolerance
+        )
 
     @property
     def covered(self) -> Coverage | None:

@@ -41,6 +41,8 @@ class Compaction(NamedTuple):
             decide.
         kept_before: Where it is to decide, columns that hold what the compaction before kept, which
             a worker knows; 0 for the first.
+        is_measured: Whether what the compaction changes is measured; such a request is compacted by
+            itself, on every rank.
     """
 
     req_id: str
@@ -59,6 +61,7 @@ class Compaction(NamedTuple):
     protected: tuple[Span, ...] = ()
     num_kept: int = 0
     kept_before: int = 0
+    is_measured: bool = False
 
 
 class ScoredChunk(NamedTuple):

@@ -8,8 +8,22 @@ is for statistics, and comes when the device is done with them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class AttentionError(NamedTuple):
+    """What a compaction changed in the outputs of attention: see group.divergence.
+
+    Attributes:
+        req_id: Of the request that was compacted.
+        mean, worst: Relative errors in the mean of the layers, and of the one that changed most.
+    """
+
+    req_id: str
+    mean: float
+    worst: float
 
 
 @dataclass(frozen=True)
@@ -23,11 +37,14 @@ class Measured:
         seconds: By step that compacted.
         num_entries_merged: Entries that were merged into kept ones.
         num_entries_evicted: Entries that were dropped.
+        attention_errors: Of the compactions that the scheduler has measured, in the compressed
+            layers and the kv_heads that this worker holds.
     """
 
     seconds: list[float]
     num_entries_merged: float
     num_entries_evicted: float
+    attention_errors: Sequence[AttentionError] = ()
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from ems_vllm.keys import CONFIG_KEY
 if TYPE_CHECKING:
     from vllm.v1.metrics.stats import SchedulerStats
 
-Outcome: TypeAlias = Literal["compressed", "fitted", "off", "ample"]
+Outcome: TypeAlias = Literal["compressed", "fitted", "off", "ample", "spared"]
 """Of a request: compressed at least once; never longer than what it may hold; sent with
-`kv_compression: off`; or not compressed because the pool had room."""
+`kv_compression: off`; not compressed because the pool had room; or because the guard was in
+force."""
 
 
 @dataclass
@@ -48,6 +49,16 @@ class Totals:
     """See scheduler.dense_pool."""
     num_ended: dict[Outcome, int] = field(default_factory=dict)
     """Requests by outcome."""
+    num_guarded: int = 0
+    """Requests that were measured; these and the following: see scheduler.guard."""
+    num_diverged: int = 0
+    attention_errors: list[tuple[float, float]] = field(default_factory=list)
+    """By measured request, of its worst compaction: in the mean of the layers, and of the worst."""
+    diverged_lower_bound: float | None = None
+    """Now, as the next; None where no request is judged."""
+    diverged_upper_bound: float | None = None
+    guard_dense: bool | None = None
+    """Now: whether requests keep their whole cache; None where they never do."""
 
 
 def attach_totals(stats: SchedulerStats, totals: Totals) -> None:

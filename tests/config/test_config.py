@@ -105,6 +105,38 @@ def test_file_is_a_recipe(tmp_path):
             {"recipe": "ems", "coverage": 0.9, "allocator": "ada"},
             ["coverage=0.9", "allocator='ada'", "leave it out"],
         ),
+        ({"recipe": "ems", "guard_share": 1.5}, ["guard_share=1.5", "less than or equal to 1"]),
+        ({"recipe": "ems", "guard_limit": 0.2}, ["guard_limit=0.2", "guard_share=0", "leave"]),
+        (
+            {"recipe": "ems", "guard_action": "dense"},
+            ["guard_action='dense'", "guard_share=0", "leave guard_action out"],
+        ),
+        (
+            {"recipe": "keydiff", "guard_share": 0.1},
+            ["guard_share=0.1", "scorer='keydiff'", "records no queries", "set it to 0"],
+        ),
+        (
+            {"recipe": "ems", "guard_share": 0.1, "guard_tolerance": 0.1},
+            ["guard_tolerance=0.1", 'guard_action="report"', "leave guard_tolerance out"],
+        ),
+        (
+            {"recipe": "ems", "guard_share": 0.1, "guard_action": "dense"},
+            ['guard_action="dense"', "guard_limit", "set one"],
+        ),
+        (
+            {"recipe": "ems", "guard_share": 1, "guard_limit": 1, "guard_action": "dense"},
+            ["guard_share=1.0", 'guard_action="dense"', "lower it"],
+        ),
+        (
+            {
+                "recipe": "ems",
+                "guard_share": 0.1,
+                "guard_limit": 0.2,
+                "guard_action": "dense",
+                "allow_off": False,
+            },
+            ['guard_action="dense"', "allow_off=False", "set allow_off to true"],
+        ),
         ({"recipe": "off", "budget": 8}, ["'budget': 8", "compression is off"]),
     ],
 )

@@ -88,6 +88,11 @@ def test_refusals_stand_in_the_places_of_checks(plain):
         (settings(global_queries="all"), "prefix cache", "may depend on what was asked before"),
         (settings(prefill_interval=512), "prompts", "often lost"),
         (settings(when="pressure"), "load", "depends on what else runs"),
+        (
+            settings(guard_share=0.1, guard_limit=0.2, guard_action="dense"),
+            "guard",
+            "depends on those before it",
+        ),
         (("--max-model-len", "512"), "budget", "no request of at most 512 tokens"),
         (("--disable-log-stats",), "metrics", "only the log and the answers' usage"),
     ],

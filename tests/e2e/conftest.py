@@ -70,7 +70,10 @@ def start_server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Star
 @pytest.fixture(scope="session")
 def server(start_server: StartServer) -> Iterator[Server]:
     """A compressing server with room for everything, shared by all modules."""
-    settings = '{"budget": 128, "inspect_requests": 4, "inspect_text": true}'
+    settings = (
+        '{"budget": 128, "inspect_requests": 4, "inspect_text": true, "guard_share": 1.0, '
+        '"guard_limit": 0.0001, "guard_action": "report"}'
+    )
     args = ("--kv-compression", "ems", "--kv-compression-config", settings)
     with start_server("random-llama", *args) as running:
         yield running

@@ -150,6 +150,13 @@ def test_metrics_count_what_compactions_did(server: Server, client: OpenAI) -> N
     assert found["compaction_time_seconds_count"] == 2
     assert found["compaction_time_seconds_sum"] > 0
     assert found["preemptions_avoided_total"] == 0
+    # Every compressed request is measured, and changes by more than next to nothing.
+    assert found["guarded_requests_total"] == found["diverged_requests_total"] == 2
+    # In the mean of the layers, and of the worst.
+    assert found["attention_error_count"] == 2 * 2
+    assert 0 < found["attention_error_sum"] < 2 * 2 * 10
+    assert 0 < metrics(server)["diverged_lower_bound"] < 1
+    assert metrics(server)["diverged_upper_bound"] == 1
 
 
 def block_bytes(server: Server) -> int:

@@ -26,6 +26,12 @@ from ems_vllm.engine.orders import attached
 from ems_vllm.engine.report import attach_report
 from ems_vllm.engine.totals import Totals
 
+# Of Totals, what is not a count.
+_NOW = (
+    *("num_blocks_saved", "num_bytes_saved", "num_pool_blocks"),
+    *("diverged_lower_bound", "diverged_upper_bound", "guard_dense"),
+)
+
 
 class Simulator:
     """Requests come and go; `step` schedules, and processes outputs with the engine's lag."""
@@ -260,7 +266,7 @@ class Simulator:
                 for outcome, count in value.items():
                     ended = self.totals.num_ended
                     ended[outcome] = ended.get(outcome, 0) + count
-            elif name in ("num_blocks_saved", "num_bytes_saved", "num_pool_blocks"):
+            elif name in _NOW:
                 setattr(self.totals, name, value)
             else:
                 setattr(self.totals, name, getattr(self.totals, name) + value)

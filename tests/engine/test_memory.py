@@ -241,3 +241,11 @@ def test_a_request_that_is_bounded_needs_no_room_for_its_length():
     ]
     assert entries[0] == entries[2] == 1 << 20
     assert 1024 + 2 * 512 < entries[1] < 2 * (1024 + 512)
+
+
+def test_room_for_what_measures_is_kept_where_requests_are_measured():
+    shape = (80, 64, 8, 128)
+    plain, measuring = (footprint("ems", *shape, guard_share=share) for share in (0.0, 0.05))
+    # A slice of entries, and the outputs of 16 queries in all layers.
+    expected = (32 << 20) + 80 * 16 * 64 * 128 * 4
+    assert measuring.workspace_bytes - plain.workspace_bytes == expected

@@ -71,9 +71,15 @@ SLEEPING = Run(
 LEVELS = Run(COMPRESSION | {"allocator": {"name": "pyramid", "num_levels": 2}}, FLASH)
 # What a compaction keeps is decided on the host.
 COVERED = Run(COMPRESSION | {"coverage": 0.5, "min_budget": 16}, FLASH)
-# Prompts are compacted as they come; requests protect tokens. The shortest has none of these.
+# Prompts are compacted as they come; requests protect tokens, and what compactions change in
+# attention is measured. The shortest has none of these.
 WITHIN_PROMPTS = Run(COMPRESSION | {"prefill_interval": 64}, FLASH)
-PROTECTED = Run(arguments=FLASH, requests=REQUESTS[:2], extra_args={"kv_protect": ["100-130"]})
+PROTECTED = Run(
+    COMPRESSION | {"guard_share": 1.0},
+    FLASH,
+    requests=REQUESTS[:2],
+    extra_args={"kv_protect": ["100-130"]},
+)
 UNEQUAL_RUNS = (COVERED, WITHIN_PROMPTS, PROTECTED)
 # The kv_heads of a layer share unequally what it keeps, in each layer others.
 SHARES = (0.9, 0.1, 0.6, 0.4)
@@ -328,7 +334,7 @@ def test_prompts_are_compacted_as_they_come_without_waiting(runner):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_tokens_are_protected_without_waiting(runner):
+def test_tokens_are_protected_and_errors_measured_without_waiting(runner):
     ems, found = with_flash(runner, EMS), of_unequal(runner, PROTECTED)
     assert_served(found, PROTECTED.requests)
     assert_captures_are_sound(found)

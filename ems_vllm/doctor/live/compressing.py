@@ -19,7 +19,7 @@ class Compressing:
     Attributes:
         compactions: Steps that compressed a request, counted by request.
         compactions_watched: Of these, while the server was watched.
-        requests: That have ended, by outcome: compressed, fitted, off, ample.
+        requests: That have ended, by outcome: compressed, fitted, off, ample, spared.
         refused: Requests that were refused, by reason.
         kept_share: Of the entries that compactions found; None without any.
         live_share: Of the blocks that running requests would hold dense, those that they hold, in
@@ -54,6 +54,7 @@ class Compressing:
             "fitted": "were never longer than what may be held",
             "off": "asked for their whole cache",
             "ample": "were left alone, because the pool had room",
+            "spared": "were left alone by the guard, because too many diverged",
         }
         found = {name: count for name in reasons if (count := self.requests.get(name, 0))}
         if not found:

@@ -79,6 +79,13 @@ def features(
             "on what else runs",
             "set when to always where that must not be",
         )
+    if config.guard_action == "dense":
+        yield degraded(
+            "guard",
+            "requests keep their whole cache while too many of the measured ones diverge, so an "
+            "answer depends on those before it",
+            "set guard_action to report where that must not be",
+        )
     if has_metrics:
         yield ok("metrics", "on: /metrics and the answers' usage say what was kept")
     else:

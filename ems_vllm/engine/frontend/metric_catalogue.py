@@ -53,6 +53,14 @@ COUNTERS = {
         "Requests that went on although a pool of this size, dense, could not have held all that "
         "ran: those it would have preempted, or not let in, counted once an admission.",
     ),
+    "num_guarded": Metric(
+        "ems_vllm:guarded_requests",
+        "Compressed requests of which it was measured what compactions changed, counted when they "
+        "have ended.",
+    ),
+    "num_diverged": Metric(
+        "ems_vllm:diverged_requests", "Those of them that changed by more than guard_limit."
+    ),
 }
 """By field of Totals."""
 
@@ -69,12 +77,27 @@ GAUGES = {
         "ems_vllm:kv_bytes_saved",
         "Bytes of the saved blocks on all devices of the engine, each taken to be as the first.",
     ),
+    "diverged_lower_bound": Metric(
+        "ems_vllm:diverged_lower_bound",
+        "With 95 % confidence at least this share of requests diverges, by the latest 200 that "
+        "were measured; there with a guard_limit, once one was.",
+    ),
+    "diverged_upper_bound": Metric(
+        "ems_vllm:diverged_upper_bound", "Likewise: with 95 % confidence at most this share does."
+    ),
+    "guard_dense": Metric(
+        "ems_vllm:guard_dense",
+        "1 while new requests keep their whole cache, because too many diverge; there with "
+        "guard_action dense.",
+    ),
 }
+"""By field of Totals, but for blocks that are held."""
 
 REQUESTS = Metric(
     "ems_vllm:requests",
     "Requests that have ended, by outcome: compressed; fitted, being never longer than what may be "
-    "held; off, as they asked; ample, because the pool had room and compression is for pressure.",
+    "held; off, as they asked; ample, because the pool had room and compression is for pressure; "
+    "spared, because guard_dense was 1.",
 )
 
 REFUSED = Metric(
@@ -88,4 +111,11 @@ HISTOGRAM = Metric(
     "Seconds that a step spent on its compactions, on the first device.",
 )
 
-ALL = (*COUNTERS.values(), *GAUGES.values(), REQUESTS, REFUSED, HISTOGRAM)
+ERRORS = Metric(
+    "ems_vllm:attention_error",
+    "Relative error of attention's outputs after a compaction, of the recorded queries, by "
+    "measured request and of its worst compaction, on the first device: in the mean of the "
+    "layers, and of the layer that changed most.",
+)
+
+ALL = (*COUNTERS.values(), *GAUGES.values(), REQUESTS, REFUSED, HISTOGRAM, ERRORS)

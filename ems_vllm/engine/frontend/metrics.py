@@ -10,6 +10,7 @@ import prometheus_client
 
 from ems_vllm.engine.frontend.metric_catalogue import (
     COUNTERS,
+    ERRORS,
     GAUGES,
     HISTOGRAM,
     REFUSED,
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 _LABELS = ["model_name", "engine"]
 # Seconds.
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# Relative errors.
+_ERROR_BUCKETS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+# In the order of Totals.attention_errors.
+_LAYERS = ("mean", "worst")
+# Gauges that tell of requests in any case; those of a guard are there where one is.
+_ALWAYS_SHOWN = ("num_blocks_held", "num_blocks_saved", "num_bytes_saved")
+_OF_GUARD = ("diverged_lower_bound", "diverged_upper_bound", "guard_dense")
 
 
 class Metrics:
@@ -47,6 +55,9 @@ class Metrics:
         self._requests = counter(REQUESTS.name, REQUESTS.help, [*_LABELS, "outcome"])
         self._refused = counter(REFUSED.name, REFUSED.help, ["model_name", "reason"])
         self._seconds = histogram(HISTOGRAM.name, HISTOGRAM.help, _LABELS, buckets=_BUCKETS)
+        self._errors = histogram(
+            ERRORS.name, ERRORS.help, [*_LABELS, "layers"], buckets=_ERROR_BUCKETS
+        )
         # By the labels of an engine, blocks that its requests may have; 0 for not yet known.
         self._pools: dict[tuple[Any, ...], int] = {}
 
@@ -65,8 +76,11 @@ class Metrics:
 
     def _begin(self, labels: list[Any]) -> None:
         """Show what has not happened as 0."""
-        for metric in (*self._counters.values(), *self._gauges.values(), self._seconds):
+        shown = (self._gauges[field] for field in _ALWAYS_SHOWN)
+        for metric in (*self._counters.values(), *shown, self._seconds):
             metric.labels(*labels)
+        for layers in _LAYERS:
+            self._errors.labels(*labels, layers)
         for outcome in get_args(Outcome):
             self._requests.labels(*labels, outcome)
 
@@ -75,12 +89,18 @@ class Metrics:
             counter.labels(*labels).inc(getattr(totals, field))
         for field in ("num_blocks_saved", "num_bytes_saved"):
             self._set(field, getattr(totals, field), labels)
+        for field in _OF_GUARD:
+            if (value := getattr(totals, field)) is not None:
+                self._set(field, value, labels)
+        for errors in totals.attention_errors:
+            for layers, error in zip(_LAYERS, errors, strict=True):
+                self._errors.labels(*labels, layers).observe(error)
         for outcome, count in totals.num_ended.items():
             self._requests.labels(*labels, outcome).inc(count)
         for seconds in totals.compaction_seconds:
             self._seconds.labels(*labels).observe(seconds)
 
-    def _set(self, field: str, value: int, labels: list[Any]) -> None:
+    def _set(self, field: str, value: float, labels: list[Any]) -> None:
         self._gauges[field].labels(*labels).set(value)
 
     def refused(self, model_name: str, reason: str) -> None:

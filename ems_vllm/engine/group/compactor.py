@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from ems_vllm.engine.group.protection import ProtectedEntries, ProtectedWave, nu
 from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
+    from ems_vllm.engine.group.divergence import Divergence
     from ems_vllm.engine.group.head_tables import HeadTables
     from ems_vllm.engine.group.kept_positions import KeptPositions, PositionsWave
     from ems_vllm.engine.group.layer_stack import LayerStack
@@ -47,6 +49,8 @@ class Compactor:
         heads: What kv_heads own; None where all of a layer keep as much.
         ranks: Others that hold kv_heads of the same layers.
         positions: Follows what entries are of, for those who want to see it; None for nobody.
+        divergence: Measures what compactions change that are to be measured; None where another
+            worker does.
 
     Attributes:
         protected: What requests protect.
@@ -62,9 +66,11 @@ class Compactor:
         heads: HeadTables | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
         positions: KeptPositions | None = None,
+        divergence: Divergence | None = None,
     ) -> None:
         self._tensors = tensors
         self._positions = positions
+        self._divergence = divergence
         self._policy = policy
         self._heads = heads
         self._block_size = tensors.spec.block_size
@@ -124,7 +130,9 @@ class Compactor:
         requests, protected = self._rows(wave), self.protected.wave(wave)
         positions = self._positions_of(wave)
         for part in self._parts(max_layers):
-            kept_idx = self._policy.compact(self._context(requests, part, protected))
+            context = self._context(requests, part, protected)
+            with self._measuring(wave, context):
+                kept_idx = self._policy.compact(context)
             if protected is not None:
                 protected.keep(kept_idx)
             if positions is not None:
@@ -133,6 +141,16 @@ class Compactor:
             protected.end(requests.budgets.tolist())
         if positions is not None:
             positions.end(wave, requests.budgets.tolist())
+
+    def _measuring(
+        self, wave: Sequence[Compaction], context: CompactionContext
+    ) -> AbstractContextManager[None]:
+        """Around what writes the kept entries of a wave, in some layers."""
+        if self._divergence is None or not wave[0].is_measured:
+            return nullcontext()
+        (order,) = wave
+        num_tail = order.num_computed - order.tail * self._block_size
+        return self._divergence.around(context, order.req_id, num_tail)
 
     def _positions_of(self, wave: Sequence[Compaction]) -> PositionsWave | None:
         return None if self._positions is None else self._positions.wave(wave)
@@ -159,7 +177,9 @@ class Compactor:
         scores = self._policy.score(context)
         decided = covering.decided(wave, self._policy.held_shares(context, scores))
         kept = self._rows(decided)
-        kept_idx = self._policy.place(with_targets(context, kept), scores)
+        context = with_targets(context, kept)
+        with self._measuring(wave, context):
+            kept_idx = self._policy.place(context, scores)
         if protected is not None:
             protected.keep(kept_idx)
             protected.end(kept.budgets.tolist())
@@ -193,9 +213,10 @@ class Compactor:
                     mask = protected.of_heads(layer, held, context.max_entries)
                 context = replace(context, is_protected=mask, num_merged=self.num_merged)
                 if shared is None:
-                    kept[layer], kept_idx = self._deal_and_compact(requests, rows, context)
+                    kept[layer], kept_idx = self._deal_and_compact(wave, requests, rows, context)
                 else:
-                    kept_idx = self._policy.compact(context)
+                    with self._measuring(wave, context):
+                        kept_idx = self._policy.compact(context)
                 if protected is not None:
                     protected.keep(kept_idx)
                 if positions is not None:
@@ -210,7 +231,11 @@ class Compactor:
             positions.end(wave, longest)
 
     def _deal_and_compact(
-        self, requests: CompactionRows, rows: CompactionRows, context: CompactionContext
+        self,
+        wave: Sequence[Compaction],
+        requests: CompactionRows,
+        rows: CompactionRows,
+        context: CompactionContext,
     ) -> tuple[np.ndarray, torch.Tensor]:
         """Compact a layer whose kv_heads, the rows, share what it keeps by their scores.
 
@@ -221,7 +246,9 @@ class Compactor:
         budgets = requests.budgets.tolist()
         kept: np.ndarray = self._policy.allocator.deal(context, scores, budgets).numpy()
         rows = dealt(rows, requests, kept, self._block_size)
-        return kept, self._policy.place(with_targets(context, rows), scores)
+        context = with_targets(context, rows)
+        with self._measuring(wave, context):
+            return kept, self._policy.place(context, scores)
 
     def _least_pages(self, orders: Sequence[Compaction]) -> list[int]:
         """By order, pages that any kv_head needs for what it must keep."""
@@ -251,7 +278,7 @@ class Compactor:
 
         Yields:
             (requests, most layers at a time); requests of similar length together, because a wave
-            pads to its longest.
+            pads to its longest, and one that is measured by itself, which bounds what that takes.
         """
         # Heads are compressed a layer at a time.
         num_layers = self._tensors.num_layers if self._heads is None else 1
@@ -259,6 +286,9 @@ class Compactor:
         wave: list[Compaction] = []
         for order in sorted(orders, key=self._longest):
             size = self._longest(order)
+            if order.is_measured:
+                yield [order], self._max_layers([order], max_entries)
+                continue
             if wave and (len(wave) + 1) * size * num_layers > max_entries:
                 yield wave, self._max_layers(wave, max_entries)
                 wave = []

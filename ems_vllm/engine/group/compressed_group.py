@@ -10,6 +10,7 @@ from ems_vllm.engine.group.compactor import Compactor
 from ems_vllm.engine.group.ranks import Ranks
 
 if TYPE_CHECKING:
+    from ems_vllm.engine.group.divergence import Divergence
     from ems_vllm.engine.group.head_tables import HeadTables
     from ems_vllm.engine.group.kept_positions import KeptPositions
     from ems_vllm.engine.group.tensors import GroupTensors
@@ -26,10 +27,10 @@ class CompressedGroup:
         policy: Chooses what stays and what is merged.
         workspace_bytes: Bound of the scratch memory of a compaction.
         heads: Pages that kv_heads own; None where all of a layer keep as much.
-        ranks, positions: See Compactor.
+        ranks, positions, divergence: See Compactor.
 
     Attributes:
-        heads, positions: As given.
+        heads, positions, divergence: As given.
         counters: What was compacted since the start.
         num_merged: See Compactor.
     """
@@ -43,12 +44,16 @@ class CompressedGroup:
         heads: HeadTables | None = None,
         ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
         positions: KeptPositions | None = None,
+        divergence: Divergence | None = None,
     ) -> None:
         self.tensors = tensors
         self.layer_names = list(layer_names)
         self.heads = heads
         self.positions = positions
-        self._compactor = Compactor(tensors, policy, workspace_bytes, heads, ranks, positions)
+        self.divergence = divergence
+        self._compactor = Compactor(
+            tensors, policy, workspace_bytes, heads, ranks, positions, divergence
+        )
         self.counters = self._compactor.counters
         self.num_merged = self._compactor.num_merged
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ems_vllm.engine.orders import Compaction
     from ems_vllm.engine.report import Measured
+    from ems_vllm.engine.scheduler.guard import Guard
     from ems_vllm.engine.totals import Outcome
 
 
@@ -71,12 +72,20 @@ class Accounts:
         pool: The blocks.
         contents_of: Of a request's columns in a group, from one on and before another, what tells
             them from columns of other content.
+        guard: Judges what compactions change; None for nobody.
     """
 
-    def __init__(self, block_sizes: Mapping[int, int], pool: Pool, contents_of: ContentsOf) -> None:
+    def __init__(
+        self,
+        block_sizes: Mapping[int, int],
+        pool: Pool,
+        contents_of: ContentsOf,
+        guard: Guard | None = None,
+    ) -> None:
         self._block_sizes = block_sizes
         self._pool = pool
         self._contents_of = contents_of
+        self._guard = guard
         self._accounts: dict[str, _Account] = {}
         self._dense_pool = DensePool()
         self._totals = self._no_totals()
@@ -107,6 +116,8 @@ class Accounts:
             ended = self._totals.num_ended
             ended[account.outcome] = ended.get(account.outcome, 0) + 1
             del self._accounts[req_id]
+            if self._guard is not None:
+                self._guard.ended(req_id)
 
     def compacted(
         self, step: int, orders: Sequence[Compaction], first_columns: Iterable[int]
@@ -152,6 +163,8 @@ class Accounts:
         totals.compaction_seconds += measured.seconds
         totals.num_entries_merged += measured.num_entries_merged
         totals.num_entries_evicted += measured.num_entries_evicted
+        if self._guard is not None:
+            self._guard.measured(measured.attention_errors)
         self._has_changed = True
 
     def scheduled(self, num_free: int, last_admitted_first: Iterable[tuple[str, int]]) -> None:
@@ -193,6 +206,8 @@ class Accounts:
         self._totals = self._no_totals()
         totals.num_blocks_saved = self._dense_pool.num_blocks
         totals.num_bytes_saved = self._dense_pool.num_blocks * self._pool.block_bytes
+        if self._guard is not None:
+            self._guard.count(totals)
         return totals
 
     def _no_totals(self) -> Totals:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from ems_vllm._C import CompressionPlan
     from ems_vllm.engine.report import StepReport
+    from ems_vllm.engine.scheduler.guard import Guard
     from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
     from ems_vllm.engine.scheduler.pressure import Pressure
 
@@ -46,6 +47,7 @@ class Planner:
         num_sinks: First tokens of a prompt that always stay.
         is_reported: Whether workers report what they kept, because a coverage decides.
         pressure: Says whether what is admitted is compressed; None for always.
+        guard: Chooses requests that are measured, and judges them; None for nobody.
 
     Attributes:
         requests: By id, from their first look-up in the prefix cache on.
@@ -63,6 +65,7 @@ class Planner:
         num_sinks: int = 0,
         is_reported: bool = False,
         pressure: Pressure | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self.requests: dict[str, SchedulerRequest] = {}
         self._managers = list(managers)
@@ -80,11 +83,13 @@ class Planner:
         self._unreported: dict[int, list[OrderedCompaction]] = {}
         self._is_reported = is_reported
         self._pressure = pressure
+        self._guard = guard
         self.accounts = Accounts(
             {manager.kv_cache_group_id: manager.block_size for manager in managers},
             # One of them stands for columns that were given back.
             Pool(num_blocks - 1, block_bytes),
             self._contents_of,
+            guard,
         )
         self._num_steps = 0
         # Whether a request that is to be admitted must wait in the step that is being scheduled.
@@ -132,6 +137,9 @@ class Planner:
         if options.enabled and not options.is_asked_for and not self._is_under(request):
             plans = self._plans(request, RequestOptions(enabled=False))
             return SchedulerRequest(request, tuple(map(CompactionLedger, plans)), is_ample=True)
+        is_spared = self._keeps_whole(request, options)
+        if is_spared:
+            options = RequestOptions(enabled=False)
         plans = self._plans(request, options)
         if options.protect:
             num_tokens = request.num_prompt_tokens + request.max_tokens
@@ -143,7 +151,15 @@ class Planner:
             request,
             tuple(map(CompactionLedger, plans)),
             protected=options.protect.ranges if options.protect else (),
+            is_measured=self._guard is not None and self._guard.measures(request.request_id),
+            is_spared=is_spared,
         )
+
+    def _keeps_whole(self, request: Request, options: RequestOptions) -> bool:
+        """Whether the guard has a request keep its whole cache, which says nothing itself."""
+        if self._guard is None or not options.enabled or options.is_asked_for:
+            return False
+        return self._guard.keeps_whole(request.request_id)
 
     def _plans(self, request: Request, options: RequestOptions) -> list[CompressionPlan]:
         """By compressed group."""
@@ -341,6 +357,8 @@ class Planner:
                     self._unreported.setdefault(orders.step, []).append(ordered)
                 ledger.accumulated_until = start
                 compacted = True
+        if compacted and tracked.is_measured and self._guard is not None:
+            self._guard.ordered(tracked.request.request_id)
         return compacted
 
     def _compaction(
@@ -370,6 +388,7 @@ class Planner:
             prompt_blocks=prompt_blocks(tracked.prompt_len, plan.recent_window, plan.block_size),
             protected=tracked.protected,
             num_kept=ledger.num_kept.get(ledger.tail, 0),
+            is_measured=tracked.is_measured,
         )
 
     def _score(self, tracked: SchedulerRequest, start: int, end: int, orders: StepOrders) -> None:

@@ -31,8 +31,10 @@ class SchedulerRequest:
         ring_row: Its row of the query ring; None while it needs none.
         score_pages: By compressed group, its private score pages; None while it needs none.
         protected: Spans of positions that stay whole; see Compaction.
+        is_measured: Whether what its compactions change is measured.
         prompt_len, compresses_prompt, max_shared_tokens: Of its plans, taken together.
         is_ample: Whether it keeps everything because the pool has room.
+        is_spared: Whether it keeps everything because the guard is in force.
         is_off: Whether it keeps everything.
         compresses_within_prompt: Whether there are compactions before the prompt's end.
     """
@@ -47,6 +49,8 @@ class SchedulerRequest:
     score_pages: list[list[int]] | None = None
     protected: tuple[Span, ...] = ()
     is_ample: bool = False
+    is_measured: bool = False
+    is_spared: bool = False
     prompt_len: int = field(init=False)
     compresses_prompt: bool = field(init=False)
     is_off: bool = field(init=False)
@@ -75,6 +79,8 @@ class SchedulerRequest:
         """What becomes of it, if it is not compressed."""
         if self.is_ample:
             return "ample"
+        if self.is_spared:
+            return "spared"
         return "off" if self.is_off else "fitted"
 
     def next_compaction(self, num_processed: int) -> int:

@@ -18,6 +18,7 @@ from vllm.v1.kv_cache_interface import UniformTypeKVCacheSpecs
 from ems_vllm.config import settings_of
 from ems_vllm.engine.orders import attach, attached
 from ems_vllm.engine.report import attached_report
+from ems_vllm.engine.scheduler.guard import Guard
 from ems_vllm.engine.scheduler.kv_cache_manager import CompressedAttentionManager
 from ems_vllm.engine.scheduler.planner import Planner
 from ems_vllm.engine.scheduler.pressure import Pressure
@@ -66,6 +67,7 @@ class CompressionSchedulerMixin(_Base):
             num_sinks=config.selector.num_sink_tokens,
             is_reported=config.coverage is not None,
             pressure=self._pressure(config),
+            guard=Guard(config.guard) if config.guard_share else None,
         )
 
     def _pressure(self, config: KVCompressionConfig) -> Pressure | None:

@@ -19,6 +19,7 @@ from ems_vllm.engine.attention.live_columns import LiveColumns
 from ems_vllm.engine.cache_dtype import unquantised_cache
 from ems_vllm.engine.group.cache_scales import LayerScales, has_scales_per_head, layer_scales
 from ems_vllm.engine.group.compressed_group import CompressedGroup
+from ems_vllm.engine.group.divergence import Divergence
 from ems_vllm.engine.group.kept_positions import KeptPositions
 from ems_vllm.engine.group.output_projection import output_weights
 from ems_vllm.engine.group.query_ring import QueryRing
@@ -59,6 +60,7 @@ class GroupBuilder:
         model: The loaded model.
         memory_pool: Opens the pool where vLLM allocates the cache: sleep mode frees what is in it,
             and discards it as it does the cache.
+        is_heard: Whether the scheduler gets the output of this worker.
     """
 
     config: KVCompressionConfig
@@ -67,6 +69,7 @@ class GroupBuilder:
     layers: Mapping[str, Attention]
     model: nn.Module
     memory_pool: Callable[[], AbstractContextManager[Any]]
+    is_heard: bool = True
 
     @property
     def max_num_reqs(self) -> int:
@@ -137,8 +140,9 @@ class GroupBuilder:
         positions = None
         if num_inspected := self.config.inspect_requests:
             positions = KeptPositions(spec.block_size, tensors.device, num_inspected)
+        divergence = Divergence() if self.config.guard_share and self.is_heard else None
         return CompressedGroup(
-            tensors, owners, self.policy, workspace_bytes, heads, RANKS, positions
+            tensors, owners, self.policy, workspace_bytes, heads, RANKS, positions, divergence
         )
 
     def rewriter(self, group: CompressedGroup, batch_of: BatchOf) -> MetadataRewriter:

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ems_vllm.engine.attention.head_batch import batch_bytes
+from ems_vllm.engine.group.divergence import reference_bytes
 from ems_vllm.engine.group.head_tables import page_start_bytes
 from ems_vllm.engine.group.query_ring import QueryRing
 from ems_vllm.engine.group.score_store import score_bytes
 from ems_vllm.engine.kv_cache_spec import CompressedAttentionSpec
+from ems_vllm.policies.context import SLICE_BYTES
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheSpec
@@ -84,7 +86,17 @@ class Footprint:
         specs = self._compressed.values()
         policy = max(map(self._policy_bytes, specs), default=0)
         scratch = max(map(self._scratch_bytes, specs), default=KERNEL_SCRATCH_BYTES)
-        return max(self.config.workspace_mib << 20, policy) + scratch
+        return max(self.config.workspace_mib << 20, policy) + scratch + self._guard_bytes
+
+    @property
+    def _guard_bytes(self) -> int:
+        """What it takes to measure a request; 0 where none is."""
+        if not self.config.guard_share or not self._compressed:
+            return 0
+        return SLICE_BYTES + sum(
+            reference_bytes(1, self.config.obs_window, self.num_heads[name], spec.head_size)
+            for name, spec in self._compressed.items()
+        )
 
     def _policy_bytes(self, spec: CompressedAttentionSpec) -> int:
         num_heads = spec.num_kv_heads

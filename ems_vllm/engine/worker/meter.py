@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from ems_vllm.engine.report import Measured
+from ems_vllm.engine.report import AttentionError, Measured
 
 if TYPE_CHECKING:
     from ems_vllm.engine.group.compressed_group import CompressedGroup
@@ -62,15 +62,18 @@ class _Measurement:
 
     Attributes:
         start, end: Around its work.
-        num_merged: By group, entries of all layers and kv_heads that were merged since the start of
-            the server; there when `end` is reached.
-        num_gone: By group, entries of a kv_head that were not kept, since then.
+        num_gone: By group, entries of a kv_head that were not kept, since the start of the server.
+        req_ids: Requests that were measured.
+        figures: float64, there when `end` is reached - by group, entries of all layers and kv_heads
+            that were merged since the start; then by measured request the errors of attention, in
+            the mean of the layers and of the worst.
     """
 
     start: _Mark
     end: _Mark
-    num_merged: torch.Tensor
     num_gone: list[int]
+    req_ids: list[str]
+    figures: torch.Tensor
 
 
 class Meter:
@@ -87,9 +90,9 @@ class Meter:
             _StreamMark if self._device.type == "cuda" else _HostMark
         )
         self._under_way: deque[_Measurement] = deque()
-        # Pinned ones, kept: to allocate one may wait for the device.
-        self._buffers: list[torch.Tensor] = []
-        self._merged_before = [0] * len(groups)
+        # Pinned ones by their length, kept: to allocate one may wait for the device.
+        self._buffers: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._merged_before = [0.0] * len(groups)
         self._gone_before = [0] * len(groups)
 
     @contextmanager
@@ -98,29 +101,47 @@ class Meter:
         start = self._mark()
         yield
         counters = [group.counters for group in self._groups]
-        num_merged = torch.stack([group.num_merged for group in self._groups])
-        if self._device.type == "cuda":
-            num_merged = self._buffer().copy_(num_merged, non_blocking=True)
         num_gone = [each.num_entries_in - each.num_entries_kept for each in counters]
-        self._under_way.append(_Measurement(start, self._mark(), num_merged, num_gone))
+        errors = self._attention_errors()
+        figures = [group.num_merged.double() for group in self._groups]
+        for of_request in errors.values():
+            figures += [of_request.mean().double(), of_request.max().double()]
+        on_host = torch.stack(figures)
+        if self._device.type == "cuda":
+            on_host = self._buffer(len(figures)).copy_(on_host, non_blocking=True)
+        self._under_way.append(_Measurement(start, self._mark(), num_gone, list(errors), on_host))
 
-    def _buffer(self) -> torch.Tensor:
+    def _attention_errors(self) -> dict[str, torch.Tensor]:
+        """By measured request, those of all its layers."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for group in self._groups:
+            if group.divergence is not None:
+                for req_id, errors in group.divergence.take().items():
+                    found.setdefault(req_id, []).append(errors)
+        return {req_id: torch.cat(errors) for req_id, errors in found.items()}
+
+    def _buffer(self, length: int) -> torch.Tensor:
         """Into what is not pinned a copy would wait for the device."""
-        if self._buffers:
-            return self._buffers.pop()
-        return torch.empty(len(self._groups), dtype=torch.int64, pin_memory=True)
+        if self._buffers[length]:
+            return self._buffers[length].pop()
+        return torch.empty(length, dtype=torch.float64, pin_memory=True)
 
     def take(self) -> Measured | None:
         """What is known and was not taken yet; None for nothing."""
-        seconds, last = [], None
+        seconds: list[float] = []
+        errors: list[AttentionError] = []
+        num_groups, num_merged, last = len(self._groups), self._merged_before, None
         while self._under_way and self._under_way[0].end.is_reached:
             last = self._under_way.popleft()
             seconds.append(last.end.seconds_after(last.start))
+            figures = last.figures.tolist()
+            num_merged, of_requests = figures[:num_groups], figures[num_groups:]
+            pairs = zip(last.req_ids, of_requests[::2], of_requests[1::2], strict=True)
+            errors += [AttentionError(*found) for found in pairs]
             if self._device.type == "cuda":
-                self._buffers.append(last.num_merged)
+                self._buffers[len(figures)].append(last.figures)
         if last is None:
             return None
-        num_merged: list[int] = last.num_merged.tolist()
         merged = [
             (now - old) / group.num_heads
             for now, old, group in zip(num_merged, self._merged_before, self._groups, strict=True)
@@ -128,4 +149,4 @@ class Meter:
         gone = [now - old for now, old in zip(last.num_gone, self._gone_before, strict=True)]
         self._merged_before, self._gone_before = num_merged, last.num_gone
         mean_merged, mean_gone = sum(merged) / len(merged), sum(gone) / len(gone)
-        return Measured(seconds, mean_merged, mean_gone - mean_merged)
+        return Measured(seconds, mean_merged, mean_gone - mean_merged, errors)

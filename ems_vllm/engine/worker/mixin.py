@@ -114,7 +114,13 @@ class CompressionWorkerMixin(_Base):
             layers=self._attention_layers(),
             model=self.model_runner.get_model(),
             memory_pool=functools.partial(self._maybe_get_memory_pool_context, "kv_cache"),
+            is_heard=self._is_heard,
         )
+
+    @property
+    def _is_heard(self) -> bool:
+        """Whether the scheduler gets the output of this worker, as of no other."""
+        return bool(self.is_driver_worker and get_pp_group().is_last_rank)
 
     def _attention_layers(self) -> dict[str, Attention]:
         context = self.vllm_config.compilation_config.static_forward_context
@@ -133,9 +139,7 @@ class CompressionWorkerMixin(_Base):
                 stage = PipelineStage()
             sizes = {group.tensors.group_id: group.tensors.spec.block_size for group in groups}
             kept = KeptColumns(sizes, stage)
-        # The scheduler gets the output of this worker alone.
-        is_heard = self.is_driver_worker and get_pp_group().is_last_rank
-        meter = Meter(groups) if groups and is_heard else None
+        meter = Meter(groups) if groups and self._is_heard else None
         self.compression = StepRunner(groups, batch_order(runner), kept, meter)
         batch_of = self.compression.batch
         self.rewriters = tuple(builder.rewriter(group, batch_of) for group in groups)
