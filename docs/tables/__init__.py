@@ -15,6 +15,7 @@ from tables import methods
 from tables.answers import full_cache, scores
 from tables.capacity import capacity
 from tables.coverage import kept
+from tables.guard import costs, guard, ranks
 from tables.markdown import percent
 from tables.monitoring import metrics, panels
 from tables.peers import behind, change, peers
@@ -176,6 +177,9 @@ def _by_interval() -> list[Column]:
 TABLES: dict[str, Callable[[], str]] = {
     "capacity": capacity,
     "dashboard": panels,
+    "guard": guard,
+    "guard-costs": costs,
+    "guard-ranks": ranks,
     "pressure": pressure,
     "methods": methods.catalogue,
     "metrics": metrics,
