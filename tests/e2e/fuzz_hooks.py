@@ -98,19 +98,14 @@ def flatmap_body(ctx: Any, body: Any) -> Any:
 @schemathesis.hook
 def flatmap_path_parameters(ctx: Any, path_parameters: Any) -> Any:
     """Of a request that is remembered: one that is, or any."""
-    if not path_parameters or "request_id" not in path_parameters:
+    if "FUZZ_NAMES_KNOWN" not in os.environ or "request_id" not in (path_parameters or {}):
         return st.just(path_parameters)
-    known = st.sampled_from(_remembered())
-    ours = st.fixed_dictionaries(
-        {
-            name: {
-                "request_id": known,
-                "layer": st.integers(0, 5),
-                "kv_head": st.integers(0, 5),
-            }[name]
-            for name in path_parameters
-        }
-    )
+    known = {
+        "request_id": st.sampled_from(_remembered()),
+        "layer": st.integers(0, 5),
+        "kv_head": st.integers(0, 5),
+    }
+    ours = st.fixed_dictionaries({name: known[name] for name in path_parameters})
     return ours | st.just(path_parameters)
 
 

@@ -50,7 +50,8 @@ def main() -> int:
     with Server(args.model, flags, log) as server:
         expected = answer(server)
         failures = [
-            *schemathesis(server, args, OURS, "all", "examples,coverage,fuzzing"),
+            *schemathesis(server, args, OURS, "all", "coverage,fuzzing"),
+            *schemathesis(server, args, OURS, "all", "fuzzing", names_known=True),
             *schemathesis(
                 server, args, COMPLETIONS, "not_a_server_error,answered_or_refused", "fuzzing"
             ),
@@ -70,9 +71,20 @@ def main() -> int:
 
 
 def schemathesis(
-    server: Server, args: argparse.Namespace, routes: str, checks: str, phases: str
+    server: Server,
+    args: argparse.Namespace,
+    routes: str,
+    checks: str,
+    phases: str,
+    names_known: bool = False,
 ) -> Iterator[str]:
-    """What it fails with, if it does; it prints what it finds itself."""
+    """What it fails with, if it does; it prints what it finds itself.
+
+    Args:
+        routes, checks, phases: As it has them; a regular expression and lists with commas.
+        names_known: Whether it asks for requests that are remembered, rightly; or for any, wrongly
+            as well.
+    """
     environment = {
         **os.environ,
         "FUZZ_URL": server.url,
@@ -83,6 +95,9 @@ def schemathesis(
     command = [args.schemathesis, "run", f"{server.url}/openapi.json"]
     command += ["--include-path-regex", routes, "--checks", checks, "--phases", phases]
     command += ["--max-examples", str(args.examples), "--continue-on-failure"]
+    if names_known:
+        environment["FUZZ_NAMES_KNOWN"] = "1"
+        command += ["--mode", "positive"]
     if args.seed is not None:
         command += ["--seed", str(args.seed)]
     # Elsewhere: it keeps notes in the folder in which it runs.
