@@ -2,6 +2,7 @@
 """What one request may ask for through `vllm_xargs`."""
 
 import difflib
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -187,5 +188,11 @@ def _misspelt(key: Any) -> str | None:
     """The key of ours that `key` was probably meant to be."""
     if not isinstance(key, str) or len(key) > 2 * max(map(len, KEYS)):
         return None
+    return _near(key)
+
+
+# Every sequence of a request has the same keys, and most requests those of the ones before.
+@functools.lru_cache(maxsize=4 * MOST_KEYS)
+def _near(key: str) -> str | None:
     near = difflib.get_close_matches(key.lower().replace("-", "_"), KEYS, n=1, cutoff=_ALIKE)
     return near[0] if near else None
