@@ -90,10 +90,17 @@ def measured(chosen: Budget, sample: Sample) -> Iterator[str]:
         "holds for traffic like the sample, and for this budget alone."
     )
     if quality.above_at_most > TOLERATED:
-        yield (
-            f"For a bound of {TOLERATED:.0%}, measure {sample.prompts_needed} prompts of which "
-            f"none is above: --sample {sample.prompts_needed}."
-        )
+        needed = sample.prompts_needed
+        if sample.num_prompts < needed:
+            yield (
+                f"For a bound of {TOLERATED:.0%}, measure {needed} prompts of which none is above: "
+                f"--sample {needed}."
+            )
+        else:
+            yield (
+                f"For a bound of {TOLERATED:.0%}, measure more prompts, or take a larger budget: "
+                f"{needed} are enough only where none is above."
+            )
     yield (
         "A small KL says that a compressed cache continues your own answers alike; it does not say "
         "that later turns find what was dropped (docs/advise.md)."

@@ -111,6 +111,13 @@ def test_a_larger_budget_where_the_smallest_gains_no_more():
     assert "512 is close enough too" in " ".join(found.sentences)
 
 
+def test_a_sample_that_is_large_enough_is_not_asked_for_again():
+    sample = SAMPLE.model_copy(update={"num_prompts": 29})
+    text = " ".join(of(lengths(100, 10), [budget(512, 20, 1, fit=50)], sample).sentences)
+    assert "measure more prompts, or take a larger budget" in text
+    assert "--sample" not in text
+
+
 def test_without_a_pool_the_blocks_count_and_the_pool_is_asked_for():
     found = of(lengths(100), [budget(1024, 40, 0), budget(512, 20, 0)], pool=None)
     assert found.budget == "512"
