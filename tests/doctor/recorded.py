@@ -8,6 +8,7 @@ SERVERS says with what pool and under which load, once it had run for a while.
 
 from __future__ import annotations
 
+import gzip
 import re
 import sys
 import time
@@ -51,20 +52,20 @@ _AT = re.compile(r"^# at ([\d.]+)$", re.MULTILINE)
 
 def readings(name: str) -> list[Reading]:
     """What was read of a server."""
-    _, *parts = _AT.split((PAGES / f"{name}.txt").read_text(encoding="utf-8"))
+    _, *parts = _AT.split(_read(name))
     pairs = zip(parts[::2], parts[1::2], strict=True)
     return [Reading(float(at), Page.parse(text)) for at, text in pairs]
 
 
 def last_page(name: str) -> str:
     """The text of the last page, as a server would answer it."""
-    return _AT.split((PAGES / f"{name}.txt").read_text(encoding="utf-8"))[-1]
+    return _AT.split(_read(name))[-1]
 
 
 def record(name: str, url: str, seconds: float) -> None:
     """Read a server three times."""
     began = time.monotonic()
-    with (PAGES / f"{name}.txt").open("w", encoding="utf-8") as out:
+    with gzip.open(PAGES / f"{name}.txt.gz", "wt", encoding="utf-8") as out:
         for pause in (0, seconds / 2, seconds / 2):
             time.sleep(pause)
             with urllib.request.urlopen(f"{url}/metrics", timeout=30) as response:
@@ -75,3 +76,8 @@ def record(name: str, url: str, seconds: float) -> None:
 
 if __name__ == "__main__":
     record(sys.argv[1], sys.argv[2], float(sys.argv[3]))
+
+
+def _read(name: str) -> str:
+    with gzip.open(PAGES / f"{name}.txt.gz", "rt", encoding="utf-8") as recorded:
+        return recorded.read()
