@@ -39,7 +39,7 @@ COMPLETIONS = "^/v1/(chat/)?completions$"
 def main() -> int:
     """Exit status: 0 where nothing was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--schemathesis", required=True, help="its command")
+    parser.add_argument("--schemathesis", required=True, type=Path, help="its command")
     parser.add_argument("--model", default="models/random-llama")
     parser.add_argument("--examples", type=int, default=200, help="of each route")
     parser.add_argument("--seed", type=int)
@@ -92,7 +92,7 @@ def schemathesis(
         "SCHEMATHESIS_HOOKS": "fuzz_hooks",
         "PYTHONPATH": str(HERE),
     }
-    command = [args.schemathesis, "run", f"{server.url}/openapi.json"]
+    command = [str(args.schemathesis.absolute()), "run", f"{server.url}/openapi.json"]
     command += ["--include-path-regex", routes, "--checks", checks, "--phases", phases]
     command += ["--max-examples", str(args.examples), "--continue-on-failure"]
     if names_known:
