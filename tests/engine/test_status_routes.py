@@ -145,7 +145,9 @@ def test_a_proxy_may_put_them_below_a_prefix(prefix):
         assert client.get(f"{root}/v1/kv_compression/requests", headers=key).json() == []
 
 
-@pytest.mark.parametrize("name", ["a/b", "../../x", "a/layers/0/kv_heads/0", "\u202e", '"<'])
+@pytest.mark.parametrize(
+    "name", ["a/b", "../../x", "a/layers/0/kv_heads/0", "a\n", "\n/", "\u202e", '"<']
+)
 def test_a_request_of_any_name_can_be_asked_for(name):
     engine = Engine(SETTINGS)
     path = f"/v1/kv_compression/requests/{quote(name, safe='')}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, HTTPException, Path, Query, Request, Response
 from fastapi.responses import HTMLResponse
+from starlette.convertors import Convertor, register_url_convertor
 
 from ems_vllm.config.errors import shown
 from ems_vllm.engine.status.answers import (
@@ -58,7 +59,21 @@ def _source(request: Request) -> Source:
 
 
 _Source = Annotated[Source, Depends(_source)]
-# Clients name their requests; a name may hold any character.
+
+
+class _Name(Convertor[str]):
+    """Of a request, which a client may give: any characters. Starlette's own leave some out."""
+
+    regex = r"[\s\S]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("request_name", _Name())
 _RequestId = Annotated[str, Path(max_length=LONGEST_NAME)]
 _Responses = dict[int | str, dict[str, Any]]
 _FAILURES: _Responses = {
@@ -90,7 +105,7 @@ async def requests(source: _Source) -> list[RequestSummary]:
 
 # Before the next one, whose names may hold what looks like the rest of this.
 @_data.get(
-    "/kv_compression/requests/{request_id:path}/layers/{layer}/kv_heads/{kv_head}",
+    "/kv_compression/requests/{request_id:request_name}/layers/{layer}/kv_heads/{kv_head}",
     responses=_UNKNOWN,
 )
 async def positions(
@@ -106,7 +121,7 @@ async def positions(
     return found
 
 
-@_data.get("/kv_compression/requests/{request_id:path}", responses=_UNKNOWN)
+@_data.get("/kv_compression/requests/{request_id:request_name}", responses=_UNKNOWN)
 async def request(
     source: _Source,
     request_id: _RequestId,
