@@ -103,7 +103,8 @@ REQUESTS = Metric(
 REFUSED = Metric(
     "ems_vllm:requests_refused",
     "Requests answered with an HTTP 400 because of compression, by reason: the key of vllm_xargs "
-    "that was wrong (misspelt, where it is none), or what cannot be combined.",
+    "that was wrong (misspelt, where it is none), no_object, too_many_keys, or what cannot be "
+    "combined.",
 )
 
 HISTOGRAM = Metric(
