@@ -45,9 +45,12 @@ thin vllm/_C_stable_libtorch.abi3.so \
 thin vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so \
   'float_e4m3|ILi(96|192|256)EEEEEELi|EEELi(256|512)ENS_'
 
-# Sources of a library that is compiled in, tests, matrices of a quantisation, lists of files.
-rm -rf "$site/bin" "$site/tvm_ffi/3rdparty" "$site"/tvm_ffi/lib/libtvm_ffi_testing.so
-find "$site" \( -name hadamards.safetensors -o -path '*.dist-info/RECORD' \) -delete
+# Sources of a library that is compiled in, tests, what was tuned for mixtures of experts, matrices
+# of a quantisation, lists of files and of parts, types for checkers.
+rm -rf "$site"/{bin,tvm_ffi/3rdparty,vllm/model_executor/layers/fused_moe/configs}
+rm -rf "$site"/{jsonschema/{tests,benchmarks},referencing/tests,zmq/tests}
+rm -rf "$site"/*.dist-info/sboms
+find "$site" \( -name hadamards.safetensors -o -path '*.dist-info/RECORD' -o -name '*.pyi' \) -delete
 find "$site" -name __pycache__ -type d -prune -exec rm -rf {} +
 tar -C "$site" --sort=name --owner=0 --group=0 --mtime=@0 -cf - . |
   xz -T1 --lzma2=preset=9e,dict=192MiB > "$out"
