@@ -40,19 +40,23 @@ _ALLOCATORS_GEMMA = "lab-gemma3-270m-allocators.json"
 _BUDGETS_4K = "lab-smollm2-4k-budgets.json"
 _COVERAGE_GEMMA = "lab-gemma3-270m-coverage.json"
 
+
+def _by_question(variants: dict[str, str]) -> dict[str, tuple[str, str]]:
+    """Rows: variants by what the table calls them, for each place of the question."""
+    places = {
+        "question at the end of the prompt": "last",
+        "before the document": "first",
+        "after the document was compressed": "later",
+    }
+    return {
+        f"{when}: {what}": (variant, group)
+        for when, group in places.items()
+        for what, variant in variants.items()
+    }
+
+
 # Rows of the tables by which a budget is chosen.
-_CHOOSING = {
-    f"{when}: {what}": (variant, group)
-    for when, group in (
-        ("question at the end of the prompt", "last"),
-        ("before the document", "first"),
-        ("after the document was compressed", "later"),
-    )
-    for what, variant in (
-        ("equal budgets", "ems"),
-        ("profile by head", "ems, profile by head"),
-    )
-}
+_CHOOSING = _by_question({"equal budgets": "ems", "profile by head": "ems, profile by head"})
 
 # Further questions on the same novels.
 _SEEDS = "lab-smollm2-seeds.json"
@@ -251,20 +255,14 @@ TABLES: dict[str, Callable[[], str]] = {
     ),
     "answers": partial(
         right,
-        {
-            f"{when}: {what}": (variant, group)
-            for when, group in (
-                ("question at the end of the prompt", "last"),
-                ("before the document", "first"),
-                ("after the document was compressed", "later"),
-            )
-            for what, variant in (
-                ("**EMS**", "ems"),
-                ("**EMS, profile by head**", "ems, profile by head"),
-                ("SnapKV", "snapkv"),
-                ("H2O", "h2o"),
-            )
-        },
+        _by_question(
+            {
+                "**EMS**": "ems",
+                "**EMS, profile by head**": "ems, profile by head",
+                "SnapKV": "snapkv",
+                "H2O": "h2o",
+            }
+        ),
         ((_HEADS, _SMOLLM2), (_SEEDS,)),
         ("0.06", "0.125", "0.25"),
     ),
